@@ -1,0 +1,22 @@
+// Runtime dtype -> kernel slot. CPU kernel tables and CUDA launchers are indexed by Dtype.
+#pragma once
+
+#include "check.h"
+
+namespace spot {
+
+enum Dtype : int { kFloat32 = 0, kFloat64, kFloat16, kBFloat16, kNumDtypes };
+
+inline Dtype dtype_slot(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::Double: return kFloat64;
+    case ScalarType::Half: return kFloat16;
+    case ScalarType::BFloat16: return kBFloat16;
+    default: break;
+  }
+  fail(op, name, " must be float32, float64, float16 or bfloat16, got ",
+       torch::headeronly::toString(t.scalar_type()));
+}
+
+}  // namespace spot

@@ -1,0 +1,287 @@
+// Kernels of the compact slice: select, compact, scatter, fuse. Torch-free; one copy per ISA.
+//
+// Cost per image: select 2 to 32 (64 for float64) vector passes over N keys; compact and scatter one
+// read and one write of each output row; fuse one pass over the removed tokens; fuse backward two.
+// Memory: N keys, N bytes or N positions of per-thread scratch; nothing else.
+#include "isa.h"
+#include "numeric.h"
+#include "scratch.h"
+
+namespace spot {
+namespace SPOT_ISA {
+
+// ---- select ------------------------------------------------------------------------------------
+
+// Unsigned keys in the order of the scores: NaN lowest, -0 equal to +0.
+inline uint32_t order_key(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x + 0.0f);
+  const uint32_t key = u ^ ((u >> 31) ? 0xffffffffu : 0x80000000u);
+  return x == x ? key : 0u;
+}
+inline uint64_t order_key(double x) {
+  const uint64_t u = bit_cast<uint64_t>(x + 0.0);
+  const uint64_t key = u ^ ((u >> 63) ? ~uint64_t{0} : uint64_t{1} << 63);
+  return x == x ? key : 0u;
+}
+
+template <typename Key>
+inline int64_t count_at_least(const Key* keys, int64_t n, Key threshold) {
+  int64_t total = 0;
+  for (int64_t block = 0; block < n; block += 1 << 20) {
+    const int64_t stop = n - block < (1 << 20) ? n : block + (1 << 20);
+    Key count = 0;  // as wide as the keys, so that lanes line up
+    for (int64_t i = block; i < stop; ++i) count += keys[i] >= threshold ? Key{1} : Key{0};
+    total += static_cast<int64_t>(count);
+  }
+  return total;
+}
+
+// Writes the ascending positions of the `keep` largest keys; ties go to the lower position.
+template <typename Key>
+inline void largest_positions(const Key* keys, int64_t n, int64_t keep, int64_t* out) {
+  // Highest threshold, bit by bit, that at least `keep` keys reach.
+  Key threshold = 0;
+  int64_t reach = n;
+  for (int bit = static_cast<int>(sizeof(Key)) * 8 - 1; bit >= 0 && reach != keep; --bit) {
+    const Key candidate = threshold | (Key{1} << bit);
+    const int64_t count = count_at_least(keys, n, candidate);
+    if (count >= keep) {
+      threshold = candidate;
+      reach = count;
+    }
+  }
+  // More keys reach the threshold than wanted only if it is the exact keep-th key.
+  int64_t ties = reach;
+  if (reach != keep) {
+    const int64_t above = threshold == ~Key{0} ? 0 : count_at_least(keys, n, threshold + 1);
+    ties = keep - above;
+  }
+  int64_t written = 0;
+  for (int64_t i = 0; i < n && written < keep; ++i) {
+    const bool tied = keys[i] == threshold && reach != keep;
+    const bool take = keys[i] >= threshold && !(tied && ties <= 0);
+    ties -= tied ? 1 : 0;
+    out[written] = i;
+    written += take ? 1 : 0;
+  }
+}
+
+template <typename T>
+void select(const SelectArgs& a, int64_t begin, int64_t end) {
+  using Key = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
+  if (a.num_keep == 0) return;
+  Key* keys = static_cast<Key*>(thread_scratch(static_cast<std::size_t>(a.num_tokens) * sizeof(Key)));
+  for (int64_t b = begin; b < end; ++b) {
+    const T* scores = static_cast<const T*>(a.scores) + b * a.batch_stride;
+    if (a.stride == 1)
+      for (int64_t i = 0; i < a.num_tokens; ++i) keys[i] = order_key(load(scores[i]));
+    else
+      for (int64_t i = 0; i < a.num_tokens; ++i) keys[i] = order_key(load(scores[i * a.stride]));
+    largest_positions(keys, a.num_tokens, a.num_keep, a.index + b * a.num_keep);
+  }
+}
+
+// ---- compact and scatter -----------------------------------------------------------------------
+
+inline RowStatus worse(RowStatus a, RowStatus b) { return a > b ? a : b; }
+
+// Calls image(b, first, last) for the rows of each image that [begin, end) touches.
+template <typename Image>
+inline RowStatus for_images(int64_t begin, int64_t end, int64_t rows_per_image, Image&& image) {
+  RowStatus status = kRowsFine;
+  while (begin < end) {
+    const int64_t b = begin / rows_per_image;
+    const int64_t start = b * rows_per_image;
+    const int64_t stop = start + rows_per_image < end ? start + rows_per_image : end;
+    status = worse(status, image(b, begin - start, stop - start));
+    begin = stop;
+  }
+  return status;
+}
+
+inline void copy_rows(char* out, const char* source, int64_t source_row, int64_t row_bytes,
+                      int64_t count) {
+  if (source_row == row_bytes) {
+    std::memcpy(out, source, static_cast<std::size_t>(count * row_bytes));
+    return;
+  }
+  for (int64_t r = 0; r < count; ++r)
+    std::memcpy(out + r * row_bytes, source + r * source_row, static_cast<std::size_t>(row_bytes));
+}
+
+inline RowStatus compact_rows(const RowArgs& a, int64_t begin, int64_t end) {
+  const int64_t head = a.num_prefix + a.num_extra;
+  return for_images(begin, end, head + a.num_kept, [&](int64_t b, int64_t first, int64_t last) {
+    const char* source = a.source + b * a.source_batch;
+    const char* patches = source + a.num_prefix * a.source_row;
+    char* out = a.out + b * (head + a.num_kept) * a.row_bytes;
+    int64_t r = first;
+    if (r < a.num_prefix) {
+      const int64_t stop = last < a.num_prefix ? last : a.num_prefix;
+      copy_rows(out + r * a.row_bytes, source + r * a.source_row, a.source_row, a.row_bytes, stop - r);
+      r = stop;
+    }
+    if (r < head && r < last) {
+      const int64_t stop = last < head ? last : head;
+      const char* extra = a.second + b * a.second_batch + (r - a.num_prefix) * a.second_row;
+      copy_rows(out + r * a.row_bytes, extra, a.second_row, a.row_bytes, stop - r);
+      r = stop;
+    }
+    const int64_t* index = a.index + b * a.num_kept - head;  // index[r] belongs to output row r
+    RowStatus status = kRowsFine;
+    if (r > head && r < last && index[r] <= index[r - 1]) status = kRowsUnsorted;
+    while (r < last) {
+      const int64_t at = index[r];
+      if (at < 0 || at >= a.num_tokens) return kRowsBad;
+      int64_t run = 1;  // neighbours that stay neighbours move in one copy
+      while (r + run < last && index[r + run] == at + run && at + run < a.num_tokens) ++run;
+      copy_rows(out + r * a.row_bytes, patches + at * a.source_row, a.source_row, a.row_bytes, run);
+      r += run;
+      if (r < last && index[r] <= index[r - 1]) status = kRowsUnsorted;
+    }
+    return status;
+  });
+}
+
+inline RowStatus scatter_rows(const RowArgs& a, int64_t begin, int64_t end) {
+  const int64_t rows = a.num_prefix + a.num_tokens;
+  int64_t* origin = static_cast<int64_t*>(
+      thread_scratch(static_cast<std::size_t>(a.num_tokens) * sizeof(int64_t)));
+  return for_images(begin, end, rows, [&](int64_t b, int64_t first, int64_t last) {
+    const char* source = a.source + b * a.source_batch;
+    const char* patches = source + (a.num_prefix + a.num_extra) * a.source_row;
+    const char* second = a.second ? a.second + b * a.second_batch : nullptr;
+    char* out = a.out + b * rows * a.row_bytes;
+    for (int64_t i = 0; i < a.num_tokens; ++i) origin[i] = -1;
+    const int64_t* index = a.index + b * a.num_kept;
+    for (int64_t m = 0; m < a.num_kept; ++m) {
+      if (index[m] < 0 || index[m] >= a.num_tokens || origin[index[m]] >= 0) return kRowsBad;
+      origin[index[m]] = m;
+    }
+    int64_t r = first;
+    if (r < a.num_prefix) {
+      const int64_t stop = last < a.num_prefix ? last : a.num_prefix;
+      copy_rows(out + r * a.row_bytes, source + r * a.source_row, a.source_row, a.row_bytes, stop - r);
+      r = stop;
+    }
+    for (; r < last; ++r) {
+      const int64_t m = origin[r - a.num_prefix];
+      char* row = out + r * a.row_bytes;
+      const std::size_t bytes = static_cast<std::size_t>(a.row_bytes);
+      if (m >= 0)
+        std::memcpy(row, patches + m * a.source_row, bytes);
+      else if (second)
+        std::memcpy(row, second + r * a.second_row, bytes);
+      else
+        std::memset(row, 0, bytes);
+    }
+    return kRowsFine;
+  });
+}
+
+// ---- fuse --------------------------------------------------------------------------------------
+
+// Ascending positions not named in `index`; -1 when an entry is out of range or repeated.
+inline int64_t list_removed(const FuseArgs& a, int64_t b, int64_t* removed) {
+  for (int64_t i = 0; i < a.num_tokens; ++i) removed[i] = i;
+  const int64_t* index = a.index + b * a.num_kept;
+  for (int64_t m = 0; m < a.num_kept; ++m) {
+    if (index[m] < 0 || index[m] >= a.num_tokens || removed[index[m]] < 0) return -1;
+    removed[index[m]] = -1;
+  }
+  int64_t count = 0;
+  for (int64_t i = 0; i < a.num_tokens; ++i)
+    if (removed[i] >= 0) removed[count++] = i;
+  return count;
+}
+
+template <typename T>
+inline Acc<T> weight_scale(const FuseArgs& a, const T* weights, const int64_t* removed, int64_t count) {
+  if (!a.normalize) return 1;
+  Acc<T> sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += load(weights[removed[i]]);
+  return sum == 0 ? Acc<T>(0) : Acc<T>(1) / sum;
+}
+
+constexpr int64_t kFuseBlock = 256;  // channels summed at once, in registers and first-level cache
+
+template <typename T>
+bool fuse(const FuseArgs& a, int64_t begin, int64_t end) {
+  int64_t* removed = static_cast<int64_t*>(
+      thread_scratch(static_cast<std::size_t>(a.num_tokens) * sizeof(int64_t)));
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t count = list_removed(a, b, removed);
+    if (count < 0) return false;
+    const T* weights = static_cast<const T*>(a.weights) + b * a.num_tokens;
+    const T* patches =
+        static_cast<const T*>(a.tokens) + b * a.tokens_batch + a.num_prefix * a.tokens_row;
+    T* out = static_cast<T*>(a.out) + b * a.channels;
+    const Acc<T> scale = weight_scale<T>(a, weights, removed, count);
+    for (int64_t c0 = 0; c0 < a.channels; c0 += kFuseBlock) {
+      const int64_t width = a.channels - c0 < kFuseBlock ? a.channels - c0 : kFuseBlock;
+      Acc<T> sum[kFuseBlock] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const Acc<T> w = load(weights[removed[i]]);
+        const T* row = patches + removed[i] * a.tokens_row + c0;
+        for (int64_t c = 0; c < width; ++c) sum[c] += w * load(row[c]);
+      }
+      // A zero scale means no weight at all: zero, whatever the tokens hold.
+      for (int64_t c = 0; c < width; ++c)
+        out[c0 + c] = store<T>(scale == 0 ? Acc<T>(0) : sum[c] * scale);
+    }
+  }
+  return true;
+}
+
+template <typename T>
+inline Acc<T> dot(const T* x, const T* y, int64_t n) {
+  constexpr int64_t kLanes = 16;
+  Acc<T> lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += load(x[i + l]) * load(y[i + l]);
+  Acc<T> sum = 0;
+  for (; i < n; ++i) sum += load(x[i]) * load(y[i]);
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+  return sum;
+}
+
+// With o = sum_n w_n x_n / S:  dx_n = (w_n / S) g,  dw_n = (x_n . g - o . g) / S. Unnormalised: S = 1
+// and no o . g term. Zero where S is zero.
+template <typename T>
+bool fuse_backward(const FuseArgs& a, int64_t begin, int64_t end) {
+  const std::size_t n = static_cast<std::size_t>(a.num_tokens);
+  int64_t* removed = static_cast<int64_t*>(thread_scratch(n * (sizeof(int64_t) + sizeof(Acc<T>))));
+  Acc<T>* along = reinterpret_cast<Acc<T>*>(removed + n);  // x_n . g of the removed tokens
+  const int64_t rows = a.num_prefix + a.num_tokens;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t count = list_removed(a, b, removed);
+    if (count < 0) return false;
+    const T* weights = static_cast<const T*>(a.weights) + b * a.num_tokens;
+    const T* patches =
+        static_cast<const T*>(a.tokens) + b * a.tokens_batch + a.num_prefix * a.tokens_row;
+    const T* grad = static_cast<const T*>(a.grad) + b * a.channels;
+    T* tokens_grad = static_cast<T*>(a.out) + b * rows * a.channels;
+    T* weights_grad = static_cast<T*>(a.weights_grad) + b * a.num_tokens;
+    std::memset(tokens_grad, 0, static_cast<std::size_t>(rows * a.channels) * sizeof(T));
+    std::memset(weights_grad, 0, n * sizeof(T));
+    const Acc<T> scale = weight_scale<T>(a, weights, removed, count);
+    if (scale == 0) continue;
+    Acc<T> mean = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      along[i] = dot(patches + removed[i] * a.tokens_row, grad, a.channels);
+      mean += load(weights[removed[i]]) * along[i];
+    }
+    mean = a.normalize ? mean * scale : Acc<T>(0);
+    for (int64_t i = 0; i < count; ++i) {
+      const Acc<T> w = load(weights[removed[i]]) * scale;
+      T* row = tokens_grad + (a.num_prefix + removed[i]) * a.channels;
+      for (int64_t c = 0; c < a.channels; ++c) row[c] = store<T>(w * load(grad[c]));
+      weights_grad[removed[i]] = store<T>((along[i] - mean) * scale);
+    }
+  }
+  return true;
+}
+
+}  // namespace SPOT_ISA
+}  // namespace spot

@@ -1,0 +1,36 @@
+// The kernel table of each instruction set, and the one in use.
+#pragma once
+
+#include "args.h"
+
+namespace spot {
+
+// What a row kernel saw of the index: a bad entry, or positions that do not ascend strictly (and so
+// may repeat).
+enum RowStatus : int { kRowsFine = 0, kRowsUnsorted = 1, kRowsBad = 2 };
+
+// Slots are indexed by Dtype (common/dispatch.h): float32, float64, float16, bfloat16.
+struct KernelTable {
+  // Images [begin, end).
+  void (*select[4])(const SelectArgs&, int64_t begin, int64_t end);
+  // Output rows [begin, end) of all images, counted together.
+  RowStatus (*compact_rows)(const RowArgs&, int64_t begin, int64_t end);
+  RowStatus (*scatter_rows)(const RowArgs&, int64_t begin, int64_t end);
+  // Images [begin, end); false when an index is out of range or repeated.
+  bool (*fuse[4])(const FuseArgs&, int64_t begin, int64_t end);
+  bool (*fuse_backward[4])(const FuseArgs&, int64_t begin, int64_t end);
+};
+
+const KernelTable& kernels();
+
+}  // namespace spot
+
+// For spot_ext._C, which knows no torch. Names are "baseline", "avx2", "avx512".
+extern "C" {
+__attribute__((visibility("default"))) const char* spot_isa();
+// False when the name is unknown or the processor lacks the instructions.
+__attribute__((visibility("default"))) bool spot_set_isa(const char* name);
+// Comma-separated names of what was built; and of what this processor can run.
+__attribute__((visibility("default"))) const char* spot_isas_built();
+__attribute__((visibility("default"))) const char* spot_isas_usable();
+}

@@ -1,0 +1,22 @@
+// Compiled once per instruction set, with SPOT_ISA naming it: one line per op and dtype.
+#include "isa.h"
+
+#include "compact.h"
+
+#define SPOT_JOIN_(a, b) a##b
+#define SPOT_JOIN(a, b) SPOT_JOIN_(a, b)
+#define SPOT_PER_DTYPE(kernel) \
+  { SPOT_ISA::kernel<float>, SPOT_ISA::kernel<double>, SPOT_ISA::kernel<SPOT_ISA::Half>, SPOT_ISA::kernel<SPOT_ISA::BFloat16> }
+
+namespace spot {
+
+extern const KernelTable SPOT_JOIN(kernels_, SPOT_ISA);
+const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
+    SPOT_PER_DTYPE(select),
+    SPOT_ISA::compact_rows,
+    SPOT_ISA::scatter_rows,
+    SPOT_PER_DTYPE(fuse),
+    SPOT_PER_DTYPE(fuse_backward),
+};
+
+}  // namespace spot

@@ -1,0 +1,38 @@
+// Every schema of the `spot` namespace. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
+// fakes, autograd, autocast and FLOP formulas are in spot_ext/<op>.py. Nothing else belongs here.
+// Schemas are frozen once released (tests/test_schemas.py).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(spot, m) {
+  // scores [B, N] floating -> ascending positions [B, num_keep] int64 of the largest scores.
+  m.def("select_tokens(Tensor scores, SymInt num_keep) -> Tensor");
+
+  // tokens [B, P+N, ...], index [B, M] int64, extra [B, E, ...] -> [B, P+E+M, ...]
+  m.def(
+      "compact_tokens(Tensor tokens, Tensor index, SymInt num_prefix=1, Tensor? extra=None) -> Tensor");
+  // grad [B, P+E+M, ...] -> gradient of tokens [B, P+num_tokens, ...]
+  m.def(
+      "compact_tokens_backward(Tensor grad, Tensor index, SymInt num_tokens, SymInt num_prefix=1, "
+      "SymInt num_extra=0) -> Tensor");
+
+  // tokens [B, P+M, ...], index [B, M] int64, background [B, P+num_tokens, ...] -> [B, P+num_tokens, ...]
+  m.def(
+      "scatter_tokens(Tensor tokens, Tensor index, SymInt num_tokens, SymInt num_prefix=1, "
+      "Tensor? background=None) -> Tensor");
+
+  // tokens [B, P+N, C], weights [B, N], index [B, M] int64 -> [B, C]
+  m.def(
+      "fuse_tokens(Tensor tokens, Tensor weights, Tensor index, SymInt num_prefix=1, "
+      "bool normalize=True) -> Tensor");
+  // grad [B, C] -> gradients of tokens [B, P+N, C] and weights [B, N]
+  m.def(
+      "fuse_tokens_backward(Tensor grad, Tensor tokens, Tensor weights, Tensor index, "
+      "SymInt num_prefix=1, bool normalize=True) -> (Tensor, Tensor)");
+
+  // q, k, v [B, N, H, D], keep [B, N-P], bias [1|B, H, N, N]
+  // -> out [B, N, H, D], stats [B, N, H, 6] (empty without need_stats), lse [B, N, H]
+  m.def(
+      "attention_stats(Tensor q, Tensor k, Tensor v, Tensor? keep=None, Tensor? bias=None, "
+      "float? scale=None, SymInt num_prefix=1, bool class_token=True, bool need_stats=True) "
+      "-> (Tensor out, Tensor stats, Tensor lse)");
+}

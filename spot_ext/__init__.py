@@ -1,0 +1,37 @@
+"""SPOT's operators: token compaction and attention statistics with autograd, for CPU and CUDA.
+
+Importing this package registers `torch.ops.spot.*`. Functions take and return torch tensors; each
+module holds one slice: public functions, `*_reference` definitions in plain PyTorch, and what torch
+needs to trace, differentiate and count them.
+"""
+
+from spot_ext import _library
+
+__path__ += [path for path in _library.extra_paths if path not in __path__]
+
+from spot_ext._version import __version__  # noqa: E402
+from spot_ext.attention_stats import attention_stats, attention_stats_reference  # noqa: E402
+from spot_ext.compact import (  # noqa: E402
+    compact_tokens,
+    compact_tokens_reference,
+    fuse_tokens,
+    fuse_tokens_reference,
+    scatter_tokens,
+    scatter_tokens_reference,
+    select_tokens,
+    select_tokens_reference,
+)
+
+__all__ = [
+    "__version__",
+    "attention_stats",
+    "attention_stats_reference",
+    "compact_tokens",
+    "compact_tokens_reference",
+    "fuse_tokens",
+    "fuse_tokens_reference",
+    "scatter_tokens",
+    "scatter_tokens_reference",
+    "select_tokens",
+    "select_tokens_reference",
+]

@@ -1,0 +1,111 @@
+"""Argument checks of the public functions and fake kernels: what was expected, and what came.
+
+Sizes are compared only when both are plain ints. A symbolic size stays symbolic, so that derived
+sizes such as `num_keep = N * 7 // 10` export with dynamic shapes; C++ checks the real ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from spot_ext import _library
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_WITH_KERNELS = ("cpu", "cuda", "meta")
+_warned: set[str] = set()
+
+
+def tensor(name: str, value: object, rank: int | None = None) -> None:
+    """`value` is a tensor, of `rank` dimensions when given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, got shape {list(value.shape)}")
+
+
+def dtype(name: str, value: Tensor, expected: torch.dtype | tuple[torch.dtype, ...]) -> None:
+    """`value` has one of the expected dtypes."""
+    allowed = expected if isinstance(expected, tuple) else (expected,)
+    if value.dtype not in allowed:
+        names = ", ".join(str(kind).removeprefix("torch.") for kind in allowed)
+        raise TypeError(f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """`value` is on the device of `like`."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name} ({like.device}), got {value.device}"
+        )
+
+
+def size(name: str, value: Tensor, dim: int, expected: Any, meaning: str) -> None:
+    """`value.shape[dim]` is `expected`, where both are known."""
+    found = value.shape[dim]
+    if isinstance(found, int) and isinstance(expected, int) and found != expected:
+        raise ValueError(
+            f"{name} must have size {expected} ({meaning}) in dimension {dim}, "
+            f"got shape {list(value.shape)}"
+        )
+
+
+def count(name: str, value: object, low: int, high: Any = None, meaning: str = "") -> None:
+    """`value` is an int in [low, high], where the bounds are known."""
+    if isinstance(value, torch.SymInt):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (isinstance(high, int) and value > high):
+        upper = f" and {high}{meaning}" if isinstance(high, int) else " and up"
+        raise ValueError(f"{name} must be between {low}{upper}, got {value}")
+
+
+def eager() -> bool:
+    """False while torch.compile or torch.export traces; C++ and the fakes check then."""
+    return not torch.compiler.is_compiling()
+
+
+def no_forward_ad(op: str, *tensors: Tensor | None) -> None:
+    """Refuses forward-mode AD, which would give zero tangents without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for value in tensors:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"spot_ext.{op} does not support forward-mode AD; use reverse mode (backward, "
+                f"torch.autograd.grad), or spot_ext.{op}_reference"
+            )
+
+
+def has_kernel(op: str, value: Tensor) -> bool:
+    """Whether to call the op; raises when it should be there and is not.
+
+    Devices SPOT has no kernels for at all (MPS, XPU) use the reference, with one warning.
+    """
+    kind = value.device.type
+    if kind in _WITH_KERNELS:
+        _library.require(kind)
+        return True
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(
+            f"SPOT has no kernels for {kind}; using the plain PyTorch definitions", stacklevel=4
+        )
+    return False
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls a C++ op; a refused argument is a ValueError on every torch version."""
+    try:
+        return op(*args)
+    except RuntimeError as cause:
+        first = str(cause).split("\n", 1)[0]
+        if first.startswith("spot::"):
+            raise ValueError(first) from cause
+        raise

@@ -1,0 +1,114 @@
+"""Decorators that attach a fake, an autograd formula, autocast or FLOPs to an op of `spot`.
+
+They do nothing when the library is not loaded, or when the op has the thing already (the module was
+imported twice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from spot_ext import _library
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("spot", "IMPL") if _library.error is None else None
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def _has(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"spot::{op}", key)
+
+
+def fake(op: str) -> Callable[[F], F]:
+    """Registers the decorated function as the fake kernel: contiguous outputs, symbolic sizes."""
+
+    def register(function: F) -> F:
+        if _LIBRARY is not None and not _has(op, "Meta"):
+            torch.library.register_fake(f"spot::{op}", function, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def autograd(op: str, setup: Callable[..., None] | None = None) -> Callable[[F], F]:
+    """Registers the decorated function as the backward formula."""
+
+    def register(function: F) -> F:
+        if _LIBRARY is not None and not _has(op, "Autograd"):
+            torch.library.register_autograd(
+                f"spot::{op}", function, setup_context=setup, lib=_LIBRARY
+            )
+        return function
+
+    return register
+
+
+def needs_grad(ctx: Any, place: int) -> bool:
+    """Whether input `place` needs a gradient; omitted trailing defaults have no entry."""
+    return place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place]
+
+
+def autocast(op: str) -> Callable[[F], F]:
+    """Registers `function(dtype, *args) -> args` that casts arguments to the ambient dtype."""
+
+    def register(function: F) -> F:
+        if _LIBRARY is None:
+            return function
+        packet = getattr(torch.ops.spot, op).default
+
+        def kernel_for(device_type: str) -> Callable[..., Any]:
+            def kernel(*args: Any, **kwargs: Any) -> Any:
+                ambient = torch.get_autocast_dtype(device_type)
+                args, kwargs = function(ambient, args, kwargs)
+                with torch.amp.autocast(device_type, enabled=False):
+                    return packet(*args, **kwargs)
+
+            return kernel
+
+        for device_type, key in _AUTOCAST.items():
+            if not _has(op, key):
+                _LIBRARY.impl(op, kernel_for(device_type), key)
+        return function
+
+    return register
+
+
+def composite(op: str) -> Callable[[F], F]:
+    """Registers the decorated function as the op itself, made of torch's own differentiable ops."""
+
+    def register(function: F) -> F:
+        if _LIBRARY is not None and not _has(op, "CompositeImplicitAutograd"):
+            _LIBRARY.impl(op, function, "CompositeImplicitAutograd")
+        return function
+
+    return register
+
+
+def flops(op: str) -> Callable[[F], F]:
+    """Registers `function(*shapes) -> int` (2 per multiply-accumulate) with FlopCounterMode."""
+
+    def register(function: F) -> F:
+        if _LIBRARY is not None:
+            packet = getattr(torch.ops.spot, op)
+            if packet not in flop_registry:
+                register_flop_formula(packet)(function)
+        return function
+
+    return register
+
+
+def cast(dtype: torch.dtype, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Casts the floating tensors (but not float64) among `values`, as torch's autocast does."""
+    return tuple(
+        value.to(dtype)
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+        else value
+        for value in values
+    )

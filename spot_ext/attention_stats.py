@@ -1,0 +1,281 @@
+"""Attention that also returns SPOT's six statistics per token and head.
+
+For each head, with p the softmax map restricted to the kept patch tokens (n of them):
+
+    cls_out[t]  = p[class, t]            what the class token takes from t
+    cls_in[t]   = p[t, class]            what t takes from the class token
+    row_mean[t] = 1/n sum_j p[t, j]      row_var[t] = 1/n sum_j (p[t, j] - row_mean[t])^2
+    col_mean[t] = 1/n sum_i p[i, t]      col_var[t] = 1/n sum_i (p[i, t] - col_mean[t])^2
+
+The six numbers are published (arXiv 2511.10488); the divisor n of the variances is our choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spot_ext import _check, _register
+
+NUM_STATS = 6  # cls_out, cls_in, row_mean, row_var, col_mean, col_var
+
+# ---- public function -----------------------------------------------------------------------------
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool | None = None,
+    need_stats: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention and the six statistics of its map.
+
+    With `keep`, columns of dropped patch tokens are hidden from every row but their own (the
+    self-loop of DynamicViT's masked softmax, with eps = 0), which makes masked training equal to
+    compacted inference. Row maxima and sums run over the columns a row can see.
+
+    `keep` gets a bounded straight-through gradient (our choice): for i != j
+    `d out_i / d keep_j = p'_ij (v_j - out_i)`, with p'_ij = exp(s_ij - lse_i) where j is kept and
+    sigmoid(s_ij - lse_i) where it is dropped; a token's own row does not depend on its mask. The
+    exact derivative, exp(s_ij - lse_i) for dropped columns too, has no bound.
+
+    Args:
+        q: [B, N, H, D] float32, float64, float16 or bfloat16, any strides.
+        k: [B, N, H, D] as q.
+        v: [B, N, H, D] as q.
+        keep: [B, N-P] float, exactly 0 or 1 per patch token, or None to keep all.
+        bias: [1 or B, H, N, N], added to the scaled logits, or None.
+        scale: factor of the logits, D**-0.5 by default.
+        num_prefix: P, leading tokens that are never dropped and have no statistics.
+        class_token: whether token 0 is a class token; by default when there is a prefix.
+        need_stats: False skips the statistics and returns an empty tensor for them.
+
+    Returns:
+        `out` [B, N, H, D] in the dtype of q, and `stats` [B, N, H, 6] in float32 (float64 for
+        float64) in the order above. Rows of prefix and dropped tokens are zero, as are the two cls
+        entries without a class token. Statistics are differentiable in q, k and bias; `keep` is a
+        constant in them.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit; on CPU also a `keep` other than 0 or 1.
+    """
+    if class_token is None:
+        class_token = num_prefix > 0
+    if _check.eager():
+        _check_attention(q, k, v, keep, bias, num_prefix, class_token)
+        _check.no_forward_ad("attention_stats", q, k, v, keep, bias)
+        if not _check.has_kernel("attention_stats", q):
+            return attention_stats_reference(
+                q, k, v, keep, bias, scale=scale, num_prefix=num_prefix,
+                class_token=class_token, need_stats=need_stats,
+            )  # fmt: skip
+    op = torch.ops.spot.attention_stats
+    out, stats, _ = op(q, k, v, keep, bias, scale, num_prefix, class_token, need_stats)
+    return out, stats
+
+
+# ---- reference: the definition -------------------------------------------------------------------
+
+
+def attention_stats_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool | None = None,
+    need_stats: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Definition of `attention_stats` in plain PyTorch, written to be read."""
+    if class_token is None:
+        class_token = num_prefix > 0
+    wide = torch.promote_types(q.dtype, torch.float32)
+    batch, num_tokens = q.shape[:2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * scale
+    if bias is not None:
+        logits = logits + bias.to(wide)
+
+    kept = q.new_ones((batch, num_tokens), dtype=torch.bool)
+    if keep is not None:
+        kept = torch.cat([kept[:, :num_prefix], keep.detach() > 0.5], dim=1)
+    own = torch.eye(num_tokens, dtype=torch.bool, device=q.device)
+    seen = kept[:, None, None, :] | own  # [B, 1, N, N]
+    lse = logits.masked_fill(~seen, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    p = (logits - lse).exp().masked_fill(~seen, 0)
+    out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
+
+    if keep is not None and keep.requires_grad:
+        # Adds zero whose gradient is the stated formula.
+        soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own, 0).detach()
+        change = (keep - keep.detach()).to(wide)
+        pulled = torch.einsum(
+            "bhij,bj,bjhd->bihd", soft[..., num_prefix:], change, v[:, num_prefix:].to(wide).detach()
+        )
+        mass = torch.einsum("bhij,bj->bih", soft[..., num_prefix:], change)
+        out = out + pulled - mass[..., None] * out.detach()
+
+    if not need_stats:
+        return out.to(q.dtype), out.new_empty(0)
+
+    kept = kept[:, num_prefix:].to(wide)[:, None]  # [B, 1, N-P]
+    n = kept.sum(-1, keepdim=True).clamp(min=1)
+    patch = p[:, :, num_prefix:, num_prefix:]
+    row_mean = (patch * kept[:, :, None, :]).sum(-1) / n
+    col_mean = (patch * kept[:, :, :, None]).sum(-2) / n
+    row_var = ((patch - row_mean[..., :, None]) ** 2 * kept[:, :, None, :]).sum(-1) / n
+    col_var = ((patch - col_mean[..., None, :]) ** 2 * kept[:, :, :, None]).sum(-2) / n
+    cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
+    if not class_token:
+        cls_out = cls_in = torch.zeros_like(row_mean)
+    stats = torch.stack([cls_out, cls_in, row_mean, row_var, col_mean, col_var], dim=-1)
+    stats = (stats * kept[..., None]).transpose(1, 2)  # [B, N-P, H, 6]
+    return out.to(q.dtype), torch.nn.functional.pad(stats, (0, 0, 0, 0, num_prefix, 0))
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    num_prefix: int,
+    class_token: bool,
+) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _check.tensor(name, value, 4)
+        _check.dtype(name, value, _check.FLOATING)
+        _check.dtype(name, value, q.dtype)
+        _check.device(name, value, "q", q)
+        for dim, meaning in enumerate(("the batch", "tokens", "heads", "head dim")):
+            _check.size(name, value, dim, q.shape[dim], f"{meaning} of q")
+    _check.count("num_prefix", num_prefix, 0, q.shape[1], " (the tokens)")
+    if class_token and isinstance(num_prefix, int) and num_prefix == 0:
+        raise ValueError("class_token=True needs num_prefix of at least 1, got 0")
+    if keep is not None:
+        _check.tensor("keep", keep, 2)
+        _check.dtype("keep", keep, _check.FLOATING)
+        _check.device("keep", keep, "q", q)
+        _check.size("keep", keep, 0, q.shape[0], "the batch")
+        _check.size("keep", keep, 1, q.shape[1] - num_prefix, "the patch tokens")
+    if bias is not None:
+        _check.tensor("bias", bias, 4)
+        _check.dtype("bias", bias, _check.FLOATING)
+        _check.device("bias", bias, "q", q)
+        if isinstance(bias.shape[0], int) and bias.shape[0] != 1:
+            _check.size("bias", bias, 0, q.shape[0], "1 or the batch")
+        _check.size("bias", bias, 1, q.shape[2], "heads")
+        _check.size("bias", bias, 2, q.shape[1], "tokens")
+        _check.size("bias", bias, 3, q.shape[1], "tokens")
+
+
+# ---- the op --------------------------------------------------------------------------------------
+
+
+@_register.composite("attention_stats")
+def _attention_stats(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    need_stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in torch's own operators: one softmax over the map, then few passes over it."""
+    _check_attention(q, k, v, keep, bias, num_prefix, class_token)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    qh, kh, vh = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B, H, N, D]
+    logits = torch.matmul(qh * scale, kh.transpose(-2, -1))
+    if bias is not None:
+        logits = logits + bias
+    seen_logits, hidden = logits, None
+    if keep is not None:
+        if keep.device.type == "cpu":
+            binary = (keep == 0) | (keep == 1)
+            torch._assert_async(binary.all(), "spot::attention_stats: keep must be exactly 0 or 1")
+        dropped = torch.nn.functional.pad(keep.detach() < 0.5, (num_prefix, 0))
+        own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+        hidden = dropped[:, None, None, :] & ~own  # [B, 1, N, N]
+        seen_logits = logits.masked_fill(hidden, float("-inf"))
+    p = seen_logits.softmax(dim=-1)
+    lse = seen_logits.detach().logsumexp(dim=-1)
+    out = torch.matmul(p, vh)
+    if hidden is not None and keep is not None and keep.requires_grad and torch.is_grad_enabled():
+        out = out + _keep_gradient(keep, logits, lse, p, hidden, vh, out, num_prefix)
+    stats = out.new_empty(0)
+    if need_stats:
+        stats = _statistics(p, keep, num_prefix, class_token)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), stats, lse.transpose(1, 2).contiguous()
+
+
+def _keep_gradient(
+    keep: Tensor,  # [B, N-P]
+    logits: Tensor,  # [B, H, N, N]
+    lse: Tensor,  # [B, H, N]
+    p: Tensor,  # [B, H, N, N]
+    hidden: Tensor,  # [B, 1, N, N]
+    v: Tensor,  # [B, H, N, D]
+    out: Tensor,  # [B, H, N, D]
+    num_prefix: int,
+) -> Tensor:
+    """Zeros [B, H, N, D] whose gradient for `keep` is the stated straight-through formula."""
+    with torch.no_grad():
+        soft = torch.where(hidden, (logits - lse[..., None]).sigmoid(), p)
+        soft = soft.masked_fill(torch.eye(p.shape[-1], dtype=torch.bool, device=p.device), 0)
+        soft = soft[..., num_prefix:]
+        value, here = v[:, :, num_prefix:], out.detach()
+    weighted = soft * (keep - keep.detach()).to(p.dtype)[:, None, None, :]
+    return torch.matmul(weighted, value.detach()) - weighted.sum(-1, keepdim=True) * here
+
+
+def _statistics(p: Tensor, keep: Tensor | None, num_prefix: int, class_token: bool) -> Tensor:
+    """Statistics [B, N, H, 6] of the map p [B, H, N, N]; variances are shifted by 1/n."""
+    patch = p[:, :, num_prefix:, num_prefix:]
+    if keep is None:
+        n: Any = max(patch.shape[-1], 1) if isinstance(patch.shape[-1], int) else patch.shape[-1]
+        centred = patch - 1 / n
+    else:
+        kept = keep.detach().to(p.dtype)[:, None]  # [B, 1, N-P]
+        n = kept.sum(-1, keepdim=True).clamp(min=1)
+        centred = (patch - 1 / n[..., None]) * kept[..., None, :] * kept[..., :, None]
+    square = centred * centred
+    row_shift, col_shift = centred.sum(-1) / n, centred.sum(-2) / n
+    row_var = (square.sum(-1) / n - row_shift * row_shift).clamp(min=0)
+    col_var = (square.sum(-2) / n - col_shift * col_shift).clamp(min=0)
+    if class_token:
+        cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
+    else:
+        cls_out = cls_in = torch.zeros_like(row_var)
+    columns = [cls_out, cls_in, row_shift + 1 / n, row_var, col_shift + 1 / n, col_var]
+    stats = torch.stack(columns, dim=-1)  # [B, H, N-P, 6]
+    if keep is not None:
+        stats = stats * kept[..., None]
+    return torch.nn.functional.pad(stats.transpose(1, 2), (0, 0, 0, 0, num_prefix, 0))
+
+
+# ---- autocast ------------------------------------------------------------------------------------
+
+
+@_register.autocast("attention_stats")
+def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    q, k, v = _register.cast(dtype, args[:3])
+    return (q, k, v, *args[3:]), kwargs
