@@ -279,3 +279,25 @@ def _statistics(p: Tensor, keep: Tensor | None, num_prefix: int, class_token: bo
 def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     q, k, v = _register.cast(dtype, args[:3])
     return (q, k, v, *args[3:]), kwargs
+
+
+# ---- FLOPs ---------------------------------------------------------------------------------------
+
+
+@_register.flops("attention_stats")
+def _(
+    q: Any,
+    k: Any,
+    v: Any,
+    keep: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    need_stats: bool = True,
+    **kwargs: Any,
+) -> int:
+    """Two matrix products, and 4 multiply-accumulates per map entry for the statistics."""
+    batch, tokens, heads, dim = q
+    products = 4 * batch * heads * tokens * tokens * dim
+    return products + (8 * batch * heads * (tokens - num_prefix) ** 2 if need_stats else 0)

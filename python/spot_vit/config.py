@@ -1,0 +1,183 @@
+"""What to drop, where, and on what evidence: the configuration of a SPOT model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+METHODS = ("spot",)
+FEATURES = ("embed", "cls", "rowcol", "moments")
+STATISTICS = ("cls", "rowcol", "moments")
+SCALINGS = ("log1p", "n", "raw")
+HEADS = ("concat", "mean")
+TRAIN_DECISIONS = ("gumbel", "topk")
+
+
+def exact(ratio: float) -> Fraction:
+    """The decimal that was written: 0.7 is 7/10. Binary floats give 48 instead of 49 for 100 * 0.7²."""
+    return Fraction(str(ratio))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpotConfig:
+    """Configuration of a SPOT model; frozen, and a round trip through JSON loses nothing.
+
+    Attributes:
+        method: how tokens are scored; "spot" (arXiv 2511.10488).
+        keep: ρ, so that stage k keeps ρ^k of the patch tokens (published), or one cumulative ratio per
+            stage, never rising.
+        at: blocks before which a decision is taken, ascending; None for L//4, L//2, 3L//4 (DynamicViT's
+            places; those of the paper are not known to us).
+        features: evidence given to the predictor, a subset of "embed" (token embeddings), "cls"
+            (attention to and from the class token), "rowcol" (row and column mean and variance), both of
+            the preceding block, and "moments" (mean and variance of all six over the history).
+        history: blocks that enter the moments: "all" so far, "since_last" decision, or the last m (our
+            choice; the window is not published).
+        heads: "concat" keeps the heads apart, "mean" averages them (our choice).
+        d_remap: width of the remapped embedding, None for the model's width (our choice).
+        scaling: "n" multiplies means by n and variances by n², "log1p" takes the logarithm of that, "raw"
+            leaves them (our choice).
+        detach_stats: stop gradients at the statistics.
+        train_decision: "gumbel" draws each token (published); "topk" keeps exactly the budget of noisy
+            scores with a sigmoid straight-through at the cut (our choice).
+        tau: temperature of the Gumbel softmax (DynamicViT's 1).
+    """
+
+    method: str = "spot"
+    keep: float | tuple[float, ...] = 0.7
+    at: tuple[int, ...] | None = None
+    features: tuple[str, ...] = FEATURES
+    history: str | int = "all"
+    heads: str = "concat"
+    d_remap: int | None = None
+    scaling: str = "log1p"
+    detach_stats: bool = False
+    train_decision: str = "gumbel"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("at", "features", "keep"):  # JSON and users give lists
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        _one_of("method", self.method, METHODS)
+        _one_of("heads", self.heads, HEADS)
+        _one_of("scaling", self.scaling, SCALINGS)
+        _one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
+        if isinstance(self.features, str) or not self.features:
+            raise ValueError(f"features must be a non-empty list of {list(FEATURES)}")
+        for feature in self.features:
+            _one_of("features", feature, FEATURES)
+        whole = isinstance(self.history, int) and not isinstance(self.history, bool)
+        if self.history not in ("all", "since_last") and not (whole and int(self.history) > 0):
+            raise ValueError(
+                f"history must be 'all', 'since_last' or a positive int, got {self.history!r}"
+            )
+        if self.d_remap is not None and (self.d_remap < 2 or self.d_remap % 2):
+            raise ValueError(f"d_remap must be even and at least 2, got {self.d_remap}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, got {self.tau}")
+        self._check_keep()
+        self._check_places()
+
+    def _check_keep(self) -> None:
+        ratios = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        for ratio in ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+                raise ValueError(f"keep must be in (0, 1], got {self.keep!r}")
+        if any(later > sooner for sooner, later in zip(ratios, ratios[1:], strict=False)):
+            raise ValueError(f"keep must not rise from stage to stage, got {list(ratios)}")
+
+    def _check_places(self) -> None:
+        if self.at is None:
+            return
+        if not self.at or any(isinstance(b, bool) or not isinstance(b, int) for b in self.at):
+            raise ValueError(f"at must be a non-empty list of block indices, got {self.at!r}")
+        if list(self.at) != sorted(set(self.at)) or self.at[0] < 0:
+            raise ValueError(f"at must ascend from 0 or more, got {list(self.at)}")
+        if self.at[0] == 0 and self.uses_statistics:
+            raise ValueError(
+                "at must not contain 0: no block comes before it, so there are no attention statistics "
+                f"for features {list(self.features)}"
+            )
+        if isinstance(self.keep, tuple) and len(self.keep) != len(self.at):
+            raise ValueError(f"keep names {len(self.keep)} stages, at names {len(self.at)}")
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether any attention statistics are needed."""
+        return any(feature in STATISTICS for feature in self.features)
+
+    @property
+    def uses_latest(self) -> bool:
+        """Whether the statistics of the preceding block enter by themselves."""
+        return "cls" in self.features or "rowcol" in self.features
+
+    def places(self, depth: int) -> tuple[int, ...]:
+        """Block indices of the decisions in a model of `depth` blocks."""
+        at = self.at
+        if at is None:
+            at = tuple(sorted({max(1, depth * k // 4) for k in (1, 2, 3)}))
+        if at[-1] >= depth:
+            raise ValueError(f"at names block {at[-1]}, the model has {depth}")
+        return at
+
+    def ratios(self, stages: int) -> tuple[Fraction, ...]:
+        """Exact cumulative keep ratio of each stage."""
+        if isinstance(self.keep, tuple):
+            if len(self.keep) != stages:
+                raise ValueError(f"keep names {len(self.keep)} stages, the model has {stages}")
+            return tuple(exact(ratio) for ratio in self.keep)
+        return tuple(exact(self.keep) ** k for k in range(1, stages + 1))
+
+    def keep_ratios(self) -> list[float]:
+        """Cumulative keep ratios of the stages of a converted model (whose `at` is filled in)."""
+        return [float(ratio) for ratio in self.ratios(len(self.at or ()))]
+
+    def num_features(self, num_heads: int) -> int:
+        """F, the statistics columns per token: [latest | mean | variance], each [H, 6] or less."""
+        width = 1 if self.heads == "mean" else num_heads
+        latest = 2 * ("cls" in self.features) + 4 * ("rowcol" in self.features)
+        return width * (latest + 12 * ("moments" in self.features))
+
+    def replace(self, **changes: Any) -> SpotConfig:
+        """A copy with some fields changed, checked again."""
+        unknown = set(changes) - {field.name for field in dataclasses.fields(self)}
+        if unknown:
+            names = [field.name for field in dataclasses.fields(self)]
+            raise TypeError(f"SpotConfig has no {sorted(unknown)}; it has {names}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SpotConfig:
+        """The inverse of `to_dict`."""
+        return cls().replace(**data)
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> SpotConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def num_kept(num_tokens: int, ratio: Fraction) -> int:
+    """⌊N · ratio⌋ in integers; N may be symbolic."""
+    return num_tokens * ratio.numerator // ratio.denominator
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")

@@ -1,0 +1,127 @@
+"""Turns a timm model into a SPOT model, in place, and back."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import timm
+from torch import nn
+
+from spot_vit.adapters import ATTENTIONS, BLOCKS, MODELS, ClassAdapter
+from spot_vit.config import SpotConfig
+from spot_vit.loop import SpotLoop
+from spot_vit.relevance import TokenRelevance
+
+
+class UnsupportedModelError(TypeError):
+    """The model cannot be converted; the text says which part and why."""
+
+
+def sparsify(model: nn.Module, config: SpotConfig | None = None, **overrides: Any) -> nn.Module:
+    """Converts a timm Vision Transformer in place and returns it.
+
+    The model keeps its parameters, their names, and its hooks; each deciding block gets a child
+    `relevance`. At keep = 1.0 in eval its outputs are bit-exact with the original's.
+
+    Args:
+        model: a timm model of a supported class (see `supported`).
+        config: configuration; the default one when None.
+        **overrides: fields of `SpotConfig` to change, e.g. `keep=0.7, at=[3, 6, 9]`.
+
+    Returns:
+        The same object, now a `SpotLoop`.
+
+    Raises:
+        UnsupportedModelError: the model, or one of its blocks, has no adapter or does not fit it.
+        ValueError: the configuration does not fit the model.
+        TypeError: an unknown field, or a model that is already converted.
+    """
+    if isinstance(model, SpotLoop):
+        raise TypeError(
+            "the model is a SPOT model already; use set_keep to change its budget, or restore it first"
+        )
+    config = (config or SpotConfig()).replace(**overrides)
+    entry = _adapter_for(MODELS, model, "model")
+    blocks = list(model.blocks)
+    block_entries = [_adapter_for(BLOCKS, block, f"blocks.{b}") for b, block in enumerate(blocks)]
+    attention_entries = [
+        _adapter_for(ATTENTIONS, block.attn, f"blocks.{b}.attn") for b, block in enumerate(blocks)
+    ]
+    config = config.replace(at=config.places(len(blocks)))
+    assert config.at is not None
+    config.ratios(len(config.at))
+    new = [_relevance_for(block, config) if b in config.at else None for b, block in enumerate(blocks)]
+
+    model.__class__ = entry.adapter
+    for block, block_entry, attention_entry, relevance in zip(
+        blocks, block_entries, attention_entries, new, strict=True
+    ):
+        block.__class__ = block_entry.adapter
+        block.attn.__class__ = attention_entry.adapter
+        block.relevance = relevance
+    model.spot_config = config
+    model.train(model.training)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `sparsify` in place: original classes, no predictors. Trained weights stay."""
+    _require_spot(model)
+    original = {
+        entry.adapter: entry.target
+        for entry in itertools.chain(MODELS.values(), BLOCKS.values(), ATTENTIONS.values())
+    }
+    for block in model.blocks:
+        block.attn.__class__ = original[type(block.attn)]
+        block.__class__ = original[type(block)]
+        del block.relevance
+    del model.spot_config
+    model.__class__ = original[type(model)]
+    return model
+
+
+def set_keep(model: nn.Module, keep: float | list[float] | tuple[float, ...]) -> nn.Module:
+    """Changes the budget of a SPOT model at run time; see `SpotConfig.keep`."""
+    _require_spot(model)
+    config = model.spot_config.replace(keep=keep)
+    config.ratios(len(config.at))
+    model.spot_config = config
+    return model
+
+
+def supported() -> list[str]:
+    """Full names of the timm model classes that `sparsify` takes."""
+    return sorted(f"{target.__module__}.{target.__qualname__}" for target in MODELS)
+
+
+def _require_spot(model: nn.Module) -> None:
+    if not isinstance(model, SpotLoop):
+        raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
+
+
+def _adapter_for(
+    table: dict[type[nn.Module], ClassAdapter], module: nn.Module, where: str
+) -> ClassAdapter:
+    """The adapter of the exact class; a subclass may do anything, so it does not count."""
+    entry = table.get(type(module))
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if entry is None:
+        reason = "there is no adapter for this class"
+    else:
+        found = entry.mismatch(module)
+        if found is None:
+            return entry
+        reason = found
+    known = ", ".join(sorted(target.__name__ for target in table))
+    raise UnsupportedModelError(
+        f"cannot convert {where}: {name} (timm {timm.__version__}): {reason}. Supported here: {known}"
+    )
+
+
+def _relevance_for(block: nn.Module, config: SpotConfig) -> TokenRelevance:
+    weight = block.attn.qkv.weight
+    dim = weight.shape[1]
+    d_remap = (config.d_remap or dim) if "embed" in config.features else 0
+    relevance = TokenRelevance(dim, config.num_features(block.attn.num_heads), d_remap)
+    return relevance.to(device=weight.device, dtype=weight.dtype)

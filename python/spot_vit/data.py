@@ -1,0 +1,204 @@
+"""ClutteredDigits: real handwritten digits among clutter, with known foreground patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SPLITS = ("train", "test")
+
+
+class DigitBatch(NamedTuple):
+    """One sample, or with a leading batch dimension several.
+
+    Attributes:
+        image: float32 [1, canvas, canvas], ink from 0 to 1 (outside of it only with noise).
+        label: int64 [], the digit, 0 to 9.
+        foreground: bool [num_patches], row by row: the patches that show the digit asked for.
+    """
+
+    image: Tensor
+    label: Tensor
+    foreground: Tensor
+
+
+class ClutteredDigits(Dataset[DigitBatch]):
+    """scikit-learn's handwritten digits, enlarged and placed at random among fragments of others.
+
+    The cluttered, translated MNIST protocol (Mnih et al., arXiv 1406.6247) on data that needs no
+    download. Most patches are irrelevant by construction and the relevant ones are known, so that
+    token relevance itself can be scored. Every sample is a function of its index and the settings
+    alone: workers, batching and order change nothing. Fragments show other source images of the
+    same split; a source image belongs to one split whatever the seed.
+
+    Args:
+        split: "train" (1,437 source images) or "test" (the other 360).
+        length: number of samples; by default four per source image. Sample i shows source image
+            i modulo their number, so whole rounds are balanced.
+        canvas: side of the image, pixels.
+        digit: side of the enlarged digit, pixels.
+        num_fragments: square cut-outs of other digits per image.
+        fragment: side of a fragment, pixels.
+        patch_size: side of the patches that ``foreground`` speaks of, pixels.
+        noise: standard deviation of Gaussian noise added to the image (digit strokes reach 1).
+        ramp: number of leading samples over which the clutter grows from none to all of it: a
+            curriculum, for reading in order.
+        seed: changes positions, fragments and noise, never the split.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        length: int | None = None,
+        *,
+        canvas: int = 64,
+        digit: int = 24,
+        num_fragments: int = 6,
+        fragment: int = 8,
+        patch_size: int = 8,
+        noise: float = 0.0,
+        ramp: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if split not in _SPLITS:
+            raise ValueError(f"split: expected one of {_SPLITS}, got {split!r}")
+        if not 0 < fragment <= digit <= canvas:
+            raise ValueError(
+                "expected 0 < fragment <= digit <= canvas, "
+                f"got fragment={fragment}, digit={digit}, canvas={canvas}"
+            )
+        if patch_size < 1 or canvas % patch_size:
+            raise ValueError(f"patch_size: expected a divisor of {canvas}, got {patch_size}")
+        if num_fragments < 0 or noise < 0 or ramp < 0:
+            raise ValueError("num_fragments, noise and ramp must not be negative")
+        self.split = split
+        self.canvas, self.digit, self.patch_size = canvas, digit, patch_size
+        self.num_fragments, self.fragment = num_fragments, fragment
+        self.noise, self.ramp, self.seed = noise, ramp, seed
+        self._ink, labels, self._ids = _source_images(split, digit)
+        self._labels = torch.from_numpy(labels)
+        self.length = 4 * len(self._ids) if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> DigitBatch:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[DigitBatch]:
+        return [DigitBatch(*sample) for sample in zip(*self.batch(indices), strict=True)]
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> DigitBatch:
+        """Makes many samples at once; each equals ``self[i]`` bit for bit.
+
+        Args:
+            indices: [B] integers from 0 to ``len(self) - 1``.
+
+        Returns:
+            image float32 [B, 1, canvas, canvas], label int64 [B], foreground bool [B, num_patches].
+        """
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if index.size and not (index.min() >= 0 and index.max() < self.length):
+            raise IndexError(f"index out of range for {self.length} samples")
+        source = index % len(self._ids)
+        draws = self._uniform(index, 2 + 5 * self.num_fragments)
+        image = np.zeros((index.size, self.canvas, self.canvas), np.float32)
+        _paste(image, self._ink[source], draws[:, 0], draws[:, 1])
+        foreground = self._foreground(image)
+        shown = np.full(index.size, self.num_fragments)
+        if self.ramp:
+            shown = np.minimum(index * (self.num_fragments + 1) // self.ramp, self.num_fragments)
+        for i in range(self.num_fragments):
+            draw = draws[:, 2 + 5 * i : 7 + 5 * i]
+            cut = self._fragments(source, draw) * (i < shown)[:, None, None]
+            _paste(image, cut, draw[:, 3], draw[:, 4])
+        if self.noise:
+            image += self._gaussian(index, image[0].size).reshape(image.shape) * self.noise
+        return DigitBatch(
+            torch.from_numpy(image[:, None]),
+            self._labels[torch.from_numpy(source)],
+            torch.from_numpy(foreground),
+        )
+
+    def sources(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        """Which of scikit-learn's 1,797 images each sample shows, int64 [B]."""
+        return self._ids[np.asarray(indices, dtype=np.int64) % len(self._ids)]
+
+    def _fragments(self, source: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """Cuts a random square out of another digit: float32 [B, fragment, fragment]."""
+        count = len(self._ids)
+        other = (source + 1 + _scale(draw[:, 0], count - 1)) % count
+        span = np.arange(self.fragment)
+        room = self.digit - self.fragment + 1
+        rows = _scale(draw[:, 1], room)[:, None] + span
+        cols = _scale(draw[:, 2], room)[:, None] + span
+        return self._ink[other[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+    def _foreground(self, image: np.ndarray) -> np.ndarray:
+        """Patches [B, num_patches] whose ink averages above 0.05 before any clutter is added."""
+        side = self.canvas // self.patch_size
+        patches = image.reshape(-1, side, self.patch_size, side, self.patch_size)
+        return patches.mean(axis=(2, 4)).reshape(len(image), -1) > 0.05
+
+    def _uniform(self, index: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
+        """Numbers in [0, 1), float64 [B, count], from index, seed, split and stream alone."""
+        key = np.array([self.seed, _SPLITS.index(self.split), stream], np.int64).view(np.uint64)
+        state = np.zeros(1, np.uint64)
+        for word in (*np.split(key, 3), index.view(np.uint64)):  # arrays wrap without a warning
+            state = _mix(state + word * _GOLDEN + _GOLDEN)
+        counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+        return (_mix(state[:, None] + counter) >> np.uint64(11)) * 2.0**-53
+
+    def _gaussian(self, index: np.ndarray, count: int) -> np.ndarray:
+        """Standard normal numbers, float32 [B, count] (Box-Muller)."""
+        radius = np.sqrt(-2 * np.log1p(-self._uniform(index, count, stream=1)))
+        angle = 2 * np.pi * self._uniform(index, count, stream=2)
+        return (radius * np.cos(angle)).astype(np.float32)
+
+
+def _paste(image: np.ndarray, ink: np.ndarray, top: np.ndarray, left: np.ndarray) -> None:
+    """Draws ink [B, S, S] into image [B, H, W], brighter wins, at places drawn from [0, 1)."""
+    size = ink.shape[-1]
+    room = image.shape[-1] - size + 1
+    rows = (_scale(top, room)[:, None] + np.arange(size))[:, :, None]
+    cols = (_scale(left, room)[:, None] + np.arange(size))[:, None, :]
+    item = np.arange(len(image))[:, None, None]
+    image[item, rows, cols] = np.maximum(image[item, rows, cols], ink)
+
+
+def _scale(draw: np.ndarray, count: int) -> np.ndarray:
+    """Turns numbers in [0, 1) into integers below count."""
+    return (draw * count).astype(np.int64)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64, a bijection of 64-bit words: a counter gives random bits."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@lru_cache
+def _source_images(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ink float32 [S, size, size] in [0, 1], labels int64 [S] and original positions [S]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "ClutteredDigits needs scikit-learn: pip install 'spot-vit[demo]'"
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    # Ordered by a hash: the file lists digits in turn, and the split must outlive NumPy's generators.
+    order = np.argsort(_mix(np.arange(1, len(labels) + 1, dtype=np.uint64) * _GOLDEN))
+    chosen = order[360:] if split == "train" else order[:360]
+    ink = torch.from_numpy(images[chosen]).float().reshape(-1, 1, 8, 8) / 16
+    ink = F.interpolate(ink, (size, size), mode="bilinear", align_corners=False)[:, 0]
+    return ink.numpy(), labels[chosen].astype(np.int64), chosen

@@ -1,0 +1,49 @@
+"""Parameter groups for training a SPOT model from a pretrained backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    backbone_lr_scale: float = 0.01,
+    freeze_epochs: int = 5,
+    frozen: tuple[str, ...] = ("cls_token", "pos_embed"),
+) -> list[dict[str, Any]]:
+    """Groups of DynamicViT's recipe (published in its code; the paper's is not known to us).
+
+    Predictors train at `lr`; the backbone at `lr * backbone_lr_scale`, and not at all during the first
+    `freeze_epochs` epochs; `frozen` parameters are in no group. Biases, norms and what the model
+    excludes are not decayed.
+
+    Returns:
+        Groups for a torch optimizer, each with `params`, `lr`, `weight_decay`, and for schedulers
+        `name`, `lr_scale` and `freeze_epochs`.
+    """
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or name in frozen:
+            continue
+        predictor = ".relevance." in name
+        decay = parameter.ndim > 1 and name not in exempt
+        scale = 1.0 if predictor else backbone_lr_scale
+        label = ("predictor" if predictor else "backbone") + ("" if decay else "_no_decay")
+        group = groups.setdefault(
+            label,
+            {
+                "name": label,
+                "params": [],
+                "lr": lr * scale,
+                "lr_scale": scale,
+                "weight_decay": weight_decay if decay else 0.0,
+                "freeze_epochs": 0 if predictor else freeze_epochs,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
