@@ -6,6 +6,7 @@ sizes such as `num_keep = N * 7 // 10` export with dynamic shapes; C++ checks th
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +18,27 @@ from torch.autograd import forward_ad
 from spot_ext import _library
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# What LibTorch's stable ABI can name; sub-byte, quantised and `bits` dtypes are missing.
+_ROWS = frozenset(
+    kind
+    for kind in vars(torch).values()
+    if isinstance(kind, torch.dtype)
+    and re.fullmatch(
+        r"torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex(32|64|128)|float[48]_\w+)", str(kind)
+    )
+)
 _WITH_KERNELS = ("cpu", "cuda", "meta")
+_INT64_MAX = 2**63 - 1
 _warned: set[str] = set()
 
 
 def tensor(name: str, value: object, rank: int | None = None) -> None:
-    """`value` is a tensor, of `rank` dimensions when given."""
+    """`value` is a tensor with strides, of `rank` dimensions when given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise TypeError(f"{name} must be a plain dense tensor, got {kind}")
     if rank is not None and value.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {list(value.shape)}")
 
@@ -35,6 +49,37 @@ def dtype(name: str, value: Tensor, expected: torch.dtype | tuple[torch.dtype, .
     if value.dtype not in allowed:
         names = ", ".join(str(kind).removeprefix("torch.") for kind in allowed)
         raise TypeError(f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """`value` has the dtype of `like`; autocast may still make them equal."""
+    if value.dtype == like.dtype:
+        return
+    if value.dtype in FLOATING and like.dtype in FLOATING:
+        if torch.is_autocast_enabled(value.device.type):
+            return
+    expected, found = (str(t.dtype).removeprefix("torch.") for t in (like, value))
+    raise TypeError(f"{name} must be {expected} as {like_name}, got {found}")
+
+
+def row_dtype(name: str, value: Tensor) -> None:
+    """`value` has a dtype whose rows can be moved."""
+    if value.dtype not in _ROWS:
+        found = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be floating, complex, integer or bool, got {found}")
+
+
+def flag(name: str, value: object) -> None:
+    """`value` is a bool."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def number(name: str, value: object) -> None:
+    """`value` is a plain number."""
+    plain = isinstance(value, int | float | torch.SymInt | torch.SymFloat)
+    if not plain or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
 def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -61,9 +106,9 @@ def count(name: str, value: object, low: int, high: Any = None, meaning: str = "
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or (isinstance(high, int) and value > high):
-        upper = f" and {high}{meaning}" if isinstance(high, int) else " and up"
-        raise ValueError(f"{name} must be between {low}{upper}, got {value}")
+    if value < low or value > (high if isinstance(high, int) else _INT64_MAX):
+        wanted = f"between {low} and {high}{meaning}" if isinstance(high, int) else f"an int64 of at least {low}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def eager() -> bool:

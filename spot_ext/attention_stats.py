@@ -71,6 +71,10 @@ def attention_stats(
     if class_token is None:
         class_token = num_prefix > 0
     if _check.eager():
+        _check.flag("class_token", class_token)
+        _check.flag("need_stats", need_stats)
+        if scale is not None:
+            _check.number("scale", scale)
         _check_attention(q, k, v, keep, bias, num_prefix, class_token)
         _check.no_forward_ad("attention_stats", q, k, v, keep, bias)
         if not _check.has_kernel("attention_stats", q):
@@ -79,7 +83,8 @@ def attention_stats(
                 class_token=class_token, need_stats=need_stats,
             )  # fmt: skip
     op = torch.ops.spot.attention_stats
-    out, stats, _ = op(q, k, v, keep, bias, scale, num_prefix, class_token, need_stats)
+    args = (q, k, v, keep, bias, scale, num_prefix, class_token, need_stats)
+    out, stats, _ = _check.call(op, *args) if _check.eager() else op(*args)
     return out, stats
 
 
@@ -137,8 +142,9 @@ def attention_stats_reference(
     col_mean = (patch * kept[:, :, :, None]).sum(-2) / n
     row_var = ((patch - row_mean[..., :, None]) ** 2 * kept[:, :, None, :]).sum(-1) / n
     col_var = ((patch - col_mean[..., None, :]) ** 2 * kept[:, :, :, None]).sum(-2) / n
-    cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
-    if not class_token:
+    if class_token:
+        cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
+    else:
         cls_out = cls_in = torch.zeros_like(row_mean)
     stats = torch.stack([cls_out, cls_in, row_mean, row_var, col_mean, col_var], dim=-1)
     stats = (stats * kept[..., None]).transpose(1, 2)  # [B, N-P, H, 6]
@@ -160,10 +166,11 @@ def _check_attention(
     for name, value in (("q", q), ("k", k), ("v", v)):
         _check.tensor(name, value, 4)
         _check.dtype(name, value, _check.FLOATING)
-        _check.dtype(name, value, q.dtype)
+        _check.same_dtype(name, value, "q", q)
         _check.device(name, value, "q", q)
         for dim, meaning in enumerate(("the batch", "tokens", "heads", "head dim")):
             _check.size(name, value, dim, q.shape[dim], f"{meaning} of q")
+    _check.count("the head dim of q", q.shape[3], 1)
     _check.count("num_prefix", num_prefix, 0, q.shape[1], " (the tokens)")
     if class_token and isinstance(num_prefix, int) and num_prefix == 0:
         raise ValueError("class_token=True needs num_prefix of at least 1, got 0")
@@ -206,7 +213,7 @@ def _attention_stats(
     qh, kh, vh = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B, H, N, D]
     logits = torch.matmul(qh * scale, kh.transpose(-2, -1))
     if bias is not None:
-        logits = logits + bias
+        logits = logits + bias.to(wide)
     seen_logits, hidden = logits, None
     if keep is not None:
         if keep.device.type == "cpu":
@@ -269,7 +276,8 @@ def _statistics(p: Tensor, keep: Tensor | None, num_prefix: int, class_token: bo
     stats = torch.stack(columns, dim=-1)  # [B, H, N-P, 6]
     if keep is not None:
         stats = stats * kept[..., None]
-    return torch.nn.functional.pad(stats.transpose(1, 2), (0, 0, 0, 0, num_prefix, 0))
+    stats = torch.nn.functional.pad(stats.transpose(1, 2), (0, 0, 0, 0, num_prefix, 0))
+    return stats.contiguous()
 
 
 # ---- autocast ------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def fuse_tokens(
     """
     if _check.eager():
         _check_fuse(tokens, weights, index, num_prefix)
+        _check.flag("normalize", normalize)
         _check.no_forward_ad("fuse_tokens", tokens, weights)
         if not _check.has_kernel("fuse_tokens", tokens):
             return fuse_tokens_reference(tokens, weights, index, num_prefix, normalize)
@@ -215,6 +216,7 @@ def _check_index(index: Tensor, like_name: str, like: Tensor) -> None:
 
 def _check_tokens(name: str, tokens: Tensor, num_prefix: int) -> None:
     _check.tensor(name, tokens)
+    _check.row_dtype(name, tokens)
     if tokens.dim() < 2:
         raise ValueError(f"{name} must have shape [B, tokens, ...], got {list(tokens.shape)}")
     _check.count("num_prefix", num_prefix, 0, tokens.shape[1], f" (the tokens of {name})")
@@ -222,7 +224,7 @@ def _check_tokens(name: str, tokens: Tensor, num_prefix: int) -> None:
 
 def _check_same_rows(name: str, value: Tensor, tokens: Tensor) -> None:
     _check.tensor(name, value, tokens.dim())
-    _check.dtype(name, value, tokens.dtype)
+    _check.same_dtype(name, value, "tokens", tokens)
     _check.device(name, value, "tokens", tokens)
     for dim in (0, *range(2, tokens.dim())):
         _check.size(name, value, dim, tokens.shape[dim], "as tokens has")
@@ -261,7 +263,7 @@ def _check_fuse(tokens: Tensor, weights: Tensor, index: Tensor, num_prefix: int)
     _check.dtype("tokens", tokens, _check.FLOATING)
     _check_compact(tokens, index, num_prefix, None)
     _check.tensor("weights", weights, 2)
-    _check.dtype("weights", weights, tokens.dtype)
+    _check.same_dtype("weights", weights, "tokens", tokens)
     _check.device("weights", weights, "tokens", tokens)
     _check.size("weights", weights, 0, tokens.shape[0], "the batch")
     _check.size("weights", weights, 1, tokens.shape[1] - num_prefix, "the patch tokens")

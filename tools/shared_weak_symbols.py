@@ -7,6 +7,7 @@ import sys
 
 
 def weak_symbols(path: str) -> set[str]:
+    """Weak symbols an object file defines."""
     listing = subprocess.run(
         ["nm", "--defined-only", path], check=True, capture_output=True, text=True
     )
@@ -15,6 +16,7 @@ def weak_symbols(path: str) -> set[str]:
 
 
 def main(paths: list[str]) -> int:
+    """Prints what is shared; exit status 1 when anything is."""
     owner: dict[str, str] = {}
     shared = [
         f"{symbol}: {owner[symbol]} and {path}"

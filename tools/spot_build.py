@@ -18,7 +18,7 @@ from scikit_build_core.build import (  # noqa: F401  (hooks passed on unchanged)
 
 TORCH = "torch>=2.11"
 
-# Runs in the target interpreter. Asks for metadata instead of importing torch: import takes seconds.
+# Runs in the target interpreter; asks for metadata, since importing torch takes seconds.
 _PROBE = """
 import importlib.metadata as metadata, importlib.util as util
 spec = util.find_spec("torch")
@@ -30,7 +30,7 @@ if where and tuple(int(part) for part in version) >= (2, 11):
 
 
 def _installed_torch() -> str | None:
-    """Folder of the target interpreter's torch, seen past the isolation of the build environment."""
+    """Folder of the target interpreter's torch, seen past the build isolation."""
     if given := os.environ.get("SPOT_TORCH_DIR"):
         return given
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}

@@ -85,6 +85,10 @@ inline TokenShape check_scatter(const char* op, const char* name, const Tensor& 
   SPOT_CHECK(num_tokens >= 0, op, "num_tokens must not be negative, got ", num_tokens);
   SPOT_CHECK(num_extra >= 0, op, "num_extra must not be negative, got ", num_extra);
   check_prefix(op, name, compacted, num_prefix);
+  SPOT_CHECK(num_tokens <= INT64_MAX - num_prefix, op, "num_tokens is too large: ", num_tokens);
+  SPOT_CHECK(num_extra <= compacted.size(1) - num_prefix, op, "num_extra must be at most ",
+             compacted.size(1) - num_prefix, " (the tokens of ", name, " after the prefix), got ",
+             num_extra);
   check_index(op, index, name, compacted, num_tokens);
   check_size(op, name, compacted, 1, num_prefix + num_extra + index.size(1),
              "prefix, extra and indexed tokens");
@@ -119,11 +123,14 @@ inline void check_select(const char* op, const Tensor& scores, int64_t num_keep)
   check_rank(op, "scores", scores, 2);
   SPOT_CHECK(num_keep >= 0 && num_keep <= scores.size(1), op, "num_keep must be between 0 and ",
              scores.size(1), " (the scored tokens), got ", num_keep);
+  SPOT_CHECK(scores.size(1) <= INT32_MAX, op, "scores must have fewer than 2^31 tokens per image, got ",
+             scores.size(1));
 }
 
 // Names the first index that is out of range or repeated. Host memory only; the slow path after a
 // kernel saw something odd, or the check that SPOT_CHECK=1 asks for.
 inline void explain_index(const char* op, const int64_t* index, const TokenShape& s) {
+  if (s.num_kept == 0) return;
   std::vector<bool> seen(static_cast<size_t>(s.num_tokens));
   for (int64_t b = 0; b < s.batch; ++b) {
     seen.assign(seen.size(), false);

@@ -23,6 +23,7 @@ int64_t grain(int64_t bytes_per_item) { return std::max<int64_t>(1, 32768 / (byt
 // leave a parallel body); the words come from explain_index.
 void run_rows(const char* op, RowStatus (*kernel)(const RowArgs&, int64_t, int64_t),
               const RowArgs& args, const TokenShape& shape, int64_t rows_per_image) {
+  if (args.row_bytes == 0) return explain_index(op, args.index, shape);  // any number of rows
   std::atomic<int> status{kRowsFine};
   parallel_for(0, shape.batch * rows_per_image, grain(args.row_bytes), [&](int64_t begin, int64_t end) {
     const int seen = kernel(args, begin, end);

@@ -24,45 +24,49 @@ inline uint64_t order_key(double x) {
   return x == x ? key : 0u;
 }
 
+constexpr int64_t kKeyLanes = 16;
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Keys that reach `threshold`; `n` is a multiple of kKeyLanes (said again for the compiler).
 template <typename Key>
 inline int64_t count_at_least(const Key* keys, int64_t n, Key threshold) {
-  int64_t total = 0;
-  for (int64_t block = 0; block < n; block += 1 << 20) {
-    const int64_t stop = n - block < (1 << 20) ? n : block + (1 << 20);
-    Key count = 0;  // as wide as the keys, so that lanes line up
-    for (int64_t i = block; i < stop; ++i) count += keys[i] >= threshold ? Key{1} : Key{0};
-    total += static_cast<int64_t>(count);
-  }
-  return total;
+  Key count = 0;  // as wide as the keys, so that lanes line up
+  for (int64_t i = 0; i < (n & -kKeyLanes); ++i) count += keys[i] >= threshold ? Key{1} : Key{0};
+  return static_cast<int64_t>(count);
 }
 
-// Writes the ascending positions of the `keep` largest keys; ties go to the lower position.
+// Writes the ascending positions of the `keep` largest of `n` keys; ties go to the lower position.
+// Zeros, the lowest key there is, follow the n keys up to a multiple of kKeyLanes.
 template <typename Key>
 inline void largest_positions(const Key* keys, int64_t n, int64_t keep, int64_t* out) {
   // Highest threshold, bit by bit, that at least `keep` keys reach.
+  const int64_t padded = round_up(n, kKeyLanes);
   Key threshold = 0;
   int64_t reach = n;
   for (int bit = static_cast<int>(sizeof(Key)) * 8 - 1; bit >= 0 && reach != keep; --bit) {
     const Key candidate = threshold | (Key{1} << bit);
-    const int64_t count = count_at_least(keys, n, candidate);
-    if (count >= keep) {
-      threshold = candidate;
-      reach = count;
-    }
+    const int64_t count = count_at_least(keys, padded, candidate);
+    threshold = count >= keep ? candidate : threshold;
+    reach = count >= keep ? count : reach;
   }
-  // More keys reach the threshold than wanted only if it is the exact keep-th key.
-  int64_t ties = reach;
-  if (reach != keep) {
-    const int64_t above = threshold == ~Key{0} ? 0 : count_at_least(keys, n, threshold + 1);
-    ties = keep - above;
-  }
+  // Both loops write a position and then move on or not: no branch on the keys.
   int64_t written = 0;
-  for (int64_t i = 0; i < n && written < keep; ++i) {
-    const bool tied = keys[i] == threshold && reach != keep;
-    const bool take = keys[i] >= threshold && !(tied && ties <= 0);
-    ties -= tied ? 1 : 0;
+  if (reach == keep) {
+    for (int64_t i = 0; written < keep; ++i) {
+      out[written] = i;
+      written += keys[i] >= threshold;
+    }
+    return;
+  }
+  // The threshold is the exact keep-th key, and more keys equal it than are wanted.
+  int64_t ties = keep;
+  if (threshold != ~Key{0}) ties -= count_at_least(keys, padded, threshold + 1);
+  for (int64_t i = 0; written < keep; ++i) {
+    const bool tied = keys[i] == threshold;
     out[written] = i;
-    written += take ? 1 : 0;
+    written += (keys[i] > threshold) | (tied & (ties > 0));
+    ties -= tied;
   }
 }
 
@@ -70,7 +74,9 @@ template <typename T>
 void select(const SelectArgs& a, int64_t begin, int64_t end) {
   using Key = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
   if (a.num_keep == 0) return;
-  Key* keys = static_cast<Key*>(thread_scratch(static_cast<std::size_t>(a.num_tokens) * sizeof(Key)));
+  const int64_t padded = round_up(a.num_tokens, kKeyLanes);
+  Key* keys = static_cast<Key*>(thread_scratch(static_cast<std::size_t>(padded) * sizeof(Key)));
+  for (int64_t i = a.num_tokens; i < padded; ++i) keys[i] = 0;
   for (int64_t b = begin; b < end; ++b) {
     const T* scores = static_cast<const T*>(a.scores) + b * a.batch_stride;
     if (a.stride == 1)
@@ -99,14 +105,22 @@ inline RowStatus for_images(int64_t begin, int64_t end, int64_t rows_per_image, 
   return status;
 }
 
-inline void copy_rows(char* out, const char* source, int64_t source_row, int64_t row_bytes,
+// Plain vector stores: into new pages, which large outputs are made of, both memcpy (`rep movsb`) and
+// stores past the caches were slower.
+inline void copy_bytes(char* out, const char* source, int64_t bytes) {
+  int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) std::memcpy(out + i, source + i, 64);
+  std::memcpy(out + i, source + i, static_cast<std::size_t>(bytes - i));
+}
+
+inline void copy_rows(char* out, const char* source, int64_t source_row, const RowArgs& a,
                       int64_t count) {
-  if (source_row == row_bytes) {
-    std::memcpy(out, source, static_cast<std::size_t>(count * row_bytes));
+  if (source_row == a.row_bytes) {
+    copy_bytes(out, source, count * a.row_bytes);
     return;
   }
   for (int64_t r = 0; r < count; ++r)
-    std::memcpy(out + r * row_bytes, source + r * source_row, static_cast<std::size_t>(row_bytes));
+    copy_bytes(out + r * a.row_bytes, source + r * source_row, a.row_bytes);
 }
 
 inline RowStatus compact_rows(const RowArgs& a, int64_t begin, int64_t end) {
@@ -118,13 +132,13 @@ inline RowStatus compact_rows(const RowArgs& a, int64_t begin, int64_t end) {
     int64_t r = first;
     if (r < a.num_prefix) {
       const int64_t stop = last < a.num_prefix ? last : a.num_prefix;
-      copy_rows(out + r * a.row_bytes, source + r * a.source_row, a.source_row, a.row_bytes, stop - r);
+      copy_rows(out + r * a.row_bytes, source + r * a.source_row, a.source_row, a, stop - r);
       r = stop;
     }
     if (r < head && r < last) {
       const int64_t stop = last < head ? last : head;
       const char* extra = a.second + b * a.second_batch + (r - a.num_prefix) * a.second_row;
-      copy_rows(out + r * a.row_bytes, extra, a.second_row, a.row_bytes, stop - r);
+      copy_rows(out + r * a.row_bytes, extra, a.second_row, a, stop - r);
       r = stop;
     }
     const int64_t* index = a.index + b * a.num_kept - head;  // index[r] belongs to output row r
@@ -135,7 +149,7 @@ inline RowStatus compact_rows(const RowArgs& a, int64_t begin, int64_t end) {
       if (at < 0 || at >= a.num_tokens) return kRowsBad;
       int64_t run = 1;  // neighbours that stay neighbours move in one copy
       while (r + run < last && index[r + run] == at + run && at + run < a.num_tokens) ++run;
-      copy_rows(out + r * a.row_bytes, patches + at * a.source_row, a.source_row, a.row_bytes, run);
+      copy_rows(out + r * a.row_bytes, patches + at * a.source_row, a.source_row, a, run);
       r += run;
       if (r < last && index[r] <= index[r - 1]) status = kRowsUnsorted;
     }
@@ -161,19 +175,18 @@ inline RowStatus scatter_rows(const RowArgs& a, int64_t begin, int64_t end) {
     int64_t r = first;
     if (r < a.num_prefix) {
       const int64_t stop = last < a.num_prefix ? last : a.num_prefix;
-      copy_rows(out + r * a.row_bytes, source + r * a.source_row, a.source_row, a.row_bytes, stop - r);
+      copy_rows(out + r * a.row_bytes, source + r * a.source_row, a.source_row, a, stop - r);
       r = stop;
     }
     for (; r < last; ++r) {
       const int64_t m = origin[r - a.num_prefix];
       char* row = out + r * a.row_bytes;
-      const std::size_t bytes = static_cast<std::size_t>(a.row_bytes);
       if (m >= 0)
-        std::memcpy(row, patches + m * a.source_row, bytes);
+        copy_bytes(row, patches + m * a.source_row, a.row_bytes);
       else if (second)
-        std::memcpy(row, second + r * a.second_row, bytes);
+        copy_bytes(row, second + r * a.second_row, a.row_bytes);
       else
-        std::memset(row, 0, bytes);
+        std::memset(row, 0, static_cast<std::size_t>(a.row_bytes));
     }
     return kRowsFine;
   });
@@ -195,12 +208,14 @@ inline int64_t list_removed(const FuseArgs& a, int64_t b, int64_t* removed) {
   return count;
 }
 
+// What the sums are divided by. Not its inverse: that of a denormal is inf, that of inf is 0.
 template <typename T>
-inline Acc<T> weight_scale(const FuseArgs& a, const T* weights, const int64_t* removed, int64_t count) {
+inline Acc<T> removed_weight(const FuseArgs& a, const T* weights, const int64_t* removed,
+                             int64_t count) {
   if (!a.normalize) return 1;
   Acc<T> sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += load(weights[removed[i]]);
-  return sum == 0 ? Acc<T>(0) : Acc<T>(1) / sum;
+  return sum;
 }
 
 constexpr int64_t kFuseBlock = 256;  // channels summed at once, in registers and first-level cache
@@ -216,7 +231,7 @@ bool fuse(const FuseArgs& a, int64_t begin, int64_t end) {
     const T* patches =
         static_cast<const T*>(a.tokens) + b * a.tokens_batch + a.num_prefix * a.tokens_row;
     T* out = static_cast<T*>(a.out) + b * a.channels;
-    const Acc<T> scale = weight_scale<T>(a, weights, removed, count);
+    const Acc<T> mass = removed_weight<T>(a, weights, removed, count);
     for (int64_t c0 = 0; c0 < a.channels; c0 += kFuseBlock) {
       const int64_t width = a.channels - c0 < kFuseBlock ? a.channels - c0 : kFuseBlock;
       Acc<T> sum[kFuseBlock] = {};
@@ -225,9 +240,9 @@ bool fuse(const FuseArgs& a, int64_t begin, int64_t end) {
         const T* row = patches + removed[i] * a.tokens_row + c0;
         for (int64_t c = 0; c < width; ++c) sum[c] += w * load(row[c]);
       }
-      // A zero scale means no weight at all: zero, whatever the tokens hold.
+      // No weight at all gives zero, whatever the tokens hold.
       for (int64_t c = 0; c < width; ++c)
-        out[c0 + c] = store<T>(scale == 0 ? Acc<T>(0) : sum[c] * scale);
+        out[c0 + c] = store<T>(mass == 0 ? Acc<T>(0) : sum[c] / mass);
     }
   }
   return true;
@@ -265,19 +280,19 @@ bool fuse_backward(const FuseArgs& a, int64_t begin, int64_t end) {
     T* weights_grad = static_cast<T*>(a.weights_grad) + b * a.num_tokens;
     std::memset(tokens_grad, 0, static_cast<std::size_t>(rows * a.channels) * sizeof(T));
     std::memset(weights_grad, 0, n * sizeof(T));
-    const Acc<T> scale = weight_scale<T>(a, weights, removed, count);
-    if (scale == 0) continue;
+    const Acc<T> mass = removed_weight<T>(a, weights, removed, count);
+    if (mass == 0) continue;
     Acc<T> mean = 0;
     for (int64_t i = 0; i < count; ++i) {
       along[i] = dot(patches + removed[i] * a.tokens_row, grad, a.channels);
       mean += load(weights[removed[i]]) * along[i];
     }
-    mean = a.normalize ? mean * scale : Acc<T>(0);
+    mean = a.normalize ? mean / mass : Acc<T>(0);
     for (int64_t i = 0; i < count; ++i) {
-      const Acc<T> w = load(weights[removed[i]]) * scale;
+      const Acc<T> w = load(weights[removed[i]]) / mass;
       T* row = tokens_grad + (a.num_prefix + removed[i]) * a.channels;
       for (int64_t c = 0; c < a.channels; ++c) row[c] = store<T>(w * load(grad[c]));
-      weights_grad[removed[i]] = store<T>((along[i] - mean) * scale);
+      weights_grad[removed[i]] = store<T>((along[i] - mean) / mass);
     }
   }
   return true;

@@ -54,6 +54,21 @@ __device__ inline A block_sum(A x, A* partial) {
   return warp_sum(x);
 }
 
+// Sum of `x` over this and all lower threads of the block.
+__device__ inline int block_scan(int x, int* partial) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, x, step);
+    x += lane >= step ? below : 0;
+  }
+  __syncthreads();
+  if (lane == kWarp - 1) partial[warp] = x;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) x += partial[w];
+  return x;
+}
+
 // Number of `flag`s in lower threads of the block; `total` gets the number in the whole block.
 __device__ inline int block_rank(bool flag, int* partial, int& total) {
   const unsigned votes = __ballot_sync(0xffffffffu, flag);

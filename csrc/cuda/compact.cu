@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kThreads)
       if ((key & mask) == prefix) atomicAdd(&histogram[static_cast<int>((key >> shift) & 0xff)], 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = 255;
-      while (digit > 0 && wanted > histogram[digit]) wanted -= histogram[digit--];
+    const int digit = 255 - static_cast<int>(threadIdx.x), here = histogram[digit];
+    const int64_t above = block_scan(here, partial) - here;
+    if (above < wanted && wanted <= above + here) {  // true in exactly one thread
       shared_prefix = prefix | (static_cast<Key>(digit) << shift);
-      shared_wanted = wanted;
+      shared_wanted = wanted - above;
     }
     __syncthreads();
     prefix = shared_prefix;
@@ -119,6 +119,21 @@ __device__ inline const char* scatter_source(const RowCopy& a, int64_t b, int64_
   return a.second ? a.second + b * a.second_batch + r * a.second_row : nullptr;
 }
 
+// One warp copies a row, with kInFlight loads per thread under way before the first store.
+template <typename Vector>
+__device__ inline void copy_row(Vector* out, const Vector* source, int64_t count) {
+  constexpr int kInFlight = 4;
+  for (int64_t i = threadIdx.x % kWarp; i < count; i += kInFlight * kWarp) {
+    Vector held[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (i + k * kWarp < count) held[k] = source[i + k * kWarp];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (i + k * kWarp < count) out[i + k * kWarp] = held[k];
+  }
+}
+
 // One warp per output row, Vector-wide accesses (as wide as every address allows).
 template <typename Vector, bool kScatter>
 __global__ void __launch_bounds__(kThreads) row_kernel(RowCopy a) {
@@ -137,8 +152,7 @@ __global__ void __launch_bounds__(kThreads) row_kernel(RowCopy a) {
     const int64_t count = a.row_bytes / static_cast<int64_t>(sizeof(Vector));
     const Vector fill = poison ? poison_value : Vector{};
     if (source != nullptr) {
-#pragma unroll 4
-      for (int64_t i = lane; i < count; i += kWarp) out[i] = source[i];
+      copy_row(out, source, count);
     } else {
       for (int64_t i = lane; i < count; i += kWarp) out[i] = fill;
     }
@@ -258,19 +272,19 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < s.num_tokens; i += kThreads)
     if (origin[i] == -1) mean += load(weights[i]) * along[i];
   mean = block_sum(mean, partial);
-  const Acc<T> scale = !s.normalize ? Acc<T>(1) : sum == 0 ? Acc<T>(0) : 1 / sum;
-  mean = s.normalize ? mean * scale : Acc<T>(0);
+  const Acc<T> mass = s.normalize ? sum : Acc<T>(1);  // divided by: the inverse of a denormal is inf
+  mean = s.normalize && mass != 0 ? mean / mass : Acc<T>(0);
   for (int64_t i = threadIdx.x; i < s.num_tokens; i += kThreads) {
-    const bool live = origin[i] == -1 && scale != 0;
+    const bool live = origin[i] == -1 && mass != 0;
     weights_grad[i] = bad    ? not_a_number<T>()
-                      : live ? store<T>((along[i] - mean) * scale)
+                      : live ? store<T>((along[i] - mean) / mass)
                              : store<T>(0);
   }
   const int lane = threadIdx.x % kWarp;
   for (int64_t r = threadIdx.x / kWarp; r < s.num_prefix + s.num_tokens; r += kThreads / kWarp) {
     const int64_t n = r - s.num_prefix;
-    const bool live = n >= 0 && origin[n] == -1 && scale != 0;
-    const Acc<T> w = live ? load(weights[n]) * scale : Acc<T>(0);
+    const bool live = n >= 0 && origin[n] == -1 && mass != 0;
+    const Acc<T> w = live ? load(weights[n]) / mass : Acc<T>(0);
     T* row = tokens_grad + r * s.channels;
     for (int64_t c = lane; c < s.channels; c += kWarp)
       row[c] = bad ? not_a_number<T>() : live ? store<T>(w * load(grad[c])) : store<T>(0);
@@ -286,6 +300,12 @@ void check_cuda(const char* op, const char* name, const Tensor& t) {
 unsigned warp_grid(int64_t items) {
   const int64_t blocks = (items + kThreads / kWarp - 1) / (kThreads / kWarp);
   return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(blocks, 1), kMaxGridX));
+}
+
+// One block per image.
+unsigned image_grid(const char* op, int64_t batch) {
+  SPOT_CHECK(batch <= kMaxGridX, op, "at most 2^31 - 1 images, got ", batch);
+  return static_cast<unsigned>(batch);
 }
 
 template <typename T>
@@ -318,10 +338,11 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
   const DeviceGuard guard(scores.get_device_index());
   Tensor index = empty_on(scores, {scores.size(0), num_keep}, ScalarType::Long);
   if (index.numel() == 0) return index;
+  const unsigned grid = image_grid(op, scores.size(0));
   const cudaStream_t stream = current_stream(scores);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    select_kernel<T><<<static_cast<unsigned>(scores.size(0)), kThreads, 0, stream>>>(
+    select_kernel<T><<<grid, kThreads, 0, stream>>>(
         data<T>(scores), scores.stride(0), scores.stride(1), scores.size(1), num_keep,
         mutable_data<int64_t>(index));
   });
@@ -385,7 +406,7 @@ Tensor invert(const char* op, const Tensor& index, const TokenShape& s, cudaStre
   const Tensor dense_index = dense(index);
   Tensor origin = empty_on(index, {s.batch, s.num_tokens + 1}, ScalarType::Int);
   if (s.batch == 0) return origin;
-  invert_kernel<<<static_cast<unsigned>(s.batch), kThreads, 0, stream>>>(
+  invert_kernel<<<image_grid(op, s.batch), kThreads, 0, stream>>>(
       data<int64_t>(dense_index), mutable_data<int32_t>(origin), s.num_tokens, s.num_kept);
   SPOT_LAUNCH_CHECK();
   return origin;
@@ -457,7 +478,7 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
   if (out.numel() == 0) return out;
   const Tensor origin = invert(op, index, shape, stream);
   const FuseSizes sizes = fuse_sizes(rows, shape, normalize);
-  const dim3 grid(static_cast<unsigned>(shape.batch),
+  const dim3 grid(image_grid(op, shape.batch),
                   static_cast<unsigned>((sizes.channels + kThreads - 1) / kThreads));
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -495,7 +516,7 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
         data<T>(dense_grad), data<T>(rows), data<int32_t>(origin), mutable_data<Acc<T>>(along),
         shape.batch, sizes);
     SPOT_LAUNCH_CHECK();
-    fuse_backward_kernel<T><<<static_cast<unsigned>(shape.batch), kThreads, 0, stream>>>(
+    fuse_backward_kernel<T><<<image_grid(op, shape.batch), kThreads, 0, stream>>>(
         data<T>(dense_grad), data<T>(dense_weights), data<int32_t>(origin), data<Acc<T>>(along),
         mutable_data<T>(tokens_grad), mutable_data<T>(weights_grad), sizes);
   });

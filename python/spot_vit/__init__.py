@@ -1,18 +1,34 @@
-"""SPOT on timm Vision Transformers: sparse models, training and evaluation."""
+"""SPOT on timm Vision Transformers: sparse models, training and evaluation.
 
-try:
-    import timm as _timm  # noqa: F401
-except ModuleNotFoundError as _missing:
-    raise ModuleNotFoundError(
-        "spot_vit needs timm; install it with: pip install 'spot-vit[models]'"
-    ) from _missing
+Names are imported when first used, so that `spot info` works, and says what is missing, where timm is
+not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from spot_ext import __version__
-from spot_vit.config import SpotConfig
-from spot_vit.convert import UnsupportedModelError, restore, set_keep, sparsify, supported
-from spot_vit.flops import count_flops
-from spot_vit.loop import SpotOutput
-from spot_vit.optim import param_groups
+
+if TYPE_CHECKING:
+    from spot_vit.config import SpotConfig
+    from spot_vit.convert import UnsupportedModelError, restore, set_keep, sparsify, supported
+    from spot_vit.flops import count_flops
+    from spot_vit.loop import SpotOutput
+    from spot_vit.optim import param_groups
+
+_HOME = {
+    "SpotConfig": "config",
+    "SpotOutput": "loop",
+    "UnsupportedModelError": "convert",
+    "count_flops": "flops",
+    "param_groups": "optim",
+    "restore": "convert",
+    "set_keep": "convert",
+    "sparsify": "convert",
+    "supported": "convert",
+}
 
 __all__ = [
     "SpotConfig",
@@ -26,3 +42,20 @@ __all__ = [
     "sparsify",
     "supported",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spot_vit' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"spot_vit.{_HOME[name]}"), name)
+    except ModuleNotFoundError as missing:
+        if missing.name == "timm":
+            raise ModuleNotFoundError(
+                "spot_vit needs timm; install it with: pip install 'spot-vit[models]'", name="timm"
+            ) from missing
+        raise
+
+
+def __dir__() -> list[str]:
+    return __all__

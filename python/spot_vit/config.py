@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,7 +18,7 @@ TRAIN_DECISIONS = ("gumbel", "topk")
 
 
 def exact(ratio: float) -> Fraction:
-    """The decimal that was written: 0.7 is 7/10. Binary floats give 48 instead of 49 for 100 * 0.7²."""
+    """The decimal that was written: 0.7 is 7/10. Binary floats give 48, not 49, for 100 * 0.7²."""
     return Fraction(str(ratio))
 
 
@@ -27,22 +28,23 @@ class SpotConfig:
 
     Attributes:
         method: how tokens are scored; "spot" (arXiv 2511.10488).
-        keep: ρ, so that stage k keeps ρ^k of the patch tokens (published), or one cumulative ratio per
-            stage, never rising.
-        at: blocks before which a decision is taken, ascending; None for L//4, L//2, 3L//4 (DynamicViT's
-            places; those of the paper are not known to us).
+        keep: ρ, so that stage k keeps ρ^k of the patch tokens (published), or one cumulative ratio
+            per stage, never rising.
+        at: blocks before which a decision is taken, ascending; None for L//4, L//2, 3L//4
+            (DynamicViT's places; those of the paper are not known to us).
         features: evidence given to the predictor, a subset of "embed" (token embeddings), "cls"
-            (attention to and from the class token), "rowcol" (row and column mean and variance), both of
-            the preceding block, and "moments" (mean and variance of all six over the history).
-        history: blocks that enter the moments: "all" so far, "since_last" decision, or the last m (our
-            choice; the window is not published).
+            (attention to and from the class token), "rowcol" (row and column mean and variance),
+            both of the preceding block, and "moments" (mean and variance of all six over the
+            history).
+        history: blocks that enter the moments: "all" so far, "since_last" decision, or the last m
+            (our choice; the window is not published).
         heads: "concat" keeps the heads apart, "mean" averages them (our choice).
         d_remap: width of the remapped embedding, None for the model's width (our choice).
-        scaling: "n" multiplies means by n and variances by n², "log1p" takes the logarithm of that, "raw"
-            leaves them (our choice).
+        scaling: "n" multiplies means by n and variances by n², "log1p" takes the logarithm of that,
+            "raw" leaves them (our choice).
         detach_stats: stop gradients at the statistics.
-        train_decision: "gumbel" draws each token (published); "topk" keeps exactly the budget of noisy
-            scores with a sigmoid straight-through at the cut (our choice).
+        train_decision: "gumbel" draws each token (published); "topk" keeps exactly the budget of
+            noisy scores with a sigmoid straight-through at the cut (our choice).
         tau: temperature of the Gumbel softmax (DynamicViT's 1).
     """
 
@@ -88,7 +90,7 @@ class SpotConfig:
         for ratio in ratios:
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
                 raise ValueError(f"keep must be in (0, 1], got {self.keep!r}")
-        if any(later > sooner for sooner, later in zip(ratios, ratios[1:], strict=False)):
+        if any(later > sooner for sooner, later in itertools.pairwise(ratios)):
             raise ValueError(f"keep must not rise from stage to stage, got {list(ratios)}")
 
     def _check_places(self) -> None:
@@ -100,8 +102,8 @@ class SpotConfig:
             raise ValueError(f"at must ascend from 0 or more, got {list(self.at)}")
         if self.at[0] == 0 and self.uses_statistics:
             raise ValueError(
-                "at must not contain 0: no block comes before it, so there are no attention statistics "
-                f"for features {list(self.features)}"
+                "at must not contain 0: no block comes before it, so there are no attention "
+                f"statistics for features {list(self.features)}"
             )
         if isinstance(self.keep, tuple) and len(self.keep) != len(self.at):
             raise ValueError(f"keep names {len(self.keep)} stages, at names {len(self.at)}")
@@ -171,11 +173,6 @@ class SpotConfig:
     def from_json(cls, text: str) -> SpotConfig:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
-
-
-def num_kept(num_tokens: int, ratio: Fraction) -> int:
-    """⌊N · ratio⌋ in integers; N may be symbolic."""
-    return num_tokens * ratio.numerator // ratio.denominator
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

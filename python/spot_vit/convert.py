@@ -18,7 +18,7 @@ class UnsupportedModelError(TypeError):
     """The model cannot be converted; the text says which part and why."""
 
 
-def sparsify(model: nn.Module, config: SpotConfig | None = None, **overrides: Any) -> nn.Module:
+def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> Any:
     """Converts a timm Vision Transformer in place and returns it.
 
     The model keeps its parameters, their names, and its hooks; each deciding block gets a child
@@ -39,7 +39,7 @@ def sparsify(model: nn.Module, config: SpotConfig | None = None, **overrides: An
     """
     if isinstance(model, SpotLoop):
         raise TypeError(
-            "the model is a SPOT model already; use set_keep to change its budget, or restore it first"
+            "the model is a SPOT model already; set_keep changes its budget, restore undoes it"
         )
     config = (config or SpotConfig()).replace(**overrides)
     entry = _adapter_for(MODELS, model, "model")
@@ -50,8 +50,10 @@ def sparsify(model: nn.Module, config: SpotConfig | None = None, **overrides: An
     ]
     config = config.replace(at=config.places(len(blocks)))
     assert config.at is not None
-    config.ratios(len(config.at))
-    new = [_relevance_for(block, config) if b in config.at else None for b, block in enumerate(blocks)]
+    config.ratios(len(config.at))  # a list of ratios must name every stage
+    new = [
+        _relevance_for(block, config) if b in config.at else None for b, block in enumerate(blocks)
+    ]
 
     model.__class__ = entry.adapter
     for block, block_entry, attention_entry, relevance in zip(
@@ -60,12 +62,12 @@ def sparsify(model: nn.Module, config: SpotConfig | None = None, **overrides: An
         block.__class__ = block_entry.adapter
         block.attn.__class__ = attention_entry.adapter
         block.relevance = relevance
-    model.spot_config = config
+    model._configure(config)
     model.train(model.training)
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Any) -> Any:
     """Undoes `sparsify` in place: original classes, no predictors. Trained weights stay."""
     _require_spot(model)
     original = {
@@ -76,17 +78,15 @@ def restore(model: nn.Module) -> nn.Module:
         block.attn.__class__ = original[type(block.attn)]
         block.__class__ = original[type(block)]
         del block.relevance
-    del model.spot_config
+    del model.spot_config, model._spot_ratios
     model.__class__ = original[type(model)]
     return model
 
 
-def set_keep(model: nn.Module, keep: float | list[float] | tuple[float, ...]) -> nn.Module:
+def set_keep(model: Any, keep: float | list[float] | tuple[float, ...]) -> Any:
     """Changes the budget of a SPOT model at run time; see `SpotConfig.keep`."""
     _require_spot(model)
-    config = model.spot_config.replace(keep=keep)
-    config.ratios(len(config.at))
-    model.spot_config = config
+    model._configure(model.spot_config.replace(keep=keep))
     return model
 
 
@@ -115,11 +115,12 @@ def _adapter_for(
         reason = found
     known = ", ".join(sorted(target.__name__ for target in table))
     raise UnsupportedModelError(
-        f"cannot convert {where}: {name} (timm {timm.__version__}): {reason}. Supported here: {known}"
+        f"cannot convert {where}: {name} (timm {timm.__version__}): {reason}. "
+        f"Supported here: {known}"
     )
 
 
-def _relevance_for(block: nn.Module, config: SpotConfig) -> TokenRelevance:
+def _relevance_for(block: Any, config: SpotConfig) -> TokenRelevance:
     weight = block.attn.qkv.weight
     dim = weight.shape[1]
     d_remap = (config.d_remap or dim) if "embed" in config.features else 0

@@ -145,8 +145,8 @@ class ClutteredDigits(Dataset[DigitBatch]):
     def _foreground(self, image: np.ndarray) -> np.ndarray:
         """Patches [B, num_patches] whose ink averages above 0.05 before any clutter is added."""
         side = self.canvas // self.patch_size
-        patches = image.reshape(-1, side, self.patch_size, side, self.patch_size)
-        return patches.mean(axis=(2, 4)).reshape(len(image), -1) > 0.05
+        patches = image.reshape(len(image), side, self.patch_size, side, self.patch_size)
+        return patches.mean(axis=(2, 4)).reshape(len(image), side * side) > 0.05
 
     def _uniform(self, index: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
         """Numbers in [0, 1), float64 [B, count], from index, seed, split and stream alone."""
@@ -196,7 +196,7 @@ def _source_images(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.nd
             "ClutteredDigits needs scikit-learn: pip install 'spot-vit[demo]'"
         ) from error
     images, labels = load_digits(return_X_y=True)
-    # Ordered by a hash: the file lists digits in turn, and the split must outlive NumPy's generators.
+    # Ordered by a hash: the file lists digits in turn, and NumPy's generators may change.
     order = np.argsort(_mix(np.arange(1, len(labels) + 1, dtype=np.uint64) * _GOLDEN))
     chosen = order[360:] if split == "train" else order[:360]
     ink = torch.from_numpy(images[chosen]).float().reshape(-1, 1, 8, 8) / 16

@@ -29,7 +29,9 @@ def gumbel_mask(logp: Tensor, previous: Tensor | None, tau: float) -> Tensor:
 
 
 def topk_mask(logp: Tensor, previous: Tensor | None, num_keep: int, tau: float) -> Tensor:
-    """Keeps exactly `num_keep` tokens by noisy log-odds, a sigmoid around the cut as gradient (ours).
+    """Keeps the `num_keep` best noisy log-odds; a sigmoid around the cut is the gradient.
+
+    Our choice: it hits budgets exactly and needs no ratio loss.
 
     Args:
         logp: [B, N, 2] log-probabilities, index 0 = keep.
@@ -41,7 +43,9 @@ def topk_mask(logp: Tensor, previous: Tensor | None, num_keep: int, tau: float) 
         [B, N] of exactly 0 and 1.
     """
     noisy = logp[..., 0] - logp[..., 1]
-    noisy = noisy + _gumbel_like(noisy) - _gumbel_like(noisy)  # a logistic draw, as Gumbel-softmax's
+    noisy = (
+        noisy + _gumbel_like(noisy) - _gumbel_like(noisy)
+    )  # a logistic draw, as Gumbel-softmax's
     scores = noisy.detach()
     if previous is not None:
         scores = scores.masked_fill(previous.detach() < 0.5, float("-inf"))
@@ -49,7 +53,9 @@ def topk_mask(logp: Tensor, previous: Tensor | None, num_keep: int, tau: float) 
     lowest_kept = scores.masked_fill(hard < 0.5, float("inf")).amin(dim=1, keepdim=True)
     highest_dropped = scores.masked_fill(hard > 0.5, float("-inf")).amax(dim=1, keepdim=True)
     cut = (lowest_kept + highest_dropped) / 2
-    cut = torch.where(cut.isfinite(), cut, torch.zeros_like(cut))  # nothing dropped, or nothing kept
+    cut = torch.where(
+        cut.isfinite(), cut, torch.zeros_like(cut)
+    )  # nothing dropped, or nothing kept
     soft = ((noisy - cut) / tau).sigmoid()
     mask = straight_through(hard, soft)
     return mask if previous is None else mask * previous

@@ -59,6 +59,7 @@ class Recipe:
     latency_rounds: int = 40
 
 
+_BATCH_SIZES = (1, 32)  # at which latency is measured
 QUICK = Recipe(steps=40, extra_steps=10, test_images=360, latency_rounds=5)
 
 
@@ -68,8 +69,10 @@ class ConvStem(PatchEmbed):
     A plain patch embedding does not learn the task in the time of a demonstration.
     """
 
-    def __init__(self, *args: Any, in_chans: int, embed_dim: int, **kwargs: Any) -> None:
-        super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any
+    ) -> None:
+        super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
         layers: list[nn.Module] = []
         for width in (24, 48):
             layers += [
@@ -78,7 +81,8 @@ class ConvStem(PatchEmbed):
                 nn.GELU(),
             ]
             in_chans = width
-        self.proj = nn.Sequential(*layers, nn.Conv2d(in_chans, embed_dim, 3, stride=2, padding=1))
+        layers.append(nn.Conv2d(in_chans, embed_dim, 3, stride=2, padding=1))
+        self.add_module("proj", nn.Sequential(*layers))
 
 
 def build_dense(recipe: Recipe) -> VisionTransformer:
@@ -150,13 +154,13 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
         },
         "rows": _compare(models, recipe, test),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    config = {"recipe": summary["recipe"], "spot": dataclasses.asdict(spot.spot_config)}
-    save_checkpoint(output / "spot.safetensors", spot, config)
-    save_kept(output / "kept.png", spot, test.batch(range(12)))
+    files = [output / name for name in ("spot.safetensors", "summary.json", "kept.png")]
+    config = {"recipe": summary["recipe"], "spot": spot.spot_config.to_dict()}
+    save_checkpoint(files[0], spot, config)
+    save_kept(files[2], spot, test.batch(range(12)))
     summary["seconds"] = time.perf_counter() - started
-    save_json(output / "summary.json", summary)
-    print(_describe(summary, output))
+    save_json(files[1], summary)
+    print(_describe(summary, files))
     return summary
 
 
@@ -200,7 +204,7 @@ def _compare(models: dict[str, Any], recipe: Recipe, test: ClutteredDigits) -> l
             rounds=recipe.latency_rounds,
             name=f"latency at batch {size}",
         )
-        for size in (1, 32)
+        for size in _BATCH_SIZES
     }
     rows = []
     for name, model in models.items():
@@ -214,39 +218,46 @@ def _compare(models: dict[str, Any], recipe: Recipe, test: ClutteredDigits) -> l
         }
         for size, measured in latency.items():
             row[f"latency_batch{size}"] = dataclasses.asdict(measured[name])
-        if hasattr(model, "spot_config"):
-            row["relevance"] = dataclasses.asdict(relevance(model, loader))
+        sparse = hasattr(model, "spot_config")
+        row["relevance"] = dataclasses.asdict(relevance(model, loader)) if sparse else None
         rows.append(row)
     return rows
 
 
-def _describe(summary: dict[str, Any], output: Path) -> str:
+def _describe(summary: dict[str, Any], files: list[Path]) -> str:
     """The table, how to read it, and where the files are."""
-    header = ["", "top-1", "against dense", "GMACs", "ms, batch 1", "ms, batch 32", "foreground kept"]
-    lines, dense = [header], summary["rows"][0]
-    for row in summary["rows"]:
-        first = row is dense
-        difference = f"{1e2 * row['difference']:+.2f} ± {1e2 * row['difference_standard_error']:.2f}"
-        cells = [
-            row["model"],
-            f"{row['top1']:.2%}",
-            "" if first else difference,
-            f"{row['gmacs']:.4f} ({row['gmacs'] / dense['gmacs']:.0%})",
+    rows = summary["rows"]
+    table = [
+        [
+            "",
+            "top-1",
+            "against dense",
+            "GMACs/image",
+            "ms, batch 1",
+            "ms, batch 32",
+            "foreground kept",
+            "at random",
         ]
-        for size in (1, 32):
+    ]
+    for row in rows:
+        cells = [row["model"], f"{row['top1']:.2%}"]
+        cells.append(f"{row['difference']:+.2%} ± {row['difference_standard_error']:.2%}")
+        cells.append(f"{row['gmacs']:.4f} {row['gmacs'] / rows[0]['gmacs']:5.0%}")
+        for size in _BATCH_SIZES:
             latency = row[f"latency_batch{size}"]
-            cells.append(f"{latency['median']:.2f} (x{latency['ratio']:.2f})")
-        kept = row.get("relevance")
-        cells.append(
-            " > ".join(f"{own:.0%} ({chance:.0%})" for own, chance in zip(*kept.values()))
-            if kept
-            else "all"
-        )
-        lines.append(cells)
-    files = "\n".join(f"  {output / name}" for name in ("spot.safetensors", "summary.json", "kept.png"))
+            cells.append(f"{latency['median']:.2f} x{latency['ratio']:.2f}")
+        kept = row["relevance"] or {"foreground": [1.0], "random": [1.0]}
+        for shares in (kept["foreground"], kept["random"]):
+            cells.append(" ".join(f"{share:.0%}" for share in shares))
+        table.append(cells)
+    table[1][2] = ""
     return f"""
-{format_table(lines)}
+{format_table(table)}
 
-{summary["recipe"]["test_images"]} test images ...
-Files, after {summary["seconds"] / 60:.1f} minutes:
-{files}"""
+top-1            accuracy on {summary["recipe"]["test_images"]} images of digits never trained on
+against dense    paired difference on the same images, and its standard error
+GMACs/image      multiply-accumulates of everything, stem, predictors and statistics included
+ms               median time of one batch, {summary["threads"]} CPU threads, and the ratio to dense
+foreground kept  patches of the digit that survive each stage of SPOT, and what chance would keep
+
+{summary["seconds"] / 60:.1f} minutes; written: {", ".join(map(str, files))}"""

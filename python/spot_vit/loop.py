@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spot_ext
-from spot_vit.config import SpotConfig, num_kept
+from spot_vit.config import SpotConfig
 from spot_vit.decide import gumbel_mask, mask_of, topk_mask
 from spot_vit.moments import History
 
@@ -29,8 +29,8 @@ class SpotOutput:
         tokens: final normalised tokens, prefix first: [B, P+N, C] in training, survivors in eval.
         masks: K cumulative masks [B, N] over the original grid, exactly 0 or 1; in training with
             straight-through gradients.
-        logp: K log-probabilities [B, N_k, 2] of the tokens each decision saw, index 0 = keep; empty for
-            decisions that were given.
+        logp: K log-probabilities [B, N_k, 2] of the tokens each decision saw, index 0 = keep; empty
+            for decisions that were given.
         index: in eval K ascending [B, n_k] int64 positions on the original grid; empty in training.
     """
 
@@ -61,7 +61,8 @@ class SpotLoop(nn.Module):
     """Mixin: the forward pass of a converted model."""
 
     spot_config: SpotConfig
-    blocks: nn.Module
+    _spot_ratios: tuple[tuple[int, int], ...]  # numerator, denominator per stage
+    blocks: Any
     norm: nn.Module
     num_prefix_tokens: int
     has_class_token: bool
@@ -77,6 +78,13 @@ class SpotLoop(nn.Module):
 
         def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
             """Logits from tokens."""
+
+    def _configure(self, config: SpotConfig) -> None:
+        """Sets the configuration; ratios as plain ints, which torch.compile can trace."""
+        self._spot_ratios = tuple(
+            (ratio.numerator, ratio.denominator) for ratio in config.ratios(len(config.at or ()))
+        )
+        self.spot_config = config
 
     # ---- public ----------------------------------------------------------------------------------
 
@@ -96,13 +104,13 @@ class SpotLoop(nn.Module):
             attn_mask: not supported; a sparse model builds its own masks.
             is_causal: not supported.
             aux: return a `SpotOutput` with decisions and final tokens as well.
-            kept: decisions to use instead of the predictor's: per stage [B, n_k] int64 positions on the
-                original grid, each stage a subset of the one before.
+            kept: decisions to use instead of the predictor's: per stage [B, n_k] int64 positions on
+                the original grid, each stage a subset of the one before.
 
         Returns:
             [B, classes], or `SpotOutput` with `aux=True`.
         """
-        _refuse_masks(attn_mask, is_causal)
+        refuse_masks(attn_mask, is_causal)
         run = self._run(x, kept=kept, every_decision=aux)
         tokens = self.norm(run.x)
         logits = (
@@ -116,7 +124,7 @@ class SpotLoop(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Final normalised tokens: all of them in training, survivors in eval."""
-        _refuse_masks(attn_mask, is_causal)
+        refuse_masks(attn_mask, is_causal)
         return self.norm(self._run(x).x)
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -131,15 +139,15 @@ class SpotLoop(nn.Module):
     ) -> _Pass:
         """Runs the blocks.
 
-        `every_decision` runs the predictor even where nothing would be cut; `take` names blocks whose
-        output is wanted on the full grid; `stop` is the number of blocks to run.
+        `every_decision` runs the predictor even where nothing would be cut; `take` names blocks
+        whose output is wanted on the full grid; `stop` is the number of blocks to run.
         """
         config = self.spot_config
         x = self._tokens(image)
         run = _Pass(x, x.shape[1] - self.num_prefix_tokens, History(config))
         blocks = list(self.blocks)[:stop]
         places = [b for b, block in enumerate(blocks) if block.relevance is not None]
-        budgets = [num_kept(run.grid, ratio) for ratio in config.ratios(len(config.at or ()))]
+        budgets = [run.grid * over // under for over, under in self._spot_ratios]
         _check_kept(kept, places, run)
         if kept is not None:
             deciding = []
@@ -214,7 +222,11 @@ class SpotLoop(nn.Module):
     def _apply_given(self, run: _Pass, index: Tensor) -> None:
         """A given decision: `index` [B, n] on the original grid."""
         if self.training:
-            self._mask(run, mask_of(index, run.grid, run.x.dtype))
+            mask = mask_of(index, run.grid, run.x.dtype)
+            eager = not torch.compiler.is_compiling()
+            if eager and run.mask is not None and (mask > run.mask).any():
+                raise ValueError("kept names a token that was not kept by the stage before")
+            self._mask(run, mask)
             return
         if run.position is not None:  # original positions -> positions among survivors
             order = torch.full((index.shape[0], run.grid), -1, device=index.device)
@@ -251,7 +263,8 @@ class SpotLoop(nn.Module):
         )
 
 
-def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raises for the arguments of timm's forward methods that a sparse model cannot honour."""
     if attn_mask is not None:
         raise ValueError("attn_mask is not supported by a SPOT model: it builds its own masks")
     if is_causal:
@@ -262,7 +275,9 @@ def _check_kept(kept: Sequence[Tensor] | None, places: Sequence[int], run: _Pass
     if kept is None:
         return
     if len(kept) != len(places):
-        raise ValueError(f"kept must give {len(places)} index tensors, one per stage, got {len(kept)}")
+        raise ValueError(
+            f"kept must give {len(places)} index tensors, one per stage, got {len(kept)}"
+        )
     for stage, index in enumerate(kept):
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 2:
             raise TypeError(f"kept[{stage}] must be an int64 tensor [B, n]")

@@ -37,8 +37,8 @@ def scale_statistics(stats: Tensor, count: Tensor | int, scaling: str) -> Tensor
 class History:
     """Running evidence of one forward pass; local to it, so checkpointing and threads are safe.
 
-    Mean and variance are Welford updates: plain sums of squares lose digits, since the variances are
-    tiny beside the squares. Memory: 3 (all so far) or m + 1 tensors [B, N, H, 6].
+    Mean and variance are Welford updates: plain sums of squares lose digits, since the variances
+    are tiny beside the squares. Memory: 3 (all so far) or m + 1 tensors [B, N, H, 6].
     """
 
     def __init__(self, config: SpotConfig) -> None:
@@ -52,7 +52,9 @@ class History:
     def update(self, stats: Tensor, count: Tensor | int) -> None:
         """Adds a block's statistics [B, N, H, 6], which ran over `count` tokens."""
         config = self.config
-        x = scale_statistics(stats.detach() if config.detach_stats else stats, count, config.scaling)
+        x = scale_statistics(
+            stats.detach() if config.detach_stats else stats, count, config.scaling
+        )
         if config.heads == "mean":
             x = x.mean(dim=2, keepdim=True)
         self.latest = x

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 
 def param_groups(
-    model: nn.Module,
+    model: Any,
     lr: float = 1e-3,
     weight_decay: float = 0.05,
     backbone_lr_scale: float = 0.01,
@@ -17,9 +15,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups of DynamicViT's recipe (published in its code; the paper's is not known to us).
 
-    Predictors train at `lr`; the backbone at `lr * backbone_lr_scale`, and not at all during the first
-    `freeze_epochs` epochs; `frozen` parameters are in no group. Biases, norms and what the model
-    excludes are not decayed.
+    Predictors train at `lr`; the backbone at `lr * backbone_lr_scale`, and not at all during the
+    first `freeze_epochs` epochs; `frozen` parameters are in no group. Biases, norms and what the
+    model excludes are not decayed.
 
     Returns:
         Groups for a torch optimizer, each with `params`, `lr`, `weight_decay`, and for schedulers

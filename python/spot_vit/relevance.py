@@ -24,14 +24,13 @@ class TokenRelevance(nn.Module):
     def __init__(self, dim: int, num_features: int, d_remap: int) -> None:
         super().__init__()
         d_in = d_remap + num_features
-        if d_in < 4:
-            raise ValueError(f"a relevance module needs at least 4 inputs, got {d_in}")
+        h1, h2 = max(d_in // 2, 1), max(d_in // 4, 1)
         self.d_remap, self.num_features = d_remap, num_features
         self.norm = nn.LayerNorm(dim, eps=1e-5) if d_remap else None
         self.remap = nn.Linear(dim, d_remap) if d_remap else None
-        self.fc1 = nn.Linear(d_in, d_in // 2)
-        self.fc2 = nn.Linear(d_in // 2, d_in // 4)
-        self.fc3 = nn.Linear(d_in // 4, 2)
+        self.fc1 = nn.Linear(d_in, h1)
+        self.fc2 = nn.Linear(h1, h2)
+        self.fc3 = nn.Linear(h2, 2)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

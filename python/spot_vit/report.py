@@ -67,32 +67,33 @@ def save_kept(path: str | os.PathLike[str], model: nn.Module, batch: DigitBatch)
     masks = [mask > 0.5 for mask in output.masks]
     predictions = output.logits.argmax(dim=1).tolist()
     panels, rows = 1 + len(masks), (len(predictions) + 1) // 2
-    figure = Figure(figsize=(3.0 * panels + 0.4, 1.75 * rows + 0.5), layout="constrained")
-    halves = figure.subfigures(1, 2)
-    axes = [row for half in halves for row in half.subplots(rows, panels, squeeze=False)]
-    for row in axes:
-        for axis in row:
-            axis.set_axis_off()
+    figure = Figure(figsize=(3.0 * panels, 1.75 * rows + 0.5), layout="constrained")
+    # Two images a row, with a gap between them.
+    widths = [1.0] * panels + [0.15] + [1.0] * panels
+    grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    axes = np.delete(grid, panels, axis=1).reshape(-1, panels)
     for i, (row, predicted) in enumerate(zip(axes, predictions, strict=False)):
         image, label = batch.image[i, 0].clamp(0, 1), int(batch.label[i])
-        row[0].imshow(image.expand(3, -1, -1).permute(1, 2, 0))
+        row[0].imshow(_survivors(image, torch.ones_like(masks[0][i])))
         verdict, colour = ("right", "black") if predicted == label else ("wrong", "red")
         row[0].set_title(f"{label}, read as {predicted}: {verdict}", fontsize=9, color=colour)
         for stage, mask in enumerate(masks):
             row[stage + 1].imshow(_survivors(image, mask[i]))
-            title = f"stage {stage + 1}: {int(mask[i].sum())} of {mask.shape[1]} patches"
-            row[stage + 1].set_title(title, fontsize=9)
+            kept = f"{int(mask[i].sum())} of {mask.shape[1]}"
+            row[stage + 1].set_title(f"stage {stage + 1}: {kept}", fontsize=9)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def _survivors(image: Tensor, mask: Tensor) -> Tensor:
+def _survivors(image: Tensor, mask: Tensor) -> np.ndarray:
     """Paints dropped patches of image [H, W] over: float32 [H, W, 3]; mask is bool [N]."""
     side = int(mask.numel() ** 0.5)
     zoom = image.shape[0] // side
     kept = mask.reshape(side, side).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     dropped = torch.tensor([0.36, 0.55, 0.78])
-    return torch.where(kept[..., None], image[..., None], dropped)
+    return torch.where(kept[..., None], image[..., None], dropped).numpy()
 
 
 def paired_difference(

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -52,6 +53,7 @@ class SpotObjective:
         self.teacher: Any = teacher and teacher.eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
+        """The loss and its terms; the model returns a ``SpotOutput`` for ``aux=True``."""
         view = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -60,15 +62,24 @@ class SpotObjective:
         return spot_loss(model(images, aux=True), target, self.keep_ratios, view, self.weights)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0) -> LambdaLR:
-    """Scales every group's own rate: up linearly over ``warmup`` steps, then a cosine to zero."""
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0, epoch: int = 0
+) -> LambdaLR:
+    """Scales every group's own rate: up linearly over ``warmup`` steps, then a cosine to zero.
 
-    def factor(step: int) -> float:
+    A group with ``freeze_epochs`` (see ``param_groups``) has rate zero for as many epochs, of
+    ``epoch`` steps each.
+    """
+
+    def factor(step: int, frozen: int) -> float:
+        if step < frozen:
+            return 0.0
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))
 
-    return LambdaLR(optimizer, factor)
+    frozen = [group.get("freeze_epochs", 0) * epoch for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(factor, frozen=until) for until in frozen])
 
 
 def fit(
@@ -104,7 +115,7 @@ def fit(
     """
     device = next(model.parameters()).device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    schedule = cosine_schedule(optimizer, epochs * len(loader), warmup)
+    schedule = cosine_schedule(optimizer, epochs * len(loader), warmup, len(loader))
     means: dict[str, float] = {}
     started, step = time.perf_counter(), 0
     model.train()
@@ -184,7 +195,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: a kill leaves no heap of them
     try:
         yield temporary
         _sync(temporary)
@@ -212,8 +223,10 @@ def save_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, config: Mapping[str, Any]
 ) -> None:
     """Writes the weights as safetensors, with ``config`` as JSON in its metadata, atomically."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as temporary:
-        save_model(model, str(temporary), {"config": json.dumps(config)})
+        # Not save_file: it renames by itself, and makes files that only the owner may read.
+        temporary.write_bytes(save(tensors, {"config": json.dumps(config)}))
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How an adapter is tied to a timm class: by exact class and by a fingerprint of what it overrides.
 
-A timm release that changes one of the overridden methods or the children an adapter calls is noticed
-at conversion, not by wrong results.
+A timm release that changes one of the overridden methods or the children an adapter calls is
+noticed at conversion, not by wrong results.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ class ClassAdapter:
     Attributes:
         target: exact class to convert.
         adapter: importable subclass assigned to `__class__`, so that models pickle.
-        signatures: parameter names of the overridden methods, as they were when the adapter was written.
+        signatures: parameter names of the overridden methods, as they were when the adapter was
+            written.
         children: submodules and attributes the adapter uses.
         refuse: reason not to convert an instance, or None.
     """
@@ -29,7 +31,7 @@ class ClassAdapter:
     adapter: type[nn.Module]
     signatures: dict[str, tuple[str, ...]]
     children: tuple[str, ...]
-    refuse: Callable[[nn.Module], str | None] = lambda module: None
+    refuse: Callable[[Any], str | None] = lambda module: None
 
     def mismatch(self, module: nn.Module) -> str | None:
         """Why `module` cannot be converted, or None."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spot_ext
 from spot_vit.adapters.base import ATTENTIONS, BLOCKS, MODELS, ClassAdapter, register
-from spot_vit.loop import SpotLoop, _refuse_masks
+from spot_vit.loop import SpotLoop, refuse_masks
 
 
 class SpotAttention(Attention):
@@ -80,6 +80,8 @@ class SpotBlock(Block):
 class SpotVisionTransformer(SpotLoop, VisionTransformer):
     """A converted `VisionTransformer`."""
 
+    blocks: Any
+
     def _tokens(self, x: Tensor) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(self.patch_drop(x))
@@ -130,7 +132,7 @@ class SpotVisionTransformer(SpotLoop, VisionTransformer):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        _refuse_masks(attn_mask, is_causal)
+        refuse_masks(attn_mask, is_causal)
         height, width = x.shape[-2:]
         take, last = feature_take_indices(len(self.blocks), indices)
         run = self._run(x, take=take, stop=last + 1 if stop_early else None)
@@ -154,24 +156,30 @@ class SpotVisionTransformer(SpotLoop, VisionTransformer):
         return outputs if intermediates_only else (self.norm(run.x), outputs)
 
 
-def _refuse_model(model: nn.Module) -> str | None:
+def _refuse_model(model: Any) -> str | None:
     if not isinstance(model.patch_drop, nn.Identity):
-        return "patch_drop_rate is not 0: random token dropping and SPOT would fight over the same tokens"
+        return "patch_drop_rate is not 0: random dropping and SPOT would fight over the same tokens"
     pool = model.attn_pool
     if pool is not None and type(pool) is not AttentionPoolLatent:
-        return f"its pooling {type(pool).__name__} mixes tokens in a way that has no masked form yet"
+        return (
+            f"its pooling {type(pool).__name__} mixes tokens in a way that has no masked form yet"
+        )
     if pool is not None and pool.pos_embed is not None:
         return "its attention pooling adds a position embedding tied to the full grid"
     return None
 
 
-def _refuse_attention(attention: nn.Module) -> str | None:
+def _refuse_attention(attention: Any) -> str | None:
     if attention.attn_drop.p > 0:
         return "attention dropout (attn_drop > 0) has no counterpart in attention with statistics"
     return None
 
 
-_MASKED = ("x", "attn_mask", "is_causal")
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_MASKED = _names("x attn_mask is_causal")
 
 register(
     MODELS,
@@ -183,16 +191,15 @@ register(
             "forward_features": _MASKED,
             "forward_head": ("x", "pre_logits"),
             "pool": ("x", "pool_type"),
-            "forward_intermediates": (
-                "x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt",
-                "intermediates_only", "output_dict", "attn_mask", "is_causal",
-            ),  # fmt: skip
+            "forward_intermediates": _names(
+                "x indices return_prefix_tokens norm stop_early output_fmt intermediates_only "
+                "output_dict attn_mask is_causal"
+            ),
         },
-        (
-            "patch_embed", "patch_drop", "norm_pre", "blocks", "norm", "attn_pool", "fc_norm",
-            "head_drop", "head", "num_prefix_tokens", "has_class_token", "pool_include_prefix",
-            "global_pool", "grad_checkpointing",
-        ),  # fmt: skip
+        _names(
+            "patch_embed patch_drop norm_pre blocks norm attn_pool fc_norm head_drop head "
+            "num_prefix_tokens has_class_token pool_include_prefix global_pool grad_checkpointing"
+        ),
         _refuse_model,
     ),
 )
@@ -202,7 +209,7 @@ register(
         Block,
         SpotBlock,
         {"forward": _MASKED},
-        ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"),
+        _names("norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2"),
     ),
 )
 register(
@@ -211,10 +218,7 @@ register(
         Attention,
         SpotAttention,
         {"forward": _MASKED},
-        (
-            "num_heads", "head_dim", "scale", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate",
-            "proj", "proj_drop",
-        ),  # fmt: skip
+        _names("num_heads head_dim scale qkv q_norm k_norm attn_drop norm gate proj proj_drop"),
         _refuse_attention,
     ),
 )

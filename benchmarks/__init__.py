@@ -1,0 +1,1 @@
+"""Benchmarks of the ops, and the check on a GPU."""

@@ -1,0 +1,206 @@
+"""Honest timing: all sides of a case alternate in one process, and a busy machine gives no ratio.
+
+A side is called as `side(i)`; i counts rounds, so that a case can rotate its inputs. On CUDA, the
+rounds over input sets that together exceed the L2 cache are captured in a graph; device time comes
+from events around its replays, and the eager time (launches included) is recorded beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Side = Callable[[int], Any]
+
+
+@dataclass
+class Case:
+    """Sides to compare; `at_least` is the ratio (its time / ours) that each other must reach."""
+
+    name: str
+    ours: Side
+    others: dict[str, Side]
+    at_least: dict[str, float] = field(default_factory=dict)
+    bytes_per_round: int = 0  # of the inputs, for the rotation on CUDA
+
+
+@dataclass
+class Clock:
+    """Seconds used by the machine's clock, by this process and by all processes."""
+
+    wall: float
+    own: float
+    busy: float
+
+    @staticmethod
+    def now() -> Clock:
+        """The counters, for differences."""
+        return Clock(time.perf_counter(), time.process_time(), _busy_seconds())
+
+    def since(self, start: Clock) -> Clock:
+        """What passed between `start` and this."""
+        return Clock(self.wall - start.wall, self.own - start.own, self.busy - start.busy)
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all processes used, stolen time included; 0 where /proc is missing."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def others(clock: Clock, threads: int, cpus: int) -> str | None:
+    """Whether other processes used too much while `clock` passed.
+
+    They may use half of the CPUs that we leave idle, and a tenth of one besides: more would share
+    our CPUs, caches and memory.
+    """
+    used = (clock.busy - clock.own) / clock.wall
+    allowed = 0.1 + max(cpus - threads, 0) / 2
+    if used > allowed:
+        return f"other processes used {used:.2f} CPUs ({allowed:.2f} allowed)"
+    return None
+
+
+def contention(clock: Clock, threads: int, cpus: int) -> str | None:
+    """Why timings taken while `clock` passed cannot be trusted, or None."""
+    if clock.own < 0.9 * clock.wall:
+        return f"this process got only {clock.own / clock.wall:.2f} CPU seconds per second"
+    return others(clock, threads, cpus)
+
+
+def wait_for_quiet(patience: float) -> float:
+    """Waits until others leave us our CPUs, `patience` seconds at most; returns what is left."""
+    stop = time.perf_counter() + patience
+    while (left := stop - time.perf_counter()) > 0:
+        start = Clock.now()
+        time.sleep(0.25)
+        if others(Clock.now().since(start), torch.get_num_threads(), os.cpu_count() or 1) is None:
+            break
+    return max(left, 0.0)
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and spread, in milliseconds."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return {
+        "median_ms": statistics.median(ordered) * 1e3,
+        "p10_ms": ordered[round(0.1 * last)] * 1e3,
+        "p90_ms": ordered[round(0.9 * last)] * 1e3,
+        "rounds": len(ordered),
+    }
+
+
+def _measure_cpu(sides: dict[str, Side], seconds: float) -> tuple[dict[str, Any], str | None]:
+    for side in sides.values():
+        for i in range(3):
+            side(i)
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    start = Clock.now()
+    stop, i = time.perf_counter() + seconds, 0
+    while i < 10 or time.perf_counter() < stop:
+        for name, side in sides.items():
+            cpu_start, wall_start = time.process_time(), time.perf_counter()
+            result = side(i)
+            wall[name].append(time.perf_counter() - wall_start)
+            cpu[name].append(time.process_time() - cpu_start)
+            del result  # before the next side, which gets its memory back
+        i += 1
+    clock = Clock.now().since(start)
+    times = {
+        name: summary(wall[name]) | {"cpu_median_ms": statistics.median(cpu[name]) * 1e3}
+        for name in sides
+    }
+    return times, contention(clock, torch.get_num_threads(), os.cpu_count() or 1)
+
+
+def input_sets(bytes_per_round: int, device: str) -> int:
+    """How many sets of inputs to rotate: past twice the L2 on CUDA, a few on the CPU."""
+    if device == "cpu":
+        return 4
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(4, -(-2 * cache // max(bytes_per_round, 1))), 64)
+
+
+def _measure_cuda(
+    sides: dict[str, Side], seconds: float, sets: int
+) -> tuple[dict[str, Any], str | None]:
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    eager: dict[str, list[float]] = {name: [] for name in sides}
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        for side in sides.values():
+            for i in range(sets):
+                side(i)
+    side_stream.synchronize()
+    for name, side in sides.items():
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for i in range(sets):
+                side(i)
+        graphs[name].replay()
+    torch.cuda.synchronize()
+    stop, rounds = time.perf_counter() + seconds, 0
+    while rounds < 10 or time.perf_counter() < stop:
+        for name, side in sides.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graphs[name].replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) * 1e-3 / sets)
+            started = time.perf_counter()
+            for i in range(sets):
+                side(i)
+            torch.cuda.synchronize()
+            eager[name].append((time.perf_counter() - started) / sets)
+        rounds += 1
+    return {
+        name: summary(times[name]) | {"eager_median_ms": statistics.median(eager[name]) * 1e3}
+        for name in sides
+    }, None
+
+
+def measure(
+    case: Case, device: str, seconds: float = 1.0, patience: float = 10.0
+) -> dict[str, Any]:
+    """Times a case, again while the machine is contended and patience lasts; then without ratio."""
+    sides = {"spot": case.ours, **case.others}
+    attempts = 0
+    while True:
+        patience = wait_for_quiet(patience)
+        attempts += 1
+        with torch.no_grad():
+            if device == "cpu":
+                times, reason = _measure_cpu(sides, seconds)
+            else:
+                sets = input_sets(case.bytes_per_round, device)
+                times, reason = _measure_cuda(sides, seconds, sets)
+        if reason is None or patience == 0:
+            break
+    rows = []
+    for other in case.others:
+        ratio = times[other]["median_ms"] / times["spot"]["median_ms"] if reason is None else None
+        bar = case.at_least.get(other)
+        held = None if ratio is None or bar is None else ratio >= bar
+        rows.append({"other": other, "ratio": ratio, "at_least": bar, "held": held})
+    return {
+        "case": case.name,
+        "times": times,
+        "rows": rows,
+        "contended": reason,
+        "attempts": attempts,
+    }

@@ -1,0 +1,59 @@
+"""The command `spot`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="spot", description="Vision Transformers made sparse.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a small ViT, make it sparse, and compare the two (minutes, on a CPU)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--output", type=Path, default=Path("spot-demo"), help="folder for the files")
+    demo.add_argument("--quick", action="store_true", help="seconds instead of minutes, no result")
+    demo.add_argument("--seed", type=int, default=0, help="of everything random in training")
+    demo.add_argument("--threads", type=int, default=2, help="CPU threads to use")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="what is installed, built and loaded")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from spot_vit.demo import run
+
+        run(
+            arguments.output,
+            quick=arguments.quick,
+            seed=arguments.seed,
+            threads=arguments.threads,
+        )
+    except ModuleNotFoundError as error:
+        hint = "install what the demonstration needs: pip install 'spot-vit[demo]'"
+        print(f"spot demo: {error}; {hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from spot_ext.info import main
+
+    return main(["--json"] if arguments.json else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

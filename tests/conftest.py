@@ -1,0 +1,82 @@
+"""What every test stands on: seeds, threads, devices, hypothesis profile, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+
+# A cache of compiled graphs that outlives the run would hide a change of a fake or a formula.
+_CACHE = None
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _CACHE = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="spot-test-cache-")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+NO_GPU = "no GPU"
+THREADS = 2
+
+hypothesis.settings.register_profile(
+    "spot",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("spot")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device the ops have kernels for; the only skip of the suite is a missing GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(request: pytest.FixtureRequest):
+    """Op tests get uninitialised memory full of NaN (integers: the largest value)."""
+    if request.path.parent.name != "ops":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """No graph compiled by an earlier test is reused."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(NO_GPU in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(
+            f"{count} CUDA tests did not run: {NO_GPU} here. The CUDA kernels are untested."
+        )
+
+
+def pytest_unconfigure() -> None:
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)

@@ -1,0 +1,325 @@
+"""Assertions, data and switches of the op tests. The ops themselves are in `op_table.py`."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_ROW_NAMES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32
+    float64 complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2
+    float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"""
+ROW_DTYPES = tuple(getattr(torch, name) for name in _ROW_NAMES.split() if hasattr(torch, name))
+FORWARD, BACKWARD = 2.0, 3.0  # times the error of plain PyTorch at the same dtype
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+def bits(value: Tensor) -> Tensor:
+    """The bytes of a tensor [B, T, ...] as [B, T, bytes], NaN payloads and signs of zero too."""
+    dense = value.detach().resolve_conj().resolve_neg().contiguous()
+    rows = math.prod(dense.shape[2:]) * dense.element_size()
+    if dense.numel() == 0:
+        return torch.empty((*dense.shape[:2], rows), dtype=torch.uint8, device=value.device)
+    return dense.reshape(-1).view(torch.uint8).reshape(*dense.shape[:2], rows)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Equal in shape, dtype, device and every bit."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, not {expected.dtype}"
+    assert actual.device == expected.device, f"{what}: on {actual.device}, not {expected.device}"
+    if actual.dim() < 2:
+        actual, expected = actual.reshape(1, -1), expected.reshape(1, -1)
+    differ = (bits(actual) != bits(expected)).nonzero()
+    assert not len(differ), f"{what}: {len(differ)} bytes differ, first at {differ[0].tolist()}"
+
+
+def error_bound(plain: Tensor, exact: Tensor, factor: float) -> float:
+    """Largest allowed error: `factor` times that of `plain`, plus a floor.
+
+    `exact` is the float64 result, `plain` that of plain PyTorch at the same dtype. The floor is one
+    unit in the last place of the largest value for 16 bits, where the final rounding dominates, and
+    four for 32 bits, where sums of few terms in another order differ by that much.
+    """
+    finite = exact.isfinite()
+    scale = exact[finite].abs().max().item() if finite.any() else 0.0
+    error = (plain.to(exact.dtype) - exact)[finite].abs()
+    error = error[error.isfinite()]
+    info = torch.finfo(plain.dtype)
+    worst = error.max().item() if error.numel() else 0.0
+    units = 1 if plain.dtype.itemsize == 2 else 4
+    return factor * worst + units * info.eps * scale + info.tiny
+
+
+def assert_accurate(
+    actual: Tensor, plain: Tensor, exact: Tensor, factor: float = FORWARD, what: str = "result"
+) -> None:
+    """The error rule: within the bound of `exact`; NaN and inf exactly where `plain` has them.
+
+    float64 has no wider truth to measure against: there the two agree to 1e-12.
+    """
+    if plain.dtype == torch.float64:
+        assert_close(actual, exact, 1e-12, what)
+        return
+    assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, not {plain.dtype}"
+    assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, not {exact.shape}"
+    if actual.numel() == 0:
+        return
+    wide = actual.detach().to(exact.dtype)
+    exact = exact.detach()
+    # Values beyond the range of the dtype are infinite in `plain` too.
+    finite = plain.isfinite() & exact.isfinite()
+    odd = ~finite & (wide.isfinite() | (wide.isnan() != plain.isnan()))
+    assert not odd.any(), f"{what}: {int(odd.sum())} values should not be finite"
+    lost = finite & ~wide.isfinite()
+    assert not lost.any(), f"{what}: {int(lost.sum())} values are not finite"
+    error = (wide - exact).abs().masked_fill(~finite, 0)
+    bound = error_bound(plain.detach(), exact, factor)
+    worst = int(error.argmax())
+    assert error.max().item() <= bound, (
+        f"{what}: error {error.max().item():.3e} above {bound:.3e} at "
+        f"{[int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)]}: "
+        f"got {wide.flatten()[worst].item()}, exact {exact.flatten()[worst].item()}"
+    )
+
+
+def assert_gradient(
+    actual: Tensor | None, plain: Tensor | None, exact: Tensor | None, what: str = "gradient"
+) -> None:
+    """A gradient is there, accurate by element, direction and norm, and not zeroed anywhere."""
+    if exact is None:
+        assert actual is None, f"{what}: a gradient where there should be none"
+        return
+    assert actual is not None, f"{what}: no gradient"
+    assert plain is not None
+    assert_accurate(actual, plain, exact, BACKWARD, what)
+    wide, truth = actual.to(torch.float64).flatten(), exact.to(torch.float64).flatten()
+    norm = truth.norm().item()
+    if norm == 0 or not math.isfinite(norm):
+        return
+    eps = torch.finfo(actual.dtype).eps
+    plain_error = (plain.to(torch.float64).flatten() - truth).norm().item() / norm
+    error = (wide - truth).norm().item() / norm
+    allowed = BACKWARD * plain_error + 4 * eps
+    assert error <= allowed, f"{what}: relative L2 error {error:.3e} above {allowed:.3e}"
+    cosine = (wide @ truth / (wide.norm() * truth.norm()).clamp(min=1e-300)).item()
+    assert cosine >= 1 - 4 * allowed - 1e-12, f"{what}: cosine {cosine}"
+    plainly = plain.to(torch.float64).flatten().abs()
+    there = (plainly > 4 * torch.finfo(actual.dtype).tiny) & (truth.abs() > plainly / 2)
+    zeroed = int((there & (wide == 0)).sum())
+    assert zeroed == 0, f"{what}: {zeroed} entries are zero that should not be"
+    leaked = int(((truth == 0) & (plainly == 0) & (wide != 0)).sum())
+    assert leaked == 0, f"{what}: {leaked} entries should be exactly zero"
+
+
+def assert_close(
+    actual: Any, expected: Any, tolerance: float = 1e-10, what: str = "result"
+) -> None:
+    """Equal within `tolerance` times the largest value, which allows for another order of sums."""
+    for number, (mine, theirs) in enumerate(zip(tensors(actual), tensors(expected), strict=True)):
+        label = f"{what}[{number}]"
+        assert mine.shape == theirs.shape, f"{label}: shape {mine.shape}, not {theirs.shape}"
+        assert mine.dtype == theirs.dtype, f"{label}: dtype {mine.dtype}, not {theirs.dtype}"
+        if not mine.dtype.is_floating_point:
+            assert torch.equal(mine, theirs), f"{label} differs"
+            continue
+        finite = theirs.detach()[theirs.isfinite()].abs()
+        scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
+        error = (mine - theirs).abs().nan_to_num(nan=0.0, posinf=math.inf)
+        same_nan = torch.equal(mine.isnan(), theirs.isnan())
+        assert same_nan, f"{label}: NaN in other places"
+        worst = error.masked_fill(mine == theirs, 0).max().item() if error.numel() else 0.0
+        assert worst <= tolerance * scale, f"{label}: off by {worst:.3e}, scale {scale:.3e}"
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a result or an argument list, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)]
+
+
+def to_dtype(args: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors cast to `dtype`, detached; gradients are asked for where they were."""
+
+    def cast(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value.detach()
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+    return tree_map_only(Tensor, cast, args)
+
+
+def clone(args: Any) -> Any:
+    """A deep copy with the same strides, also of overlapping ones; fresh leaves."""
+
+    def copy(value: Tensor) -> Tensor:
+        if value.numel() == 0 or any(stride < 0 for stride in value.stride()):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        flat = value.detach().as_strided((extent,), (1,)).clone()
+        return flat.as_strided(value.shape, value.stride()).requires_grad_(value.requires_grad)
+
+    return tree_map_only(Tensor, copy, args)
+
+
+def with_grad(args: tuple[Any, ...], places: tuple[int, ...]) -> tuple[Any, ...]:
+    """Leaf copies of the arguments; the floating ones at `places` ask for a gradient."""
+    fresh = list(clone(args))
+    for place in places:
+        if place < len(fresh) and isinstance(fresh[place], Tensor):
+            fresh[place].requires_grad_(fresh[place].is_floating_point())
+    return tuple(fresh)
+
+
+def cotangents(outputs: Any, kind: str = "random") -> list[Tensor]:
+    """Incoming gradients of the floating outputs, with the strides that autograd may produce."""
+    grads = []
+    for number, out in enumerate(tensors(outputs)):
+        seeded = generator(f"cotangent {number} {kind}")
+        value = torch.randn(out.shape, generator=seeded, dtype=torch.float64)
+        value = value.to(out.device, out.dtype)
+        if kind == "expanded" and out.numel():  # what `sum` sends: every stride 0
+            value = value.flatten()[0].expand(out.shape)
+        elif kind == "transposed" and out.dim() > 1:
+            value = value.transpose(0, -1).contiguous().transpose(0, -1)
+        elif kind == "partial" and out.numel():  # what `mean(dim=1)` sends: stride 0 over tokens
+            value = value[:, :1].expand(out.shape) if out.dim() > 1 else value
+        grads.append(value)
+    return grads
+
+
+def gradients(
+    call: Callable[..., Any], args: tuple[Any, ...], kind: str = "random"
+) -> tuple[Any, list[Tensor | None]]:
+    """Outputs of `call` and the gradients of the arguments that ask for one."""
+    outputs = call(*args)
+    wanted = [value for value in tensors(args) if value.requires_grad]
+    used = [out for out in tensors(outputs) if out.requires_grad]
+    if not used:
+        return outputs, [None for _ in wanted]
+    grads = torch.autograd.grad(
+        used, wanted, cotangents(used, kind), allow_unused=True, retain_graph=True
+    )
+    return outputs, list(grads)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def generator(name: str) -> torch.Generator:
+    """A generator whose seed is the name."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def random(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+    """Random values: normal for floating and complex dtypes, any bits for integers."""
+    seeded = generator(name)
+    if dtype.is_complex:
+        parts = torch.randn((*shape, 2), generator=seeded, dtype=torch.float64)
+        return torch.view_as_complex(parts).to(dtype).to(device)
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return torch.randn(shape, generator=seeded, dtype=torch.float64).to(device, dtype)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=seeded).to(device, dtype)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=seeded)
+    return raw.to(torch.uint8).view(dtype).reshape(shape).to(device)
+
+
+def random_bits(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu"
+) -> Tensor:
+    """Any bit pattern of the dtype: NaN with payloads, infinities, denormals, both zeros."""
+    if dtype == torch.bool:
+        return random(name, shape, dtype, device)
+    count = math.prod(shape) * dtype.itemsize
+    raw = torch.randint(0, 256, (count,), generator=generator(name)).to(torch.uint8)
+    return raw.view(dtype).reshape(shape).to(device)
+
+
+def random_index(
+    name: str,
+    batch: int,
+    num_tokens: int,
+    num_keep: int,
+    order: str = "ascending",
+    device: Any = "cpu",
+) -> Tensor:
+    """[batch, num_keep] distinct positions, `ascending` or `shuffled`."""
+    seeded = generator(name)
+    rows = [torch.randperm(num_tokens, generator=seeded)[:num_keep] for _ in range(batch)]
+    index = torch.stack(rows) if rows else torch.empty((0, num_keep), dtype=torch.int64)
+    return (index.sort(dim=1).values if order == "ascending" else index).to(device)
+
+
+LAYOUTS = ("contiguous", "swapped", "reversed", "stepped", "offset", "padded", "expanded", "flat")
+
+
+def lay_out(value: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; `expanded` and `flat` repeat the first image or row."""
+    if value.dim() < 2 or value.numel() == 0:
+        return value
+    if layout == "swapped":  # batch and tokens
+        return value.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "reversed":  # last dimension slowest
+        order = tuple(reversed(range(value.dim())))
+        return value.permute(order).contiguous().permute(order)
+    if layout == "stepped":  # every second element of the last dimension
+        return torch.stack([value, value.flip(0)], dim=-1)[..., 0]
+    if layout == "offset":  # starts one element into its memory, so it is not aligned
+        flat = torch.cat([value.flatten()[:1], value.flatten()])
+        return flat[1:].view(value.shape)
+    if layout == "padded":  # rows with a gap after them, images too
+        wide = torch.cat([value, value[:, :1]], dim=1)
+        double = torch.cat([wide, wide], dim=-1)
+        return double.narrow(1, 0, value.shape[1]).narrow(-1, 0, value.shape[-1])
+    if layout == "expanded":  # one image for all
+        return value[:1].expand(value.shape)
+    if layout == "flat":  # one row for all
+        return value[:, :1].expand(value.shape)
+    assert layout == "contiguous", layout
+    return value.contiguous()
+
+
+def lay_out_index(index: Tensor, layout: str) -> Tensor:
+    """As `lay_out`, but positions stay distinct: `flat` is not possible."""
+    return lay_out(index, "contiguous" if layout == "flat" else layout)
+
+
+@contextmanager
+def isa(name: str):
+    """Runs the CPU kernels of one instruction set."""
+    control = isa_control()
+    before = control.isa()
+    control.set_isa(name)
+    try:
+        yield
+    finally:
+        control.set_isa(before)
+
+
+def isa_control() -> Any:
+    """`spot_ext._C`, which is built for one CPython only; the ops themselves are not."""
+    return pytest.importorskip(
+        "spot_ext._C", reason="spot_ext._C was built for another CPython", exc_type=ImportError
+    )
+
+
+@contextmanager
+def threads(count: int):
+    """Runs torch with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,790 @@
+"""The op table that the generic tests are generated from.
+
+`OPS` holds, for each op of the `spot` namespace, a plain PyTorch reference, samples, error inputs
+and a FLOP count. An op that is missing here, or has a gap, fails the tests.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLOATING, LAYOUTS, generator, lay_out, lay_out_index, random, random_index
+from torch import Tensor
+
+import spot_ext
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One legal call; `args(device, dtype)` builds its positional arguments anew."""
+
+    name: str
+    args: Callable[[Any, torch.dtype], tuple[Any, ...]]
+    traced: bool = False  # also used by the slow tests: opcheck, compile
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One refused call; `words` are in the error of the public function and of the op alike."""
+
+    name: str
+    args: Callable[[Any], tuple[Any, ...]]
+    raises: type[Exception]
+    words: tuple[str, ...]
+    op_words: tuple[str, ...] | None = None  # when the op says it otherwise
+    op_accepts: bool = False  # Python is stricter than the schema
+    values: bool = False  # seen only by looking at values: on the CPU, not when tracing
+    layouts: bool = False  # no kernel for the layout: torch's own error, which fakes do not give
+
+
+@dataclass(frozen=True)
+class Op:
+    """Everything the generic tests need to know about an op."""
+
+    name: str
+    reference: Callable[..., Any]  # plain PyTorch, the op's own positional arguments and outputs
+    samples: tuple[Sample, ...]
+    errors: tuple[Bad, ...]
+    flops: Callable[..., tuple[int, int]]  # least and most, of the positional arguments
+    grads: tuple[int, ...] = ()  # argument places with a gradient
+    twice: bool = False  # whether second derivatives work
+    exact: bool = True  # moves bits; otherwise computes
+    public: Callable[..., Any] | None = None  # None: a backward op
+    dtypes: tuple[torch.dtype, ...] = FLOATING
+    once_only: str = ""  # words of the error when differentiated beyond what it can
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        return getattr(torch.ops.spot, self.name)
+
+    def sample(self, name: str) -> Sample:
+        return next(sample for sample in self.samples if sample.name == name)
+
+
+def _unique(name: str, shape: tuple[int, ...]) -> str:
+    return f"{name} {shape}"
+
+
+# What the row ops are tried on. `row` is the shape behind [B, tokens].
+@dataclass(frozen=True)
+class _Rows:
+    name: str
+    batch: int = 2
+    num_tokens: int = 6
+    num_keep: int = 4
+    num_prefix: int = 1
+    num_extra: int = 0
+    row: tuple[int, ...] = (5,)
+    layout: str = "contiguous"
+    index_layout: str = "contiguous"
+    order: str = "ascending"
+    traced: bool = False
+
+    def index(self, device: Any) -> Tensor:
+        index = random_index(
+            self.name, self.batch, self.num_tokens, self.num_keep, self.order, device
+        )
+        return lay_out_index(index, self.index_layout)
+
+    def rows(self, what: str, count: int, dtype: torch.dtype, device: Any) -> Tensor:
+        shape = (self.batch, count, *self.row)
+        return lay_out(random(f"{self.name} {what}", shape, dtype, device), self.layout)
+
+
+_ROWS = (
+    _Rows("plain", traced=True),
+    _Rows("shuffled", order="shuffled", num_extra=1, traced=True),
+    _Rows("empty batch", batch=0, num_extra=2, traced=True),
+    _Rows("no patches", num_tokens=0, num_keep=0, num_prefix=3),
+    _Rows("no tokens", num_tokens=0, num_keep=0, num_prefix=0),
+    _Rows("one token", batch=1, num_tokens=1, num_keep=1, num_prefix=0, row=(1,), traced=True),
+    _Rows("keep all", num_keep=6, traced=True),
+    _Rows("keep none", num_keep=0, traced=True),
+    _Rows("keep none without prefix", num_keep=0, num_prefix=0),
+    _Rows("five prefix tokens", num_tokens=9, num_keep=3, num_prefix=5, num_extra=2, traced=True),
+    _Rows("no prefix", num_prefix=0, num_extra=3, traced=True),
+    _Rows("many extra", num_tokens=3, num_keep=1, num_extra=7),
+    _Rows("scalar rows", row=(), num_extra=1),
+    _Rows("matrix rows", row=(3, 2), num_extra=1, traced=True),
+    _Rows("no channels", row=(0,), num_extra=1),
+    _Rows("odd sizes", batch=3, num_tokens=17, num_keep=11, num_prefix=2, row=(33,)),
+    _Rows("odd batch", batch=7, num_tokens=5, num_keep=2, row=(3,), order="shuffled"),
+    _Rows("ViT", num_tokens=196, num_keep=137, row=(64,)),
+    _Rows("ViT shuffled", num_tokens=196, num_keep=98, num_extra=1, row=(48,), order="shuffled"),
+    *(_Rows(f"{layout} rows", layout=layout, num_extra=2, traced=layout in ("swapped", "flat"))
+      for layout in LAYOUTS[1:]),
+    *(_Rows(f"{layout} matrix rows", layout=layout, row=(3, 2), num_extra=2)
+      for layout in ("swapped", "reversed", "padded")),
+    *(_Rows(f"{layout} index", index_layout=layout, order="shuffled", traced=layout == "stepped")
+      for layout in LAYOUTS[1:-1]),
+)  # fmt: skip
+
+_PLAIN = torch.float32
+
+
+def _compact_args(r: _Rows) -> Callable[[Any, torch.dtype], tuple[Any, ...]]:
+    def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        tokens = r.rows("tokens", r.num_prefix + r.num_tokens, dtype, device)
+        extra = r.rows("extra", r.num_extra, dtype, device) if r.num_extra else None
+        return tokens, r.index(device), r.num_prefix, extra
+
+    return args
+
+
+def _compact_backward_args(r: _Rows) -> Callable[[Any, torch.dtype], tuple[Any, ...]]:
+    def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        count = r.num_prefix + r.num_extra + r.num_keep
+        grad = r.rows("grad", count, dtype, device)
+        return grad, r.index(device), r.num_tokens, r.num_prefix, r.num_extra
+
+    return args
+
+
+def _scatter_args(r: _Rows) -> Callable[[Any, torch.dtype], tuple[Any, ...]]:
+    def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        tokens = r.rows("tokens", r.num_prefix + r.num_keep, dtype, device)
+        background = None
+        if r.num_extra:  # half of the samples
+            background = r.rows("background", r.num_prefix + r.num_tokens, dtype, device)
+        return tokens, r.index(device), r.num_tokens, r.num_prefix, background
+
+    return args
+
+
+def _weights(r: _Rows, dtype: torch.dtype, device: Any) -> Tensor:
+    shape = (r.batch, r.num_tokens)
+    value = random(f"{r.name} weights", shape, torch.float64).abs() + 0.1
+    return lay_out(value.to(device, dtype), r.layout)
+
+
+def _fuse_args(r: _Rows, normalize: bool) -> Callable[[Any, torch.dtype], tuple[Any, ...]]:
+    def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        tokens = r.rows("tokens", r.num_prefix + r.num_tokens, dtype, device)
+        return tokens, _weights(r, dtype, device), r.index(device), r.num_prefix, normalize
+
+    return args
+
+
+def _fuse_backward_args(r: _Rows, normalize: bool) -> Callable[[Any, torch.dtype], tuple[Any, ...]]:
+    def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        grad = random(f"{r.name} grad", (r.batch, *r.row), dtype, device)
+        return lay_out(grad, r.layout), *_fuse_args(r, normalize)(device, dtype)
+
+    return args
+
+
+def _row_samples(make: Callable[[_Rows], Any]) -> tuple[Sample, ...]:
+    return tuple(Sample(r.name, make(r), r.traced) for r in _ROWS)
+
+
+def _fuse_samples(make: Callable[[_Rows, bool], Any]) -> tuple[Sample, ...]:
+    flat = [replace(r, num_extra=0) for r in _ROWS if len(r.row) == 1]
+    return (
+        *(Sample(f"{r.name}, mean", make(r, True), r.traced) for r in flat),
+        *(Sample(f"{r.name}, sum", make(r, False), r.name == "plain") for r in flat),
+    )
+
+
+def _select_samples() -> tuple[Sample, ...]:
+    def make(batch: int, num_tokens: int, num_keep: int, layout: str) -> Any:
+        def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+            name = _unique("scores", (batch, num_tokens))
+            return lay_out(random(name, (batch, num_tokens), dtype, device), layout), num_keep
+
+        return args
+
+    shapes = [
+        (2, 9, 4), (1, 1, 1), (1, 1, 0), (0, 5, 2), (3, 0, 0), (2, 7, 7), (2, 7, 0), (5, 64, 63),
+        (3, 65, 1), (2, 196, 137), (1, 1000, 333), (33, 3, 2),
+    ]  # fmt: skip
+    return (
+        *(Sample(f"{s}", make(*s, "contiguous"), i < 8) for i, s in enumerate(shapes)),
+        *(Sample(f"{layout}", make(4, 31, 12, layout), layout in ("swapped", "flat"))
+          for layout in LAYOUTS[1:]),
+    )  # fmt: skip
+
+
+# -- references of the ops that are not public
+
+
+def _compact_backward_reference(
+    grad: Tensor, index: Tensor, num_tokens: int, num_prefix: int = 1, num_extra: int = 0
+) -> Tensor:
+    kept = torch.cat([grad[:, :num_prefix], grad[:, num_prefix + num_extra :]], dim=1)
+    return spot_ext.scatter_tokens_reference(kept, index, num_tokens, num_prefix)
+
+
+def _fuse_backward_reference(
+    grad: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    num_prefix: int = 1,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    leaves = tokens.detach().clone().requires_grad_(), weights.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = spot_ext.fuse_tokens_reference(*leaves, index, num_prefix, normalize)
+        return torch.autograd.grad(out, leaves, grad)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    need_stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_stats_reference` with the third output of the op."""
+    out, stats = spot_ext.attention_stats_reference(
+        q, k, v, keep, bias, scale=scale, num_prefix=num_prefix, class_token=class_token,
+        need_stats=need_stats,
+    )  # fmt: skip
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.no_grad():
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
+        if bias is not None:
+            logits = logits + bias.to(wide)
+        if keep is not None:
+            kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
+            own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+            logits = logits.masked_fill(~(kept[:, None, None, :] | own), -math.inf)
+        lse = logits.logsumexp(-1).transpose(1, 2)
+    return out, stats, lse
+
+
+@dataclass(frozen=True)
+class _Attention:
+    name: str
+    batch: int = 2
+    num_tokens: int = 7
+    heads: int = 2
+    dim: int = 4
+    num_prefix: int = 1
+    class_token: bool = True
+    keep: str = ""  # random, all, none
+    bias: int | None = None  # its batch size; -1 for the batch
+    scale: float | None = None
+    need_stats: bool = True
+    layout: str = "qkv"
+    traced: bool = False
+
+    def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        shape = (self.batch, self.num_tokens, self.heads, self.dim)
+        if self.layout == "qkv":  # as a fused projection gives them
+            packed = random(self.name, (*shape[:2], 3, *shape[2:]), dtype, device)
+            q, k, v = packed.unbind(2)
+        else:
+            q, k, v = (
+                lay_out(random(f"{self.name} {x}", shape, dtype, device), self.layout)
+                for x in "qkv"
+            )
+        keep = bias = None
+        if self.keep:
+            keep = self.mask(device, dtype)
+        if self.bias is not None:
+            batch = self.batch if self.bias < 0 else self.bias
+            size = (batch, self.heads, self.num_tokens, self.num_tokens)
+            bias = random(f"{self.name} bias", size, dtype, device)
+        return (
+            q, k, v, keep, bias, self.scale, self.num_prefix, self.class_token, self.need_stats
+        )  # fmt: skip
+
+    def mask(self, device: Any, dtype: torch.dtype) -> Tensor:
+        shape = (self.batch, self.num_tokens - self.num_prefix)
+        seeded = generator(f"{self.name} keep")
+        value = {"random": 0.6, "all": 1.0, "none": 0.0}[self.keep]
+        return (torch.rand(shape, generator=seeded) < value).to(device, dtype)
+
+
+_ATTENTION = (
+    _Attention("plain", traced=True),
+    _Attention("masked", keep="random", traced=True),
+    _Attention("masked with bias", keep="random", bias=1, traced=True),
+    _Attention("bias of one", bias=1),
+    _Attention("bias of each", bias=-1, traced=True),
+    _Attention("keep all", keep="all"),
+    _Attention("keep none", keep="none", traced=True),
+    _Attention("no statistics", keep="random", need_stats=False, traced=True),
+    _Attention("no class token", class_token=False, keep="random"),
+    _Attention("no prefix", num_prefix=0, class_token=False, keep="random", traced=True),
+    _Attention("no prefix, no mask", num_prefix=0, class_token=False),
+    _Attention("five prefix tokens", num_tokens=9, num_prefix=5, keep="random", traced=True),
+    _Attention("prefix only", num_tokens=3, num_prefix=3, keep="random"),
+    _Attention("one token", num_tokens=1, traced=True),
+    _Attention("one patch", num_tokens=1, num_prefix=0, class_token=False, keep="random"),
+    _Attention("no tokens", num_tokens=0, num_prefix=0, class_token=False),
+    _Attention("empty batch", batch=0, keep="random", traced=True),
+    _Attention("no heads", heads=0, keep="random"),
+    _Attention("one channel", dim=1, keep="random"),
+    _Attention("scaled", scale=0.37, keep="random"),
+    _Attention("negative scale", scale=-1.5, keep="random"),
+    _Attention("head dim 33", dim=33, heads=3),
+    _Attention("head dim 64", dim=64, num_tokens=50, keep="random"),
+    _Attention("ViT", batch=1, num_tokens=197, dim=32, keep="random"),
+    *(_Attention(f"{layout}", layout=layout, keep="random", traced=layout == "swapped")
+      for layout in LAYOUTS),
+)  # fmt: skip
+
+# -- error inputs
+
+
+def _t(*shape: int, dtype: torch.dtype = _PLAIN, device: Any = "cpu") -> Tensor:
+    return random(_unique("error", shape), shape, dtype, device)
+
+
+def _i(device: Any, *rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _good_index(device: Any) -> Tensor:
+    return _i(device, [0, 3], [4, 2])
+
+
+def _index_errors(build: Callable[[Any, Any], tuple[Any, ...]], num_tokens: int = 5) -> list[Bad]:
+    """Wrong indices for an op whose arguments with an index `i` are `build(device, i)`."""
+
+    def bad(name: str, index: Callable[[Any], Any], raises: Any, words: Any, **more: Any) -> Bad:
+        return Bad(name, lambda device: build(device, index(device)), raises, words, **more)
+
+    return [
+        bad("index is a list", lambda d: [[0, 3], [4, 2]], TypeError, ("index", "list"),
+            op_accepts=True),
+        bad("index int32", lambda d: _good_index(d).int(), TypeError, ("index", "int"),
+            op_words=("index", "Long", "Int")),
+        bad("index float", lambda d: _good_index(d).float(), TypeError, ("index", "float"),
+            op_words=("index", "Long", "Float")),
+        bad("index of rank 1", lambda d: _good_index(d)[0], ValueError, ("index", "2 dim", "[2]")),
+        bad("index of rank 3", lambda d: _good_index(d)[None], ValueError, ("index", "2 dim")),
+        bad("index of another batch", lambda d: _i(d, [0], [1], [2]), ValueError,
+            ("index", "size 2", "batch", "[3, 1]")),
+        bad("index too long", lambda d: torch.arange(num_tokens + 1, device=d).expand(2, -1),
+            ValueError, ("index", f"{num_tokens + 1}", f"{num_tokens}")),
+        bad("index on another device", lambda d: _good_index(d).to("meta"), ValueError,
+            ("index", "device")),
+        bad("sparse index", lambda d: _good_index(d).to_sparse(), TypeError, ("index", "sparse"),
+            layouts=True),
+        bad("index too large", lambda d: _i(d, [0, 3], [num_tokens, 2]), ValueError,
+            ("index[1, 0]", f"{num_tokens}", "out of range"), values=True),
+        bad("index negative", lambda d: _i(d, [0, -1], [4, 2]), ValueError,
+            ("index[0, 1]", "-1", "out of range"), values=True),
+        bad("index huge", lambda d: _i(d, [0, 3], [4, 2**62]), ValueError,
+            ("index[1, 1]", "out of range"), values=True),
+        bad("index repeats", lambda d: _i(d, [0, 3], [2, 2]), ValueError,
+            ("index[1, 1]", "repeats position 2"), values=True),
+        bad("index repeats far apart", lambda d: _i(d, [3, 0, 3], [4, 2, 1]), ValueError,
+            ("index[0, 2]", "repeats position 3"), values=True),
+    ]  # fmt: skip
+
+
+def _prefix_errors(build: Callable[[Any, Any], tuple[Any, ...]], high: int) -> list[Bad]:
+    def bad(value: Any, raises: Any, words: Any, **more: Any) -> Bad:
+        return Bad(f"num_prefix {value!r}", lambda d: build(d, value), raises, words, **more)
+
+    return [
+        bad(-1, ValueError, ("num_prefix", "-1")),
+        bad(high + 1, ValueError, ("num_prefix", f"{high}", f"{high + 1}")),
+        bad(2**62, ValueError, ("num_prefix", f"{2**62}")),
+        bad(2**70, ValueError, ("num_prefix",), op_words=("num_prefix",)),
+        bad(1.0, TypeError, ("num_prefix", "float"), op_words=("num_prefix",)),
+        bad("1", TypeError, ("num_prefix", "str"), op_words=("num_prefix",)),
+        bad(True, TypeError, ("num_prefix", "bool"), op_accepts=True),
+        bad(None, TypeError, ("num_prefix", "NoneType"), op_words=("num_prefix",)),
+    ]
+
+
+def _tensor_errors(
+    name: str, build: Callable[[Any, Any], tuple[Any, ...]], good: tuple[int, ...], ranks: str
+) -> list[Bad]:
+    """A `name` that is no tensor, or a tensor of the wrong kind."""
+
+    def bad(label: str, value: Callable[[Any], Any], words: Any, **more: Any) -> Bad:
+        return Bad(f"{name} {label}", lambda d: build(d, value(d)), TypeError, words, **more)
+
+    return [
+        bad("is None", lambda d: None, (name, "NoneType"), op_words=()),
+        bad("is a list", lambda d: [1.0], (name, "list"), op_words=()),
+        bad("is sparse", lambda d: _t(*good, device=d).to_sparse(), (name, "sparse"), layouts=True),
+        Bad(f"{name} is a number", lambda d: build(d, torch.tensor(1.0, device=d)), ValueError,
+            (name, ranks, "[]")),
+    ]  # fmt: skip
+
+
+def _select_errors() -> tuple[Bad, ...]:
+    return (
+        *_tensor_errors("scores", lambda d, x: (x, 1), (2, 5), "2 dim"),
+        Bad("scores of rank 1", lambda d: (_t(5, device=d), 2), ValueError, ("scores", "2 dim")),
+        Bad("scores of rank 3", lambda d: (_t(2, 5, 1, device=d), 2), ValueError,
+            ("scores", "2 dim", "[2, 5, 1]")),
+        Bad("integer scores", lambda d: (_t(2, 5, dtype=torch.int64, device=d), 2), TypeError,
+            ("scores", "float32", "bfloat16", "int64"), op_words=("scores", "float32", "Long")),
+        Bad("bool scores", lambda d: (_t(2, 5, dtype=torch.bool, device=d), 2), TypeError,
+            ("scores", "bool"), op_words=("scores", "Bool")),
+        Bad("complex scores", lambda d: (_t(2, 5, dtype=torch.complex64, device=d), 2), TypeError,
+            ("scores", "complex64"), op_words=("scores", "Complex")),
+        Bad("num_keep too large", lambda d: (_t(2, 5, device=d), 6), ValueError,
+            ("num_keep", "between 0 and 5", "6")),
+        Bad("num_keep negative", lambda d: (_t(2, 5, device=d), -1), ValueError,
+            ("num_keep", "between 0 and 5", "-1")),
+        Bad("num_keep of no tokens", lambda d: (_t(2, 0, device=d), 1), ValueError,
+            ("num_keep", "between 0 and 0", "1")),
+        Bad("num_keep of no images", lambda d: (_t(0, 3, device=d), 4), ValueError,
+            ("num_keep", "between 0 and 3", "4")),
+        Bad("num_keep float", lambda d: (_t(2, 5, device=d), 2.0), TypeError,
+            ("num_keep", "float"), op_words=("num_keep",)),
+        Bad("num_keep bool", lambda d: (_t(2, 5, device=d), True), TypeError,
+            ("num_keep", "bool"), op_accepts=True),
+        Bad("num_keep tensor", lambda d: (_t(2, 5, device=d), torch.tensor(2)), TypeError,
+            ("num_keep", "Tensor"), op_accepts=True),
+        Bad("num_keep huge", lambda d: (_t(2, 5, device=d), 2**70), ValueError, ("num_keep",)),
+    )  # fmt: skip
+
+
+def _companion_errors(name: str, rows: int, build: Callable[[Any, Any], Any]) -> list[Bad]:
+    """Wrong `extra` or `background` rows beside float32 tokens [2, ., 3]."""
+
+    def bad(label: str, value: Callable[[Any], Any], raises: Any, words: Any, **more: Any) -> Bad:
+        return Bad(f"{name} {label}", lambda d: build(d, value(d)), raises, words, **more)
+
+    return [
+        bad("is a list", lambda d: [1.0], TypeError, (name, "list"), op_words=(name,)),
+        bad("of rank 2", lambda d: _t(2, rows, device=d), ValueError, (name, f"[2, {rows}]")),
+        bad("of another dtype", lambda d: _t(2, rows, 3, dtype=torch.float64, device=d), TypeError,
+            (name, "float32", "float64"), op_words=(name, "Float", "Double")),
+        bad("of another batch", lambda d: _t(3, rows, 3, device=d), ValueError,
+            (name, f"[3, {rows}, 3]")),
+        bad("of other channels", lambda d: _t(2, rows, 4, device=d), ValueError,
+            (name, f"[2, {rows}, 4]")),
+        bad("on another device", lambda d: _t(2, rows, 3, device="meta"), ValueError,
+            (name, "device")),
+        bad("sparse", lambda d: _t(2, rows, 3, device=d).to_sparse(), TypeError, (name, "sparse"),
+            layouts=True),
+    ]  # fmt: skip
+
+
+def _compact_errors() -> tuple[Bad, ...]:
+    def tokens(device: Any) -> Tensor:
+        return _t(2, 6, 3, device=device)
+
+    return (
+        *_tensor_errors("tokens", lambda d, x: (x, _good_index(d)), (2, 6, 3), "[B, tokens, ...]"),
+        Bad("tokens of rank 1", lambda d: (_t(6, device=d), _good_index(d)), ValueError,
+            ("tokens", "[B, tokens, ...]", "[6]")),
+        Bad("quantized tokens", lambda d: (_quantized(d), _good_index(d)), TypeError,
+            ("tokens", "quantized"), layouts=True),
+        *_index_errors(lambda d, i: (tokens(d), i)),
+        *_prefix_errors(lambda d, p: (tokens(d), _good_index(d), p), 6),
+        Bad("prefix leaves too few", lambda d: (tokens(d), _i(d, [0, 1], [1, 0]), 5), ValueError,
+            ("index", "2", "1")),
+        *_companion_errors("extra", 2, lambda d, x: (tokens(d), _good_index(d), 1, x)),
+    )  # fmt: skip
+
+
+def _quantized(device: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(_t(2, 6, 3, device=device), 0.1, 0, torch.qint8)
+
+
+def _count_errors(name: str, build: Callable[[Any, Any], tuple[Any, ...]]) -> list[Bad]:
+    def bad(value: Any, raises: Any, words: Any, **more: Any) -> Bad:
+        return Bad(f"{name} {value!r}", lambda d: build(d, value), raises, words, **more)
+
+    return [
+        bad(-1, ValueError, (name, "-1")),
+        bad(2**70, ValueError, (name,)),
+        bad(5.0, TypeError, (name, "float"), op_words=(name,)),
+        bad(None, TypeError, (name, "NoneType"), op_words=(name,)),
+    ]
+
+
+def _scatter_errors() -> tuple[Bad, ...]:
+    def tokens(device: Any) -> Tensor:
+        return _t(2, 3, 3, device=device)
+
+    def indexed(device: Any, index: Any) -> tuple[Any, ...]:  # as many rows as the index asks for
+        columns = index.shape[1] if isinstance(index, Tensor) and index.dim() == 2 else 2
+        return _t(2, 1 + columns, 3, device=device), index, 5
+
+    return (
+        *_tensor_errors("tokens", lambda d, x: (x, _good_index(d), 5), (2, 3, 3),
+                        "[B, tokens, ...]"),
+        *_index_errors(indexed),
+        *_prefix_errors(lambda d, p: (tokens(d), _good_index(d), 5, p), 3),
+        *_count_errors("num_tokens", lambda d, n: (tokens(d), _good_index(d), n)),
+        Bad("num_tokens below the index", lambda d: (tokens(d), _good_index(d), 1), ValueError,
+            ("index", "2", "1")),
+        Bad("rows missing", lambda d: (_t(2, 2, 3, device=d), _good_index(d), 5), ValueError,
+            ("tokens", "size 3", "[2, 2, 3]")),
+        Bad("rows left over", lambda d: (_t(2, 4, 3, device=d), _good_index(d), 5), ValueError,
+            ("tokens", "size 3", "[2, 4, 3]")),
+        *_companion_errors("background", 6, lambda d, x: (tokens(d), _good_index(d), 5, 1, x)),
+        Bad("background too short",
+            lambda d: (tokens(d), _good_index(d), 5, 1, _t(2, 5, 3, device=d)), ValueError,
+            ("background", "size 6", "[2, 5, 3]")),
+    )  # fmt: skip
+
+
+def _compact_backward_errors() -> tuple[Bad, ...]:
+    def grad(device: Any) -> Tensor:
+        return _t(2, 4, 3, device=device)
+
+    def indexed(device: Any, index: Any) -> tuple[Any, ...]:
+        columns = index.shape[1] if isinstance(index, Tensor) and index.dim() == 2 else 2
+        return _t(2, 2 + columns, 3, device=device), index, 5, 1, 1
+
+    return (
+        *_index_errors(indexed),
+        *_prefix_errors(lambda d, p: (grad(d), _good_index(d), 5, p, 1), 4),
+        *_count_errors("num_tokens", lambda d, n: (grad(d), _good_index(d), n, 1, 1)),
+        *_count_errors("num_extra", lambda d, n: (grad(d), _good_index(d), 5, 1, n)),
+        Bad("extra rows beyond grad", lambda d: (grad(d), _good_index(d), 5, 1, 2**62), ValueError,
+            ("grad",)),
+        Bad("rows missing", lambda d: (grad(d), _good_index(d), 5, 1, 2), ValueError,
+            ("grad", "size 5", "[2, 4, 3]")),
+    )  # fmt: skip
+
+
+def _fuse_errors(lead: Callable[[Any], tuple[Any, ...]] = lambda device: ()) -> tuple[Bad, ...]:
+    """Errors of `fuse_tokens`; of its backward when `lead` gives the incoming gradient."""
+
+    def tokens(device: Any) -> Tensor:
+        return _t(2, 6, 3, device=device)
+
+    def weights(device: Any) -> Tensor:
+        return _t(2, 5, device=device)
+
+    def weighted(label: str, value: Callable[[Any], Any], raises: Any, words: Any, **m: Any) -> Bad:
+        return Bad(
+            f"weights {label}",
+            lambda d: (*lead(d), tokens(d), value(d), _good_index(d)),
+            raises,
+            words,
+            **m,
+        )
+
+    return (
+        Bad("tokens of rank 2",
+            lambda d: (*lead(d), _t(2, 6, device=d), weights(d), _good_index(d)),
+            ValueError, ("tokens", "3 dim", "[2, 6]")),
+        Bad("tokens of rank 4",
+            lambda d: (*lead(d), _t(2, 6, 3, 1, device=d), weights(d), _good_index(d)),
+            ValueError, ("tokens", "3 dim")),
+        Bad("integer tokens",
+            lambda d: (*lead(d), _t(2, 6, 3, dtype=torch.int32, device=d), weights(d),
+                       _good_index(d)),
+            TypeError, ("tokens", "float32", "int32"), op_words=("tokens", "float32", "Int")),
+        *_index_errors(lambda d, i: (*lead(d), tokens(d), weights(d), i)),
+        *_prefix_errors(lambda d, p: (*lead(d), tokens(d), weights(d), _good_index(d), p), 6),
+        weighted("is a list", lambda d: [1.0], TypeError, ("weights", "list"), op_accepts=True),
+        weighted("of rank 1", lambda d: _t(5, device=d), ValueError, ("weights", "2 dim")),
+        weighted("of rank 3", lambda d: _t(2, 5, 1, device=d), ValueError, ("weights", "2 dim")),
+        weighted("of another dtype", lambda d: weights(d).double(), TypeError,
+                 ("weights", "float32", "float64"), op_words=("weights", "Float", "Double")),
+        weighted("of another batch", lambda d: _t(3, 5, device=d), ValueError,
+                 ("weights", "size 2", "[3, 5]")),
+        weighted("with the prefix", lambda d: _t(2, 6, device=d), ValueError,
+                 ("weights", "size 5", "[2, 6]")),
+        weighted("on another device", lambda d: weights("meta"), ValueError, ("weights", "device")),
+        weighted("sparse", lambda d: weights(d).to_sparse(), TypeError, ("weights", "sparse"),
+                 layouts=True),
+        Bad("normalize is a string",
+            lambda d: (*lead(d), tokens(d), weights(d), _good_index(d), 1, "no"), TypeError,
+            ("normalize", "str"), op_words=("normalize",)),
+        Bad("normalize is a number",
+            lambda d: (*lead(d), tokens(d), weights(d), _good_index(d), 1, 1), TypeError,
+            ("normalize", "int"), op_accepts=True),
+    )  # fmt: skip
+
+
+def _fuse_backward_errors() -> tuple[Bad, ...]:
+    def build(device: Any, grad: Any) -> tuple[Any, ...]:
+        return grad, _t(2, 6, 3, device=device), _t(2, 5, device=device), _good_index(device)
+
+    return (
+        *_fuse_errors(lambda d: (_t(2, 3, device=d),)),
+        Bad("grad of rank 3", lambda d: build(d, _t(2, 1, 3, device=d)), ValueError,
+            ("grad", "2 dim")),
+        Bad("grad of another batch", lambda d: build(d, _t(1, 3, device=d)), ValueError,
+            ("grad", "size 2", "[1, 3]")),
+        Bad("grad of other channels", lambda d: build(d, _t(2, 4, device=d)), ValueError,
+            ("grad", "size 3", "[2, 4]")),
+        Bad("grad of another dtype", lambda d: build(d, _t(2, 3, device=d).double()), TypeError,
+            ("grad", "float32", "float64"), op_words=("grad", "Float", "Double")),
+    )  # fmt: skip
+
+
+def _attention_errors() -> tuple[Bad, ...]:
+    good = (2, 6, 2, 4)
+
+    def build(device: Any, **changes: Any) -> tuple[Any, ...]:
+        values = {name: _t(*good, device=device) for name in "qkv"}
+        values |= {"keep": None, "bias": None, "scale": None, "num_prefix": 1}
+        values |= {"class_token": True, "need_stats": True}
+        return tuple((values | changes).values())
+
+    def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(label, lambda d: build(d, **changes(d)), raises, words, **more)
+
+    errors = []
+    for name in "qkv":
+        errors += _tensor_errors(name, lambda d, x, n=name: build(d, **{n: x}), good, "4 dim")
+        errors += [
+            bad(f"{name} of rank 3", lambda d, n=name: {n: _t(2, 6, 8, device=d)}, ValueError,
+                (name, "4 dim", "[2, 6, 8]")),
+            bad(f"{name} integer", lambda d, n=name: {n: _t(*good, dtype=torch.int64, device=d)},
+                TypeError, (name, "int64")),
+        ]  # fmt: skip
+    for name in "kv":
+        errors += [
+            bad(f"{name} of another {what}",
+                lambda d, n=name, s=shape: {n: _t(*s, device=d)}, ValueError,
+                (name, str(list(shape))))
+            for what, shape in {"batch": (1, 6, 2, 4), "length": (2, 5, 2, 4),
+                                "number of heads": (2, 6, 1, 4), "head dim": (2, 6, 2, 5)}.items()
+        ]  # fmt: skip
+        errors += [
+            bad(f"{name} of another dtype", lambda d, n=name: {n: _t(*good, device=d).double()},
+                TypeError, (name, "float32", "float64")),
+            bad(f"{name} on another device", lambda d, n=name: {n: _t(*good, device="meta")},
+                ValueError, (name, "device")),
+        ]  # fmt: skip
+    empty = dict.fromkeys("qkv", (2, 6, 2, 0))
+    errors += [
+        bad("no channels", lambda d: {n: _t(*s, device=d) for n, s in empty.items()}, ValueError,
+            ("head dim", "0")),
+        *_prefix_errors(lambda d, p: build(d, num_prefix=p), 6),
+        bad("class token without prefix", lambda d: {"num_prefix": 0}, ValueError,
+            ("class_token", "num_prefix", "0")),
+        bad("keep is a list", lambda d: {"keep": [1.0]}, TypeError, ("keep", "list"),
+            op_words=("keep",)),
+        bad("keep of rank 1", lambda d: {"keep": _t(5, device=d)}, ValueError, ("keep", "2 dim")),
+        bad("keep bool", lambda d: {"keep": _t(2, 5, dtype=torch.bool, device=d)}, TypeError,
+            ("keep", "bool")),
+        bad("keep of another batch", lambda d: {"keep": _t(1, 5, device=d)}, ValueError,
+            ("keep", "size 2", "[1, 5]")),
+        bad("keep with the prefix", lambda d: {"keep": _t(2, 6, device=d)}, ValueError,
+            ("keep", "size 5", "[2, 6]")),
+        bad("keep on another device", lambda d: {"keep": _t(2, 5, device="meta")}, ValueError,
+            ("keep", "device")),
+        bad("keep between 0 and 1", lambda d: {"keep": torch.full((2, 5), 0.5, device=d)},
+            ValueError, ("keep", "0 or 1"), values=True),
+        bad("keep of 2", lambda d: {"keep": torch.full((2, 5), 2.0, device=d)}, ValueError,
+            ("keep", "0 or 1"), values=True),
+        bad("keep NaN", lambda d: {"keep": torch.full((2, 5), math.nan, device=d)}, ValueError,
+            ("keep", "0 or 1"), values=True),
+        bad("bias is a list", lambda d: {"bias": [1.0]}, TypeError, ("bias", "list"),
+            op_words=("bias",)),
+        bad("bias of rank 3", lambda d: {"bias": _t(2, 6, 6, device=d)}, ValueError,
+            ("bias", "4 dim")),
+        bad("bias integer", lambda d: {"bias": _t(1, 2, 6, 6, dtype=torch.int64, device=d)},
+            TypeError, ("bias", "int64")),
+        *(bad(f"bias {list(shape)}", lambda d, s=shape: {"bias": _t(*s, device=d)}, ValueError,
+              ("bias", str(list(shape))))
+          for shape in ((3, 2, 6, 6), (1, 1, 6, 6), (1, 2, 1, 6), (1, 2, 6, 1), (2, 2, 5, 5))),
+        bad("bias on another device", lambda d: {"bias": _t(1, 2, 6, 6, device="meta")},
+            ValueError, ("bias", "device")),
+        bad("scale is a string", lambda d: {"scale": "1"}, TypeError, ("scale", "str"),
+            op_words=("scale",)),
+        bad("scale is a tensor", lambda d: {"scale": torch.tensor(1.0)}, TypeError,
+            ("scale", "Tensor"), op_accepts=True),
+        bad("scale is a bool", lambda d: {"scale": True}, TypeError, ("scale", "bool"),
+            op_accepts=True),
+        bad("class_token is a string", lambda d: {"class_token": "no"}, TypeError,
+            ("class_token", "str"), op_words=("class_token",)),
+        bad("need_stats is a number", lambda d: {"need_stats": 1}, TypeError,
+            ("need_stats", "int"), op_accepts=True),
+    ]  # fmt: skip
+    return tuple(errors)
+
+
+# -- FLOPs: 2 per multiply-accumulate
+
+
+def _no_flops(*args: Any) -> tuple[int, int]:
+    return 0, 0
+
+
+def _fuse_flops(tokens: Tensor, weights: Tensor, index: Tensor, *args: Any) -> tuple[int, int]:
+    count = 2 * weights.shape[0] * (weights.shape[1] - index.shape[1]) * tokens.shape[2]
+    return count, count
+
+
+def _fuse_backward_flops(grad: Tensor, *args: Any) -> tuple[int, int]:
+    return 2 * _fuse_flops(*args)[0], 2 * _fuse_flops(*args)[1]
+
+
+def _attention_flops(q: Tensor, *args: Any) -> tuple[int, int]:
+    """Two products of the map; the statistics may add a few operations per entry of it."""
+    batch, num_tokens, heads, dim = q.shape
+    entries = batch * heads * num_tokens * num_tokens
+    return 4 * entries * dim, 4 * entries * dim + 32 * entries
+
+
+def _public_attention(*args: Any) -> Any:
+    """`attention_stats` with the op's positional arguments."""
+    names = ("scale", "num_prefix", "class_token", "need_stats")
+    keywords = dict(zip(names, args[5:], strict=False))
+    return spot_ext.attention_stats(*args[:5], **keywords)
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("select_tokens", spot_ext.select_tokens_reference, _select_samples(), _select_errors(),
+           _no_flops, public=spot_ext.select_tokens),
+        Op("compact_tokens", spot_ext.compact_tokens_reference, _row_samples(_compact_args),
+           _compact_errors(), _no_flops, grads=(0, 3), twice=True, public=spot_ext.compact_tokens),
+        Op("compact_tokens_backward", _compact_backward_reference,
+           _row_samples(_compact_backward_args), _compact_backward_errors(), _no_flops, grads=(0,),
+           twice=True),
+        Op("scatter_tokens", spot_ext.scatter_tokens_reference, _row_samples(_scatter_args),
+           _scatter_errors(), _no_flops, grads=(0, 4), twice=True, public=spot_ext.scatter_tokens),
+        Op("fuse_tokens", spot_ext.fuse_tokens_reference, _fuse_samples(_fuse_args), _fuse_errors(),
+           _fuse_flops, grads=(0, 1), exact=False, public=spot_ext.fuse_tokens,
+           once_only="differentiable once"),
+        Op("fuse_tokens_backward", _fuse_backward_reference, _fuse_samples(_fuse_backward_args),
+           _fuse_backward_errors(), _fuse_backward_flops, exact=False,
+           once_only="differentiable once"),
+        Op("attention_stats", attention_reference,
+           tuple(Sample(a.name, a.args, a.traced) for a in _ATTENTION), _attention_errors(),
+           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False, public=_public_attention),
+    )
+}  # fmt: skip
+
+
+def each_sample(traced: bool = False) -> list[Any]:
+    """All (op, sample) pairs as pytest parameters."""
+    return [
+        pytest.param(op, sample, id=f"{op.name}-{sample.name}".replace(" ", "_"))
+        for op in OPS.values()
+        for sample in op.samples
+        if sample.traced or not traced
+    ]
+
+
+def each_error() -> list[Any]:
+    """All (op, error input) pairs as pytest parameters."""
+    return [
+        pytest.param(op, bad, id=f"{op.name}-{bad.name}".replace(" ", "_"))
+        for op in OPS.values()
+        for bad in op.errors
+    ]
+
+
+def defined_ops() -> set[str]:
+    """Names of the ops that the loaded libraries define."""
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1].split(".")[0] for name in names if name.startswith("spot::")}
