@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.timing import measure  # noqa: E402
+from benchmarks.timing import keep_memory, measure  # noqa: E402
 
 OPS = ("compact", "attention_stats")
 
@@ -125,8 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for quiet")
     parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--show", type=Path, help="only print the table of an earlier result")
     parser.add_argument("--skip-tests", action="store_true", help="time untested; this is recorded")
     args = parser.parse_args(argv)
+    if args.show:
+        print(table(json.loads(args.show.read_text())))
+        return 0
     for op in args.ops:
         if op not in OPS:
             parser.error(f"no benchmark named '{op}'; there are {', '.join(OPS)}")
@@ -134,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda, but torch sees no GPU")
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_memory()
 
     results: dict[str, Any] = {"machine": facts(args.device), "ops": {}}
     for op in args.ops or OPS:

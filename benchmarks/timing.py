@@ -7,8 +7,11 @@ from events around its replays, and the eager time (launches included) is record
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,36 +105,74 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory. Otherwise its luck decides which side gets new pages.
+
+    Allocations beyond its largest threshold, 32 MiB, still come as new pages, on all sides.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 32 << 20)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def _measure_cpu(sides: dict[str, Side], seconds: float) -> tuple[dict[str, Any], str | None]:
     for side in sides.values():
         for i in range(3):
             side(i)
     wall: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
+    faults: dict[str, list[int]] = {name: [] for name in sides}
     start = Clock.now()
     stop, i = time.perf_counter() + seconds, 0
     while i < 10 or time.perf_counter() < stop:
         for name, side in sides.items():
+            faults_start = _page_faults()
             cpu_start, wall_start = time.process_time(), time.perf_counter()
             result = side(i)
             wall[name].append(time.perf_counter() - wall_start)
             cpu[name].append(time.process_time() - cpu_start)
+            faults[name].append(_page_faults() - faults_start)
             del result  # before the next side, which gets its memory back
         i += 1
     clock = Clock.now().since(start)
     times = {
-        name: summary(wall[name]) | {"cpu_median_ms": statistics.median(cpu[name]) * 1e3}
+        name: summary(wall[name])
+        | {
+            "cpu_median_ms": statistics.median(cpu[name]) * 1e3,
+            "page_faults_median": statistics.median(faults[name]),
+        }
         for name in sides
     }
     return times, contention(clock, torch.get_num_threads(), os.cpu_count() or 1)
 
 
 def input_sets(bytes_per_round: int, device: str) -> int:
-    """How many sets of inputs to rotate: past twice the L2 on CUDA, a few on the CPU."""
+    """How many sets of inputs to rotate: past twice the L2 on CUDA.
+
+    One on the CPU, where the op before has just written them: in cache as far as they fit.
+    """
     if device == "cpu":
-        return 4
+        return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(max(4, -(-2 * cache // max(bytes_per_round, 1))), 64)
+
+
+def _gpu_shared() -> str | None:
+    """Whether another process computes on a GPU here, as far as nvidia-smi can see."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    try:
+        pids = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    except OSError:
+        return None
+    return f"{len(pids) - 1} other processes use the GPU" if len(pids) > 1 else None
 
 
 def _measure_cuda(
@@ -140,12 +181,12 @@ def _measure_cuda(
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     times: dict[str, list[float]] = {name: [] for name in sides}
     eager: dict[str, list[float]] = {name: [] for name in sides}
-    side_stream = torch.cuda.Stream()
-    with torch.cuda.stream(side_stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # warm-up, as graph capture wants it
         for side in sides.values():
             for i in range(sets):
                 side(i)
-    side_stream.synchronize()
+    torch.cuda.synchronize()
     for name, side in sides.items():
         graphs[name] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[name]):
@@ -171,7 +212,7 @@ def _measure_cuda(
     return {
         name: summary(times[name]) | {"eager_median_ms": statistics.median(eager[name]) * 1e3}
         for name in sides
-    }, None
+    }, _gpu_shared()
 
 
 def measure(

@@ -45,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of the SPOT libraries and control of the CPU instruction set.";
   m.def("build_info", &build_info, "Versions, compiler, instruction sets and CUDA architectures.");
   m.def("isa", [] { return std::string(spot_isa()); }, "Instruction set in use.");
-  m.def("isas", [] { return split(spot_isas_usable(), ','); }, "Usable on this processor, best last.");
+  m.def(
+      "isas", [] { return split(spot_isas_usable(), ','); },
+      "Usable on this processor, best last.");
   m.def("set_isa", &set_isa, py::arg("name"), "Chooses the instruction set of all CPU kernels.");
 }

@@ -1,6 +1,6 @@
-// Every schema of the `spot` namespace. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
-// fakes, autograd, autocast and FLOP formulas are in spot_ext/<op>.py. Nothing else belongs here.
-// Schemas are frozen once released (tests/test_schemas.py).
+// Every schema of the `spot` namespace. Kernels register themselves in cpu/<op>.cpp and
+// cuda/<op>.cu; fakes, autograd, autocast and FLOP formulas are in spot_ext/<op>.py. Nothing else
+// belongs here. Schemas are frozen once released (tests/test_schemas.py).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(spot, m) {
@@ -9,13 +9,14 @@ STABLE_TORCH_LIBRARY(spot, m) {
 
   // tokens [B, P+N, ...], index [B, M] int64, extra [B, E, ...] -> [B, P+E+M, ...]
   m.def(
-      "compact_tokens(Tensor tokens, Tensor index, SymInt num_prefix=1, Tensor? extra=None) -> Tensor");
+      "compact_tokens(Tensor tokens, Tensor index, SymInt num_prefix=1, Tensor? extra=None) -> "
+      "Tensor");
   // grad [B, P+E+M, ...] -> gradient of tokens [B, P+num_tokens, ...]
   m.def(
       "compact_tokens_backward(Tensor grad, Tensor index, SymInt num_tokens, SymInt num_prefix=1, "
       "SymInt num_extra=0) -> Tensor");
 
-  // tokens [B, P+M, ...], index [B, M] int64, background [B, P+num_tokens, ...] -> [B, P+num_tokens, ...]
+  // tokens [B, P+M, ...], index [B, M] int64, background and result [B, P+num_tokens, ...]
   m.def(
       "scatter_tokens(Tensor tokens, Tensor index, SymInt num_tokens, SymInt num_prefix=1, "
       "Tensor? background=None) -> Tensor");

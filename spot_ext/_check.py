@@ -24,7 +24,7 @@ _ROWS = frozenset(
     for kind in vars(torch).values()
     if isinstance(kind, torch.dtype)
     and re.fullmatch(
-        r"torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex(32|64|128)|float[48]_\w+)", str(kind)
+        r"torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex(32|64|128)|float8_\w+)", str(kind)
     )
 )
 _WITH_KERNELS = ("cpu", "cuda", "meta")

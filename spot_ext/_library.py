@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import struct
 from pathlib import Path
 
 import torch
@@ -69,15 +70,28 @@ def _refuse_second_copy(wanted: Path) -> None:
         )
 
 
+def _truncated(path: Path) -> bool:
+    """Whether the file ends before its ELF section table; the loader would die of SIGBUS."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return False  # the loader says what is wrong
+    (table,) = struct.unpack_from("<Q", head, 0x28)
+    size, count = struct.unpack_from("<HH", head, 0x3A)
+    return path.stat().st_size < table + size * count
+
+
 def _load(path: Path) -> None:
     try:
+        if _truncated(path):
+            raise OSError("the file is truncated")
         torch.ops.load_library(str(path))
     except OSError as cause:
         raise ImportError(
             f"SPOT's compiled library does not load.\n  file: {path}\n"
             "  built for: torch 2.11 and newer (LibTorch stable ABI), Linux\n"
             f"  found: torch {torch.__version__} (CUDA {torch.version.cuda})\n"
-            f"  loader says: {cause}\n"
+            f"  loader says: {cause.__cause__ or cause}\n"
             "  what to run: pip install 'torch>=2.11', then pip install . again"
         ) from cause
     loaded.append(path)

@@ -258,7 +258,7 @@ def _statistics(p: Tensor, keep: Tensor | None, num_prefix: int, class_token: bo
     """Statistics [B, N, H, 6] of the map p [B, H, N, N]; variances are shifted by 1/n."""
     patch = p[:, :, num_prefix:, num_prefix:]
     if keep is None:
-        n: Any = max(patch.shape[-1], 1) if isinstance(patch.shape[-1], int) else patch.shape[-1]
+        n: Any = torch.sym_max(patch.shape[-1], 1)
         centred = patch - 1 / n
     else:
         kept = keep.detach().to(p.dtype)[:, None]  # [B, 1, N-P]

@@ -324,6 +324,11 @@ def _(
     normalize: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check_fuse(tokens, weights, index, num_prefix)
+    _check.tensor("grad", grad, 2)
+    _check.same_dtype("grad", grad, "tokens", tokens)
+    _check.device("grad", grad, "tokens", tokens)
+    _check.size("grad", grad, 0, tokens.shape[0], "the batch")
+    _check.size("grad", grad, 1, tokens.shape[2], "the channels")
     return tokens.new_empty(tokens.shape), weights.new_empty(weights.shape)
 
 

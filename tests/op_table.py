@@ -286,10 +286,10 @@ class _Attention:
             packed = random(self.name, (*shape[:2], 3, *shape[2:]), dtype, device)
             q, k, v = packed.unbind(2)
         else:
-            q, k, v = (
-                lay_out(random(f"{self.name} {x}", shape, dtype, device), self.layout)
-                for x in "qkv"
-            )
+            q, k, v = (random(f"{self.name} {x}", shape, dtype, device) for x in "qkv")
+            q = lay_out(q, self.layout)
+            if self.layout != "flat":  # equal keys or values would leave no gradient
+                k, v = lay_out(k, self.layout), lay_out(v, self.layout)
         keep = bias = None
         if self.keep:
             keep = self.mask(device, dtype)
@@ -310,12 +310,12 @@ class _Attention:
 
 _ATTENTION = (
     _Attention("plain", traced=True),
-    _Attention("masked", keep="random", traced=True),
+    _Attention("masked", keep="random"),
     _Attention("masked with bias", keep="random", bias=1, traced=True),
     _Attention("bias of one", bias=1),
-    _Attention("bias of each", bias=-1, traced=True),
+    _Attention("bias of each", bias=-1),
     _Attention("keep all", keep="all"),
-    _Attention("keep none", keep="none", traced=True),
+    _Attention("keep none", keep="none"),
     _Attention("no statistics", keep="random", need_stats=False, traced=True),
     _Attention("no class token", class_token=False, keep="random"),
     _Attention("no prefix", num_prefix=0, class_token=False, keep="random", traced=True),

@@ -26,20 +26,20 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-#define SPOT_CHECK(cond, op, ...)          \
-  do {                                     \
+#define SPOT_CHECK(cond, op, ...)               \
+  do {                                          \
     if (!(cond)) ::spot::fail(op, __VA_ARGS__); \
   } while (0)
 
 inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank) {
-  SPOT_CHECK(t.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ", shape_of(t));
+  SPOT_CHECK(t.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ",
+             shape_of(t));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
   SPOT_CHECK(t.scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype),
              ", got ", torch::headeronly::toString(t.scalar_type()));
 }
-
 
 inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim,
                        int64_t expected, const char* meaning) {

@@ -94,7 +94,8 @@ inline TokenShape check_scatter(const char* op, const char* name, const Tensor& 
              "prefix, extra and indexed tokens");
   if (background) {
     check_same_rows(op, "background", *background, name, compacted);
-    check_size(op, "background", *background, 1, num_prefix + num_tokens, "num_prefix + num_tokens");
+    check_size(op, "background", *background, 1, num_prefix + num_tokens,
+               "num_prefix + num_tokens");
   }
   return {compacted.size(0), num_tokens, num_prefix, num_extra, index.size(1)};
 }
@@ -123,8 +124,8 @@ inline void check_select(const char* op, const Tensor& scores, int64_t num_keep)
   check_rank(op, "scores", scores, 2);
   SPOT_CHECK(num_keep >= 0 && num_keep <= scores.size(1), op, "num_keep must be between 0 and ",
              scores.size(1), " (the scored tokens), got ", num_keep);
-  SPOT_CHECK(scores.size(1) <= INT32_MAX, op, "scores must have fewer than 2^31 tokens per image, got ",
-             scores.size(1));
+  SPOT_CHECK(scores.size(1) <= INT32_MAX, op,
+             "scores must have fewer than 2^31 tokens per image, got ", scores.size(1));
 }
 
 // Names the first index that is out of range or repeated. Host memory only; the slow path after a

@@ -28,7 +28,7 @@ struct RowArgs {
 struct FuseArgs {
   const void* tokens;  // [B, P+N, C], last dimension dense
   int64_t tokens_batch, tokens_row;
-  const void* weights;  // [B, N], dense
+  const void* weights;   // [B, N], dense
   const int64_t* index;  // [B, M], dense
   const void* grad;      // [B, C], dense (backward)
   void* out;             // [B, C], or the gradient of tokens [B, P+N, C]

@@ -25,12 +25,13 @@ void run_rows(const char* op, RowStatus (*kernel)(const RowArgs&, int64_t, int64
               const RowArgs& args, const TokenShape& shape, int64_t rows_per_image) {
   if (args.row_bytes == 0) return explain_index(op, args.index, shape);  // any number of rows
   std::atomic<int> status{kRowsFine};
-  parallel_for(0, shape.batch * rows_per_image, grain(args.row_bytes), [&](int64_t begin, int64_t end) {
-    const int seen = kernel(args, begin, end);
-    int worst = status.load();
-    while (seen > worst && !status.compare_exchange_weak(worst, seen)) {
-    }
-  });
+  parallel_for(0, shape.batch * rows_per_image, grain(args.row_bytes),
+               [&](int64_t begin, int64_t end) {
+                 const int seen = kernel(args, begin, end);
+                 int worst = status.load();
+                 while (seen > worst && !status.compare_exchange_weak(worst, seen)) {
+                 }
+               });
   if (status != kRowsFine) explain_index(op, args.index, shape);
 }
 
@@ -40,8 +41,9 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
   const Dtype dtype = dtype_slot(op, "scores", scores);
   const int64_t batch = scores.size(0);
   Tensor index = empty_on(scores, {batch, num_keep}, ScalarType::Long);
-  const SelectArgs args{scores.const_data_ptr(), scores.stride(0), scores.stride(1), scores.size(1),
-                        num_keep, static_cast<int64_t*>(index.mutable_data_ptr())};
+  const SelectArgs args{
+      scores.const_data_ptr(), scores.stride(0), scores.stride(1),
+      scores.size(1),          num_keep,         static_cast<int64_t*>(index.mutable_data_ptr())};
   parallel_for(0, batch, grain(args.num_tokens * 16),
                [&](int64_t begin, int64_t end) { kernels().select[dtype](args, begin, end); });
   return index;
@@ -49,12 +51,19 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
 
 RowArgs row_args(const Rows& source, const std::optional<Rows>& second, const Tensor& index,
                  const Tensor& out, const TokenShape& s) {
-  return {source.data(), source.batch_stride, source.row_stride,
-          second ? second->data() : nullptr, second ? second->batch_stride : 0,
+  return {source.data(),
+          source.batch_stride,
+          source.row_stride,
+          second ? second->data() : nullptr,
+          second ? second->batch_stride : 0,
           second ? second->row_stride : 0,
           static_cast<const int64_t*>(index.const_data_ptr()),
-          static_cast<char*>(out.mutable_data_ptr()), source.row_bytes,
-          s.num_tokens, s.num_prefix, s.num_extra, s.num_kept};
+          static_cast<char*>(out.mutable_data_ptr()),
+          source.row_bytes,
+          s.num_tokens,
+          s.num_prefix,
+          s.num_extra,
+          s.num_kept};
 }
 
 Tensor new_rows(const Tensor& like, int64_t rows) {
@@ -126,11 +135,19 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
   const Tensor rows = dense_rows(tokens);
   const Tensor dense_weights = dense(weights), dense_index = dense(index);
   Tensor out = empty_on(tokens, {shape.batch, tokens.size(2)}, tokens.scalar_type());
-  const FuseArgs args{rows.const_data_ptr(), rows.stride(0), rows.stride(1),
+  const FuseArgs args{rows.const_data_ptr(),
+                      rows.stride(0),
+                      rows.stride(1),
                       dense_weights.const_data_ptr(),
-                      static_cast<const int64_t*>(dense_index.const_data_ptr()), nullptr,
-                      out.mutable_data_ptr(), nullptr, shape.num_tokens, shape.num_prefix,
-                      shape.num_kept, tokens.size(2), normalize};
+                      static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                      nullptr,
+                      out.mutable_data_ptr(),
+                      nullptr,
+                      shape.num_tokens,
+                      shape.num_prefix,
+                      shape.num_kept,
+                      tokens.size(2),
+                      normalize};
   run_images(op, kernels().fuse[dtype], args, shape, static_cast<int64_t>(tokens.element_size()));
   return out;
 }
@@ -144,16 +161,22 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
   const TokenShape shape = check_fuse(op, tokens, weights, index, num_prefix);
   check_fuse_grad(op, grad, tokens);
   const Tensor rows = dense_rows(tokens);
-  const Tensor dense_weights = dense(weights), dense_index = dense(index),
-               dense_grad = dense(grad);
+  const Tensor dense_weights = dense(weights), dense_index = dense(index), dense_grad = dense(grad);
   Tensor tokens_grad = empty_on(tokens, sizes_of(tokens), tokens.scalar_type());
   Tensor weights_grad = empty_on(weights, sizes_of(weights), weights.scalar_type());
-  const FuseArgs args{rows.const_data_ptr(), rows.stride(0), rows.stride(1),
+  const FuseArgs args{rows.const_data_ptr(),
+                      rows.stride(0),
+                      rows.stride(1),
                       dense_weights.const_data_ptr(),
                       static_cast<const int64_t*>(dense_index.const_data_ptr()),
-                      dense_grad.const_data_ptr(), tokens_grad.mutable_data_ptr(),
-                      weights_grad.mutable_data_ptr(), shape.num_tokens, shape.num_prefix,
-                      shape.num_kept, tokens.size(2), normalize};
+                      dense_grad.const_data_ptr(),
+                      tokens_grad.mutable_data_ptr(),
+                      weights_grad.mutable_data_ptr(),
+                      shape.num_tokens,
+                      shape.num_prefix,
+                      shape.num_kept,
+                      tokens.size(2),
+                      normalize};
   run_images(op, kernels().fuse_backward[dtype], args, shape,
              2 * static_cast<int64_t>(tokens.element_size()));
   return {tokens_grad, weights_grad};

@@ -1,8 +1,8 @@
 // Kernels of the compact slice: select, compact, scatter, fuse. Torch-free; one copy per ISA.
 //
-// Cost per image: select 2 to 32 (64 for float64) vector passes over N keys; compact and scatter one
-// read and one write of each output row; fuse one pass over the removed tokens; fuse backward two.
-// Memory: N keys, N bytes or N positions of per-thread scratch; nothing else.
+// Cost per image: select 2 to 32 (64 for float64) vector passes over N keys; compact and scatter
+// one read and one write of each output row; fuse one pass over the removed tokens; fuse backward
+// two. Memory: N keys, N bytes or N positions of per-thread scratch; nothing else.
 #include "isa.h"
 #include "numeric.h"
 #include "scratch.h"
@@ -105,8 +105,8 @@ inline RowStatus for_images(int64_t begin, int64_t end, int64_t rows_per_image, 
   return status;
 }
 
-// Plain vector stores: into new pages, which large outputs are made of, both memcpy (`rep movsb`) and
-// stores past the caches were slower.
+// Plain vector stores: into new pages, which large outputs are made of, both memcpy (`rep movsb`)
+// and stores past the caches were slower.
 inline void copy_bytes(char* out, const char* source, int64_t bytes) {
   int64_t i = 0;
   for (; i + 64 <= bytes; i += 64) std::memcpy(out + i, source + i, 64);
@@ -261,8 +261,8 @@ inline Acc<T> dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// With o = sum_n w_n x_n / S:  dx_n = (w_n / S) g,  dw_n = (x_n . g - o . g) / S. Unnormalised: S = 1
-// and no o . g term. Zero where S is zero.
+// With o = sum_n w_n x_n / S:  dx_n = (w_n / S) g  and  dw_n = (x_n . g - o . g) / S.
+// Unnormalised, S is 1 and there is no o . g term. Zero where S is zero.
 template <typename T>
 bool fuse_backward(const FuseArgs& a, int64_t begin, int64_t end) {
   const std::size_t n = static_cast<std::size_t>(a.num_tokens);

@@ -5,18 +5,16 @@
 
 #define SPOT_JOIN_(a, b) a##b
 #define SPOT_JOIN(a, b) SPOT_JOIN_(a, b)
-#define SPOT_PER_DTYPE(kernel) \
-  { SPOT_ISA::kernel<float>, SPOT_ISA::kernel<double>, SPOT_ISA::kernel<SPOT_ISA::Half>, SPOT_ISA::kernel<SPOT_ISA::BFloat16> }
+#define SPOT_PER_DTYPE(kernel)                                                          \
+  {SPOT_ISA::kernel<float>, SPOT_ISA::kernel<double>, SPOT_ISA::kernel<SPOT_ISA::Half>, \
+   SPOT_ISA::kernel<SPOT_ISA::BFloat16>}
 
 namespace spot {
 
 extern const KernelTable SPOT_JOIN(kernels_, SPOT_ISA);
 const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
-    SPOT_PER_DTYPE(select),
-    SPOT_ISA::compact_rows,
-    SPOT_ISA::scatter_rows,
-    SPOT_PER_DTYPE(fuse),
-    SPOT_PER_DTYPE(fuse_backward),
+    SPOT_PER_DTYPE(select), SPOT_ISA::compact_rows,        SPOT_ISA::scatter_rows,
+    SPOT_PER_DTYPE(fuse),   SPOT_PER_DTYPE(fuse_backward),
 };
 
 }  // namespace spot

@@ -89,8 +89,8 @@ struct RowCopy {
   int64_t source_batch, source_row;  // bytes
   const char* second;                // extra (compact) or background (scatter) rows, or null
   int64_t second_batch, second_row;
-  const int64_t* index;    // [B, M], compact
-  const int32_t* origin;   // [B, N+1], scatter (see invert_kernel)
+  const int64_t* index;   // [B, M], compact
+  const int32_t* origin;  // [B, N+1], scatter (see invert_kernel)
   char* out;
   int64_t row_bytes, rows, total_rows;
   int64_t num_tokens, num_prefix, num_extra, num_kept;
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     fuse_along_kernel(const T* __restrict__ grad, const T* __restrict__ tokens,
-                      const int32_t* __restrict__ origin, Acc<T>* __restrict__ along,
-                      int64_t batch, FuseSizes s) {
+                      const int32_t* __restrict__ origin, Acc<T>* __restrict__ along, int64_t batch,
+                      FuseSizes s) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   for (int64_t item = blockIdx.x * static_cast<int64_t>(kThreads / kWarp) + threadIdx.x / kWarp;
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < s.num_tokens; i += kThreads)
     if (origin[i] == -1) mean += load(weights[i]) * along[i];
   mean = block_sum(mean, partial);
-  const Acc<T> mass = s.normalize ? sum : Acc<T>(1);  // divided by: the inverse of a denormal is inf
+  // Divided by, not multiplied with its inverse: that of a denormal is inf.
+  const Acc<T> mass = s.normalize ? sum : Acc<T>(1);
   mean = s.normalize && mass != 0 ? mean / mass : Acc<T>(0);
   for (int64_t i = threadIdx.x; i < s.num_tokens; i += kThreads) {
     const bool live = origin[i] == -1 && mass != 0;
@@ -342,9 +343,9 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
   const cudaStream_t stream = current_stream(scores);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    select_kernel<T><<<grid, kThreads, 0, stream>>>(
-        data<T>(scores), scores.stride(0), scores.stride(1), scores.size(1), num_keep,
-        mutable_data<int64_t>(index));
+    select_kernel<T><<<grid, kThreads, 0, stream>>>(data<T>(scores), scores.stride(0),
+                                                    scores.stride(1), scores.size(1), num_keep,
+                                                    mutable_data<int64_t>(index));
   });
   SPOT_LAUNCH_CHECK();
   return index;
@@ -388,11 +389,23 @@ void launch_rows(const RowCopy& a, cudaStream_t stream) {
 
 RowCopy row_copy(const Rows& source, const std::optional<Rows>& second, const Tensor& out,
                  const TokenShape& s, int64_t rows) {
-  return {source.data(), source.batch_stride, source.row_stride,
-          second ? second->data() : nullptr, second ? second->batch_stride : 0,
-          second ? second->row_stride : 0, nullptr, nullptr, mutable_data<char>(out),
-          source.row_bytes, rows, s.batch * rows, s.num_tokens, s.num_prefix, s.num_extra,
-          s.num_kept, poison_of(out.scalar_type())};
+  return {source.data(),
+          source.batch_stride,
+          source.row_stride,
+          second ? second->data() : nullptr,
+          second ? second->batch_stride : 0,
+          second ? second->row_stride : 0,
+          nullptr,
+          nullptr,
+          mutable_data<char>(out),
+          source.row_bytes,
+          rows,
+          s.batch * rows,
+          s.num_tokens,
+          s.num_prefix,
+          s.num_extra,
+          s.num_kept,
+          poison_of(out.scalar_type())};
 }
 
 Tensor new_rows(const Tensor& like, int64_t rows) {
@@ -460,7 +473,8 @@ Tensor scatter_tokens(const Tensor& tokens, const Tensor& index, int64_t num_tok
 }
 
 FuseSizes fuse_sizes(const Tensor& tokens, const TokenShape& s, bool normalize) {
-  return {tokens.stride(0), tokens.stride(1), s.num_tokens, s.num_prefix, tokens.size(2), normalize};
+  return {tokens.stride(0), tokens.stride(1), s.num_tokens,
+          s.num_prefix,     tokens.size(2),   normalize};
 }
 
 Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& index,
@@ -482,8 +496,8 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
                   static_cast<unsigned>((sizes.channels + kThreads - 1) / kThreads));
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    fuse_kernel<T><<<grid, kThreads, 0, stream>>>(data<T>(rows), data<T>(dense_weights),
-                                                  data<int32_t>(origin), mutable_data<T>(out), sizes);
+    fuse_kernel<T><<<grid, kThreads, 0, stream>>>(
+        data<T>(rows), data<T>(dense_weights), data<int32_t>(origin), mutable_data<T>(out), sizes);
   });
   SPOT_LAUNCH_CHECK();
   return out;
@@ -507,9 +521,8 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
   if (shape.batch == 0) return {tokens_grad, weights_grad};
   const Tensor origin = invert(op, index, shape, stream);
   const FuseSizes sizes = fuse_sizes(rows, shape, normalize);
-  const Tensor along =
-      empty_on(tokens, {shape.batch, shape.num_tokens},
-                dtype == kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor along = empty_on(tokens, {shape.batch, shape.num_tokens},
+                                dtype == kFloat64 ? ScalarType::Double : ScalarType::Float);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     fuse_along_kernel<T><<<warp_grid(shape.batch * shape.num_tokens), kThreads, 0, stream>>>(

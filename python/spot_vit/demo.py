@@ -47,7 +47,7 @@ class Recipe:
     mlp_ratio: float = 2.0
     steps: int = 2500
     lr: float = 1e-3
-    extra_steps: int = 250
+    extra_steps: int = 300
     extra_lr: float = 2e-4
     predictor_lr: float = 1e-3
     batch_size: int = 32
@@ -241,7 +241,8 @@ def _describe(summary: dict[str, Any], files: list[Path]) -> str:
     ]
     for row in rows:
         cells = [row["model"], f"{row['top1']:.2%}"]
-        cells.append(f"{row['difference']:+.2%} ± {row['difference_standard_error']:.2%}")
+        difference, error = 100 * row["difference"], 100 * row["difference_standard_error"]
+        cells.append("" if row is rows[0] else f"{difference:+.2f} ± {error:.2f}")
         cells.append(f"{row['gmacs']:.4f} {row['gmacs'] / rows[0]['gmacs']:5.0%}")
         for size in _BATCH_SIZES:
             latency = row[f"latency_batch{size}"]
@@ -250,14 +251,14 @@ def _describe(summary: dict[str, Any], files: list[Path]) -> str:
         for shares in (kept["foreground"], kept["random"]):
             cells.append(" ".join(f"{share:.0%}" for share in shares))
         table.append(cells)
-    table[1][2] = ""
+    quick = "\nA quick run: nothing is trained enough for the figures to mean anything."
     return f"""
 {format_table(table)}
 
 top-1            accuracy on {summary["recipe"]["test_images"]} images of digits never trained on
-against dense    paired difference on the same images, and its standard error
+against dense    paired difference on the same images and its standard error, points
 GMACs/image      multiply-accumulates of everything, stem, predictors and statistics included
 ms               median time of one batch, {summary["threads"]} CPU threads, and the ratio to dense
 foreground kept  patches of the digit that survive each stage of SPOT, and what chance would keep
 
-{summary["seconds"] / 60:.1f} minutes; written: {", ".join(map(str, files))}"""
+{summary["seconds"] / 60:.1f} minutes; written: {", ".join(map(str, files))}{quick * summary["quick"]}"""

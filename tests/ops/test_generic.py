@@ -50,18 +50,15 @@ def _large(op: Op, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> t
     """A call that several threads share: 12 ViT images."""
     names = {"select_tokens": "(2, 196, 137)", "attention_stats": "ViT"}
     name = names.get(op.name, "ViT" if op.exact else "ViT, mean")
-    images = [op.sample(name).args(device, dtype) for _ in range(6)]
-    joined = []
-    for values in zip(*images, strict=True):
-        if isinstance(values[0], Tensor):
-            noise = [torch.randperm(v.shape[1], generator=generator(str(i))) for i, v in
-                     enumerate(values)]  # fmt: skip
-            rows = [v if v.dtype == torch.int64 else v[:, n.to(v.device)]
-                    for v, n in zip(values, noise, strict=True)]  # fmt: skip
-            joined.append(torch.cat(rows))
-        else:
-            joined.append(values[0])
-    return tuple(joined)
+    args = op.sample(name).args(device, dtype)
+    copies = 12 // args[0].shape[0]
+
+    def repeat(value: Tensor) -> Tensor:
+        if value.dtype == torch.int64:
+            return value.repeat(copies, 1)
+        return torch.cat([value.roll(step, dims=1) for step in range(copies)])
+
+    return tree_map_only(Tensor, repeat, args)
 
 
 # ---- the table itself ----------------------------------------------------------------------------
@@ -85,6 +82,11 @@ def test_every_op_has_all_its_parts(op: Op) -> None:
     assert op.grads or op.once_only or integer_only
 
 
+def test_memory_is_poisoned() -> None:
+    assert torch.empty(1000).isnan().all()
+    assert (torch.empty(1000, dtype=torch.int64) == 2**63 - 1).all()
+
+
 # ---- values and gradients ------------------------------------------------------------------------
 
 
@@ -106,8 +108,15 @@ def test_values(op: Op, sample: Sample, dtype: torch.dtype, device: torch.device
             assert_same_bits(mine, theirs, f"output {number}")
         elif op.name == "attention_stats" and number == 1 and mine.numel():
             for column in range(6):  # each statistic has its own scale
-                assert_accurate(mine[..., column], theirs[..., column], truth[..., column],
-                                what=f"statistic {column}")  # fmt: skip
+                # Squares are summed around 1/n: that of a far-off mean bounds the error.
+                mean = truth[..., column - 1].abs().max().item() if column in (3, 5) else 0.0
+                assert_accurate(
+                    mine[..., column],
+                    theirs[..., column],
+                    truth[..., column],
+                    what=f"statistic {column}",
+                    scale=mean**2,
+                )
         else:
             assert_accurate(mine, theirs, truth, what=f"output {number}")
 
@@ -212,11 +221,20 @@ def test_changing_a_saved_tensor_before_backward_is_noticed(op: Op) -> None:
     args = with_grad(op.samples[1].args("cpu", torch.float64), op.grads)
     index = [v for v in tensors(args) if v.dtype == torch.int64]
     saved = index[0] if index else args[1]
+    leaves = [value for value in tensors(args) if value.requires_grad]
+    expected = torch.autograd.grad(tensors(op.call(*args))[0].sum(), leaves, allow_unused=True)
     out = tensors(op.call(*args))[0]
     with torch.no_grad():
-        saved.add_(0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
+        saved.copy_(saved.flip(0))
+    try:
+        actual = torch.autograd.grad(out.sum(), leaves, allow_unused=True)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        return
+    assert _composite(op), "the change went unnoticed"  # which saves copies of its own
+    for mine, theirs in zip(actual, expected, strict=True):
+        if mine is not None:
+            assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
@@ -275,18 +293,21 @@ def test_many_calls_do_not_grow_the_process(op: Op) -> None:
     bad = next(b for b in op.errors if b.values or b.name.startswith("num_keep too"))
     wrong = bad.args("cpu")
 
-    def calls(count: int) -> int:
+    def calls(count: int) -> None:
         for _ in range(count):
             gradients(op.call, good)
-            with pytest.raises(Exception, match=r"."):
+            with pytest.raises((ValueError, RuntimeError)):
                 op.call(*wrong)
-        gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096
 
-    calls(100)
-    before = calls(100)
-    assert calls(600) - before < 4 << 20
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    calls(50)
+    gc.collect()
+    before = resident()
+    calls(300)
+    gc.collect()
+    assert resident() - before < 4 << 20
 
 
 # ---- determinism ---------------------------------------------------------------------------------
@@ -316,7 +337,7 @@ def test_any_number_of_threads_gives_the_same_bits(op: Op) -> None:
 def test_a_hundred_repeats_give_the_same_bits(op: Op, device: torch.device) -> None:
     args = with_grad(_large(op, device=device), op.grads)
     first = _outcome(op, args)
-    for _ in range(100 if op.name != "attention_stats" else 12):
+    for _ in range(10 if _composite(op) else 100):
         for mine, theirs in zip(_outcome(op, args), first, strict=True):
             assert torch.equal(mine, theirs)
 
@@ -325,6 +346,8 @@ def test_a_hundred_repeats_give_the_same_bits(op: Op, device: torch.device) -> N
 def test_every_instruction_set_gives_the_same(op: Op) -> None:
     sets = isa_control().isas()
     assert "baseline" in sets
+    if _composite(op):  # no kernel of ours
+        return
     for sample in op.samples:
         for dtype in FLOATING:
             args = with_grad(sample.args("cpu", dtype), op.grads)
@@ -407,17 +430,17 @@ def _compiled_outcomes(
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize(("op", "sample", "grad"), _traced())
-def test_compile(op: Op, sample: Sample, grad: bool, dynamic: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("op", "sample"), each_sample(traced=True))
+def test_compile(op: Op, sample: Sample, dynamic: bool, device: torch.device) -> None:
     args = sample.args(device, torch.float64)
-    compiled, eager = _compiled_outcomes(op, args, grad, "aot_eager", dynamic)
+    compiled, eager = _compiled_outcomes(op, args, bool(op.grads), "aot_eager", dynamic)
     assert_close(compiled, eager)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_compile_with_inductor(op: Op, dynamic: bool, device: torch.device) -> None:
+def test_compile_with_inductor(op: Op, device: torch.device) -> None:
+    dynamic = op.exact  # the other half is static
     name = {"attention_stats": "masked with bias", "select_tokens": "(2, 9, 4)"}.get(op.name)
     sample = op.sample(name) if name else op.samples[1]
     args = sample.args(device, torch.float64)
@@ -468,7 +491,7 @@ class Pruner(torch.nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.before = torch.nn.Linear(width, width)
-        self.score = torch.nn.Linear(width, 1)
+        self.score = torch.nn.Linear(width, 1, bias=False)  # softmax would give it no gradient
         self.after = torch.nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -492,7 +515,8 @@ def _model(device: Any = "cpu") -> Pruner:
     return Pruner().double().to(device)
 
 
-def _losses(model: Any, device: Any, steps: int = 4) -> list[float]:
+def _losses(model: Any, device: Any, steps: int) -> list[float]:
+    """Losses of a few steps on images of growing number and size, then of the first ones again."""
     inner = getattr(model, "_orig_mod", model)
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.05)
     losses = []
@@ -503,33 +527,41 @@ def _losses(model: Any, device: Any, steps: int = 4) -> list[float]:
         assert all(p.grad is not None and p.grad.any() for p in inner.parameters())
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return [*losses, model(_images(2, 11, device)).square().mean().item()]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
+@pytest.mark.parametrize(
+    ("dynamic", "backend", "steps"),
+    [
+        (False, "aot_eager", 2),
+        (True, "aot_eager", 4),
+        (None, "aot_eager", 4),
+        (True, "inductor", 4),
+    ],
+)
 def test_a_model_trains_compiled_as_in_eager(
-    dynamic: bool | None, backend: str, device: torch.device
+    dynamic: bool | None, backend: str, steps: int, device: torch.device
 ) -> None:
-    expected = _losses(_model(device), device)
-    compiled = torch.compile(_model(device), fullgraph=True, dynamic=dynamic, backend=backend)
-    actual = _losses(compiled, device, 4 if dynamic is not False else 2)
-    torch.testing.assert_close(actual, expected[: len(actual)], rtol=1e-9, atol=0)
+    expected = _losses(_model(device), device, steps)
     assert expected[-1] < expected[0]
+    compiled = torch.compile(_model(device), fullgraph=True, dynamic=dynamic, backend=backend)
+    actual = _losses(compiled, device, steps)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 def test_a_model_exports_with_dynamic_batch_and_tokens(strict: bool, tmp_path: Path) -> None:
     model = _model().eval()
-    shapes = {"x": {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=2)}}
+    # From 4 tokens on, since export gives sizes 0 and 1 graphs of their own, whatever the op.
+    shapes = {"x": {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=4)}}
     exported = torch.export.export(model, (_images(2, 11),), dynamic_shapes=shapes, strict=strict)
     used = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     for name in ("select_tokens", "compact_tokens", "fuse_tokens"):
         assert f"spot.{name}.default" in used
     torch.export.save(exported, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for shape in ((1, 2), (2, 11), (3, 12), (7, 41), (1, 197)):
+    for shape in ((1, 4), (2, 11), (3, 12), (7, 41), (1, 197)):
         assert_close(loaded(_images(*shape)), model(_images(*shape)))
 
 
@@ -580,13 +612,13 @@ def test_aot_inductor_runs_every_op(device: torch.device, tmp_path: Path) -> Non
 def test_aot_inductor_with_dynamic_batch_and_tokens(device: torch.device, tmp_path: Path) -> None:
     model = _model(device).eval()
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64),
-                    1: torch.export.Dim("tokens", min=2, max=512)}}  # fmt: skip
+                    1: torch.export.Dim("tokens", min=4, max=512)}}  # fmt: skip
     exported = torch.export.export(model, (_images(2, 11, device),), dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package(
         exported, package_path=str(tmp_path / "model.pt2")
     )
     loaded = torch._inductor.aoti_load_package(package)
-    for shape in ((1, 3), (2, 11), (5, 30), (1, 197)):
+    for shape in ((1, 4), (2, 11), (5, 30), (1, 197)):
         assert_close(loaded(_images(*shape, device)), model(_images(*shape, device)))
 
 
@@ -629,7 +661,11 @@ def test_ops_refuse(op: Op, bad: Bad, device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("op", "bad"),
-    [p for p in each_error() if not (p.values[1].values or p.values[1].op_accepts)],
+    [
+        p
+        for p in each_error()
+        if not any((p.values[1].values, p.values[1].op_accepts, p.values[1].layouts))
+    ],
 )
 def test_fakes_refuse(op: Op, bad: Bad) -> None:
     args = bad.args("cpu")
@@ -637,10 +673,10 @@ def test_fakes_refuse(op: Op, bad: Bad) -> None:
         fakes = tree_map_only(Tensor, mode.from_tensor, args)
         with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
             op.call(*fakes)
-    if bad.layouts or any(isinstance(a, Tensor) and a.device.type == "meta" for a in args):
-        return
-    words = bad.words if bad.op_words is None else ()
-    for word in words:
+    if any(isinstance(a, Tensor) and a.device.type == "meta" for a in args):
+        return  # torch refuses to mix devices before the fake can
+    # Fakes share the checks of the public functions; op_words are for what the schema refuses.
+    for word in bad.words if bad.op_words is None else ():
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
 

@@ -1,0 +1,559 @@
+"""attention_stats against its definition, written once more as loops, and its identities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FLOATING,
+    LAYOUTS,
+    assert_accurate,
+    assert_close,
+    assert_gradient,
+    assert_same_bits,
+    generator,
+    gradients,
+    lay_out,
+    random,
+    random_index,
+    tensors,
+    to_dtype,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from op_table import OPS, attention_reference
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.gradcheck import GradcheckError
+
+from spot_ext import attention_stats, attention_stats_reference, compact_tokens
+
+NAMES = ("cls_out", "cls_in", "row_mean", "row_var", "col_mean", "col_var")
+
+# ---- the definition as loops ---------------------------------------------------------------------
+
+
+def by_hand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    cotangent: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`out`, `stats` and the gradient of `keep` for the gradient of `out`, entry by entry."""
+    batch, count, heads, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    out, stats = torch.zeros_like(v), v.new_zeros(batch, count, heads, 6)
+    keep_grad = None if keep is None or cotangent is None else torch.zeros_like(keep)
+    patches = range(num_prefix, count)
+    for b in range(batch):
+        kept = [True] * num_prefix
+        kept += [True] * len(patches) if keep is None else [x == 1 for x in keep[b].tolist()]
+        for h in range(heads):
+            logit = [[float(q[b, i, h] @ k[b, j, h]) * scale for j in range(count)]
+                     for i in range(count)]  # fmt: skip
+            if bias is not None:
+                slab = bias[b if bias.shape[0] > 1 else 0, h].tolist()
+                logit = [[x + y for x, y in zip(*rows, strict=True)]
+                         for rows in zip(logit, slab, strict=True)]  # fmt: skip
+            p = [[0.0] * count for _ in range(count)]
+            lse = []
+            for i in range(count):
+                seen = [j for j in range(count) if kept[j] or j == i]
+                top = max(logit[i][j] for j in seen)
+                lse.append(top + math.log(sum(math.exp(logit[i][j] - top) for j in seen)))
+                for j in seen:
+                    p[i][j] = math.exp(logit[i][j] - lse[i])
+                    out[b, i, h] += p[i][j] * v[b, j, h]
+            if keep_grad is not None:
+                for j in patches:
+                    for i in range(count):
+                        if i == j:  # a token's own row does not depend on its mask
+                            continue
+                        share = logit[i][j] - lse[i]
+                        weight = math.exp(share) if kept[j] else 1 / (1 + math.exp(-share))
+                        pull = float(cotangent[b, i, h] @ (v[b, j, h] - out[b, i, h]))
+                        keep_grad[b, j - num_prefix] += weight * pull
+            alive = [t for t in patches if kept[t]]
+            for t in alive:
+                row, column = [p[t][j] for j in alive], [p[i][t] for i in alive]
+                row_mean, col_mean = sum(row) / len(alive), sum(column) / len(alive)
+                stats[b, t, h] = torch.tensor([
+                    p[0][t] if class_token else 0.0,
+                    p[t][0] if class_token else 0.0,
+                    row_mean,
+                    sum((x - row_mean) ** 2 for x in row) / len(alive),
+                    col_mean,
+                    sum((x - col_mean) ** 2 for x in column) / len(alive),
+                ], dtype=q.dtype)  # fmt: skip
+    return out, stats, keep_grad
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    num_prefix = draw(st.sampled_from([0, 1, 1, 2, 5]))
+    patches = draw(st.integers(0, 6))
+    return {
+        "batch": draw(st.integers(0, 3)),
+        "count": num_prefix + patches,
+        "heads": draw(st.integers(1, 3)),
+        "dim": draw(st.sampled_from([1, 2, 3, 8])),
+        "num_prefix": num_prefix,
+        "class_token": num_prefix > 0 and draw(st.booleans()),
+        "masked": draw(st.booleans()),
+        "bias": draw(st.sampled_from([None, None, "one", "each"])),
+        "scale": draw(st.sampled_from([None, None, 0.3, -1.0, 3.0])),
+        "spread": draw(st.sampled_from([0.0, 1.0, 1.0, 6.0])),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "seed": draw(st.integers(0, 1 << 30)),
+    }
+
+
+def build(case: dict[str, Any], dtype: torch.dtype, device: Any) -> dict[str, Any]:
+    """Arguments of the public function; 16-bit values are rounded once, so that all agree."""
+    seed, shape = case["seed"], (case["batch"], case["count"], case["heads"], case["dim"])
+    q, k, v = (random(f"{x} {seed}", shape, torch.float64) for x in "qkv")
+    values: dict[str, Any] = {
+        name: lay_out((x * spread).to(dtype), case["layout"]).to(device)
+        for name, x, spread in (("q", q, case["spread"]), ("k", k, 1.0), ("v", v, 1.0))
+    }
+    values["keep"] = values["bias"] = None
+    if case["masked"]:
+        flips = torch.rand(
+            (shape[0], shape[1] - case["num_prefix"]), generator=generator(f"{seed}")
+        )
+        values["keep"] = (flips < 0.6).to(device, dtype)
+    if case["bias"]:
+        batch = 1 if case["bias"] == "one" else shape[0]
+        size = (batch, shape[2], shape[1], shape[1])
+        values["bias"] = random(f"bias {seed}", size, torch.float64).to(device, dtype)
+    return values | {name: case[name] for name in ("scale", "num_prefix", "class_token")}
+
+
+def _leaves(values: dict[str, Any], *names: str) -> tuple[dict[str, Any], list[Tensor]]:
+    values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+    leaves = [values[name].requires_grad_() for name in names if values[name] is not None]
+    return values, leaves
+
+
+@given(cases())
+def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, Any]) -> None:
+    values = build(case, torch.float64, "cpu")
+    cotangent = random(f"cotangent {case['seed']}", values["q"].shape, torch.float64)
+    out, stats, keep_grad = by_hand(**values, cotangent=cotangent)
+    moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
+    for function in (attention_stats_reference, attention_stats):
+        arguments, leaves = _leaves(moved, "keep")
+        actual = function(**arguments)
+        assert_close([value.cpu() for value in actual], (out, stats), 1e-11, function.__name__)
+        if leaves and actual[0].requires_grad:
+            (grad,) = torch.autograd.grad(actual[0], leaves, cotangent.to(device))
+            assert_close(grad.cpu(), keep_grad, 1e-11, f"{function.__name__} keep gradient")
+
+
+@given(cases(), st.sampled_from(FLOATING))
+def test_values_and_gradients_are_as_accurate_as_torch(
+    device: torch.device, case: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if case["spread"] == 0.0:
+        case = case | {"spread": 0.5}
+    if case["layout"] == "flat":  # equal keys leave rounding noise where the gradient of q is zero
+        case = case | {"layout": "padded"}
+    names = ("q", "k", "v", "keep", "bias")
+    values, leaves = _leaves(build(case, dtype, device), *names)
+    wide = to_dtype(values, torch.float64)
+    results = []
+    for function, arguments in (
+        (attention_stats, values),
+        (attention_stats_reference, values),
+        (attention_stats_reference, wide),
+    ):
+        wanted = [arguments[name] for name in names if arguments[name] is not None]
+        results.append(gradients(lambda *_, f=function, a=arguments: f(**a), tuple(wanted)))
+    (actual, grads), (plain, plain_grads), (exact, exact_grads) = results
+    assert_accurate(actual[0], plain[0], exact[0], what="out")
+    for column, name in enumerate(NAMES):
+        assert_accurate(
+            actual[1][..., column], plain[1][..., column], exact[1][..., column], what=name,
+            scale=1.0 if "var" not in name else 0.1,
+        )  # fmt: skip
+    sizes = [1.0 + grad.abs().max().item() if grad is not None and grad.numel() else 1.0
+             for grad in exact_grads]  # fmt: skip
+    for size, *three in zip(sizes, grads, plain_grads, exact_grads, strict=True):
+        if three[1] is None:
+            assert three[0] is None or not three[0].any()
+        else:
+            assert_gradient(*three, scale=size)
+    assert len(leaves) == len(grads)
+
+
+# ---- identities of the statistics ----------------------------------------------------------------
+
+
+def _qkv(
+    batch: int, count: int, heads: int, dim: int, dtype: torch.dtype = torch.float64,
+    device: Any = "cpu",
+) -> list[Tensor]:  # fmt: skip
+    return [random(f"{x} {count}", (batch, count, heads, dim), dtype, device) for x in "qkv"]
+
+
+def _mask(batch: int, patches: int, dtype: torch.dtype = torch.float64, device: Any = "cpu") -> Any:
+    seeded = generator(f"mask {patches}")
+    return (torch.rand((batch, patches), generator=seeded) < 0.6).to(device, dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_sum_to_one(masked: bool, device: torch.device) -> None:
+    """n row_mean + cls_in = 1, and sum_t n col_mean = n - sum_t cls_in, with one prefix token."""
+    q, k, v = _qkv(3, 20, 2, 8, device=device)
+    keep = _mask(3, 19, device=device) if masked else None
+    _, stats = attention_stats(q, k, v, keep)
+    cls_in, row_mean, col_mean = (stats[:, 1:, :, i] for i in (1, 2, 4))
+    alive = torch.ones(3, 19, 1, device=device).double() if keep is None else keep[..., None]
+    n = alive.sum(1, keepdim=True)
+    assert_close(n * row_mean + cls_in, alive.expand_as(cls_in), 1e-12)
+    assert_close((n * col_mean).sum(1), n[:, 0] - cls_in.sum(1), 1e-12)
+    assert_close(row_mean.sum(1), col_mean.sum(1), 1e-12)
+    assert not stats[:, 0].any()
+    if keep is not None:
+        assert not stats[:, 1:][keep == 0].any()
+
+
+def test_uniform_attention_has_equal_means_and_no_variance(device: torch.device) -> None:
+    for count in (2, 5, 197):
+        q, k, v = _qkv(2, count, 2, 8, torch.float32, device)
+        out, stats = attention_stats(torch.zeros_like(q), k, v)
+        expected = torch.tensor([1, 1, 1, 0, 1, 0], device=device) / count
+        torch.testing.assert_close(
+            stats[:, 1:], expected.expand(2, count - 1, 2, 6), rtol=1e-5, atol=1e-9
+        )
+        torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(v), rtol=0, atol=1e-5)
+
+
+def test_variances_keep_their_digits_when_attention_is_nearly_uniform(device: torch.device) -> None:
+    """E[p^2] - mean^2 in float32 would leave nothing of variances near 1e-13."""
+    q, k, v = _qkv(1, 197, 2, 64, torch.float64, device)
+    q = q * 1e-2
+    exact = attention_stats_reference(q, k, v)[1][:, 1:]
+    actual = attention_stats(q.float(), k.float(), v.float())[1][:, 1:].double()
+    for column in (3, 5):
+        error = (actual[..., column] / exact[..., column] - 1).abs().max().item()
+        assert error < 1e-2, f"{NAMES[column]}: relative error {error:.1e}"
+
+
+def test_one_patch_has_zero_variance(device: torch.device) -> None:
+    q, k, v = _qkv(2, 2, 3, 4, device=device)
+    stats = attention_stats(q, k, v)[1]
+    assert not stats[..., 3].any() and not stats[..., 5].any()
+    assert_close(stats[:, 1, :, 2], stats[:, 1, :, 4])
+
+
+@pytest.mark.parametrize("num_prefix", [1, 2, 5])
+def test_statistics_ignore_the_prefix_but_for_the_class_token(
+    num_prefix: int, device: torch.device
+) -> None:
+    q, k, v = _qkv(2, 12, 2, 8, device=device)
+    stats = attention_stats(q, k, v, num_prefix=num_prefix)[1]
+    assert not stats[:, :num_prefix].any() and stats[:, num_prefix:].ne(0).all()
+    none = attention_stats(q, k, v, num_prefix=num_prefix, class_token=False)[1]
+    assert not none[..., :2].any()
+    assert_same_bits(none[..., 2:], stats[..., 2:])
+
+
+def test_defaults(device: torch.device) -> None:
+    q, k, v = _qkv(2, 6, 2, 8, device=device)
+    default = attention_stats(q, k, v)
+    explicit = attention_stats(q, k, v, scale=8**-0.5, num_prefix=1, class_token=True)
+    for one, other in zip(default, explicit, strict=True):
+        assert_same_bits(one, other)
+    no_prefix = attention_stats(q, k, v, num_prefix=0)[1]  # then there is no class token
+    assert not no_prefix[..., :2].any() and no_prefix[..., 2].all()
+
+
+# ---- the mask ------------------------------------------------------------------------------------
+
+
+@given(cases())
+def test_masked_equals_compacted(device: torch.device, case: dict[str, Any]) -> None:
+    """The claim that masked training rests on: same result as with the dropped tokens gone."""
+    case = case | {"masked": True}
+    values = build(case, torch.float64, device)
+    prefix, keep = case["num_prefix"], values["keep"]
+    out, stats = attention_stats(**values)
+    for image in range(case["batch"]):
+        index = keep[image].nonzero().T.contiguous()
+        rows = torch.cat([torch.arange(prefix, device=device), index[0] + prefix])
+        part = {name: compact_tokens(values[name][image : image + 1].contiguous(), index, prefix)
+                for name in "qkv"}  # fmt: skip
+        bias = values["bias"]
+        if bias is not None:
+            bias = bias[min(image, bias.shape[0] - 1)][None][:, :, rows][:, :, :, rows]
+        rest = {name: values[name] for name in ("scale", "num_prefix", "class_token")}
+        fewer_out, fewer_stats = attention_stats(**part, bias=bias, **rest)
+        assert_close(out[image, rows], fewer_out[0], 1e-10, "out")
+        assert_close(stats[image, rows], fewer_stats[0], 1e-10, "stats")
+
+
+def test_keeping_all_equals_no_mask(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, device=device)
+    masked = attention_stats(q, k, v, torch.ones(2, 8, device=device, dtype=torch.float64))
+    assert_close(masked, attention_stats(q, k, v), 1e-12)
+
+
+def test_keeping_none_leaves_prefix_and_self(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, device=device)
+    out, stats = attention_stats(q, k, v, torch.zeros(2, 8, device=device, dtype=torch.float64))
+    assert not stats.any()
+    assert_close(out[:, 0], v[:, 0])
+    alone = [torch.stack([x[:, 0], x[:, 5]], dim=1) for x in (q, k, v)]
+    assert_close(out[:, 5], attention_stats(*alone)[0][:, 1])
+
+
+def test_a_dropped_token_is_seen_by_no_other(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, device=device)
+    keep = torch.ones(2, 8, device=device, dtype=torch.float64)
+    keep[:, 3] = 0
+    out, stats = attention_stats(q, k, v, keep)
+    others = [i for i in range(9) if i != 4]
+    for name in range(3):
+        changed = [x.clone() for x in (q, k, v)]
+        changed[name][:, 4] = 7.5
+        again, again_stats = attention_stats(*changed, keep)
+        assert_same_bits(again[:, others], out[:, others])
+        assert_same_bits(again_stats, stats)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_mask_may_have_another_dtype(kind: torch.dtype, device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, torch.float32, device)
+    keep = _mask(2, 8, kind, device).requires_grad_()
+    out, stats = attention_stats(q, k, v, keep)
+    expected = attention_stats(q, k, v, keep.detach().float())
+    assert_same_bits(out, expected[0])
+    assert_same_bits(stats, expected[1])
+    out.sum().backward()
+    assert keep.grad.dtype == kind and keep.grad.any()
+
+
+def test_the_mask_gradient_is_bounded(device: torch.device) -> None:
+    """Where the exact derivative of a dropped column is beyond any float."""
+    q, k, v = _qkv(2, 20, 2, 8, torch.float32, device)
+    keep = _mask(2, 19, torch.float32, device).requires_grad_()
+    for spread in (1.0, 1e2, 1e4):
+        out, _ = attention_stats(q * spread, k * spread, v, keep)
+        (grad,) = torch.autograd.grad(out.sum(), keep)
+        bound = 20 * 2 * 8 * 2 * v.abs().max().item()  # rows, heads, channels, |v - out|
+        assert grad.isfinite().all() and grad.abs().max().item() <= bound
+        assert grad.any()
+
+
+def test_statistics_treat_the_mask_as_a_constant(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, device=device)
+    keep = _mask(2, 8, device=device).requires_grad_()
+    _, stats = attention_stats(q.requires_grad_(), k, v, keep)
+    q_grad, keep_grad = torch.autograd.grad(stats.sum(), (q, keep), allow_unused=True)
+    assert q_grad.any() and (keep_grad is None or not keep_grad.any())
+
+
+def test_the_mask_gradient_leaves_the_others_alone(device: torch.device) -> None:
+    """Asking for the gradient of the mask changes neither values nor other gradients."""
+    keep = _mask(2, 8, device=device)
+    results = []
+    for wants in (False, True):
+        leaves = [x.requires_grad_() for x in _qkv(2, 9, 2, 8, device=device)]
+        out, stats = attention_stats(*leaves, keep.clone().requires_grad_(wants))
+        grads = torch.autograd.grad(out.sin().sum() + stats.square().sum(), leaves)
+        results.append([out.detach(), stats.detach(), *grads])
+    assert_close(results[0], results[1], 1e-14)
+
+
+# ---- symmetries ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_permuting_patches_permutes_the_result(masked: bool, device: torch.device) -> None:
+    q, k, v = _qkv(2, 15, 2, 8, device=device)
+    keep = _mask(2, 13, device=device) if masked else None
+    order = random_index("order", 1, 13, 13, "shuffled", device)[0]
+    rows = torch.cat([torch.arange(2, device=device), order + 2])
+    out, stats = attention_stats(q, k, v, keep, num_prefix=2)
+    moved = attention_stats(
+        q[:, rows], k[:, rows], v[:, rows], None if keep is None else keep[:, order], num_prefix=2
+    )
+    assert_close(moved, (out[:, rows], stats[:, rows]), 1e-12)
+
+
+def test_images_and_heads_do_not_mix(device: torch.device) -> None:
+    q, k, v = _qkv(3, 9, 4, 8, device=device)
+    keep = _mask(3, 8, device=device)
+    out, stats = attention_stats(q, k, v, keep)
+    for image in range(3):
+        for head in range(4):
+            part = [x[image : image + 1, :, head : head + 1] for x in (q, k, v)]
+            alone = attention_stats(*part, keep[image : image + 1])
+            assert_close(alone, (out[image : image + 1, :, head : head + 1],
+                                 stats[image : image + 1, :, head : head + 1]), 1e-12)  # fmt: skip
+
+
+def test_out_is_scaled_dot_product_attention(device: torch.device) -> None:
+    q, k, v = _qkv(2, 30, 3, 16, device=device)
+    bias = random("bias", (1, 3, 30, 30), torch.float64, device)
+    out, stats = attention_stats(q, k, v, bias=bias, need_stats=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias
+    )
+    assert_close(out, expected.transpose(1, 2), 1e-12)
+    assert stats.numel() == 0 and stats.dtype == torch.float64
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bias_is_broadcast_and_differentiable(batch: int, device: torch.device) -> None:
+    q, k, v = _qkv(3, 9, 2, 8, device=device)
+    keep = _mask(3, 8, device=device)
+    bias = random("bias", (batch, 2, 9, 9), torch.float64, device).requires_grad_()
+    args = (q, k, v, keep, bias)
+    actual, (grad,) = gradients(attention_stats, args)
+    expected, (truth,) = gradients(attention_stats_reference, args)
+    assert_close(actual, expected)
+    assert grad.shape == bias.shape
+    assert_close(grad, truth)
+    whole = bias.detach().expand(3, 2, 9, 9)  # stride 0 in the batch
+    assert_close(attention_stats(q, k, v, keep, whole), actual, 1e-13)
+
+
+def test_bias_of_minus_infinity_hides_a_column(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, device=device)
+    bias = torch.zeros(1, 2, 9, 9, dtype=torch.float64, device=device)
+    bias[..., 5] = -math.inf
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, stats = attention_stats(*leaves, bias=bias)
+    assert out.isfinite().all() and stats.isfinite().all()
+    rows = [i for i in range(9) if i != 5]
+    fewer = [x[:, rows] for x in leaves]
+    assert_close(out[:, rows], attention_stats(*fewer)[0], 1e-12)
+    grads = torch.autograd.grad(out.sum() + stats.sum(), leaves)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[1][:, 5].any() and not grads[2][:, 5].any()
+
+
+# ---- numbers at the ends -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_large_logits_stay_finite(dtype: torch.dtype, device: torch.device) -> None:
+    q, k, v = _qkv(2, 12, 2, 16, dtype, device)
+    leaves = [(q * 100).requires_grad_(), (k * 100).requires_grad_(), v.requires_grad_()]
+    out, stats = attention_stats(*leaves, _mask(2, 11, dtype, device))
+    grads = torch.autograd.grad(out.sum() + stats.sum(), leaves)
+    assert all(value.isfinite().all() for value in (out, stats, *grads))
+    assert stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (stats >= 0).all() and (stats[..., [0, 1, 2, 4]] <= 1 + 1e-6).all()
+
+
+def test_a_nan_stays_in_its_row(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, torch.float32, device)
+    q[0, 4, 1] = math.nan
+    out, stats = attention_stats(q, k, v)
+    assert out[0, 4, 1].isnan().all() and stats[0, 4, 1, 1:4].isnan().all()
+    out[0, 4, 1] = 0
+    assert out.isfinite().all() and stats[1].isfinite().all() and stats[0, :, 0].isfinite().all()
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+_SAMPLES = [
+    s.name for s in OPS["attention_stats"].samples if s.name not in ("ViT", "head dim 64", "flat")
+]
+
+
+def _checked(name: str, device: torch.device) -> tuple[Any, list[Tensor]]:
+    args = OPS["attention_stats"].sample(name).args(device, torch.float64)
+    args = tuple(
+        value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(value, Tensor)
+        else value
+        for value in args
+    )
+    places = [place for place in (0, 1, 2, 4) if args[place] is not None]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(args)
+        for place, value in zip(places, values, strict=True):
+            filled[place] = value
+        out, stats, _ = OPS["attention_stats"].call(*filled)
+        return (out, stats) if stats.requires_grad else (out,)
+
+    return function, [args[place].requires_grad_() for place in places]
+
+
+def test_enough_shapes_are_checked() -> None:
+    assert len(_SAMPLES) >= 20
+
+
+@pytest.mark.parametrize("name", _SAMPLES)
+def test_gradcheck(name: str, device: torch.device) -> None:
+    function, leaves = _checked(name, device)
+    assert gradcheck(function, leaves, check_undefined_grad=False, fast_mode=leaves[0].numel() > 99)
+
+
+@pytest.mark.parametrize("name", _SAMPLES)
+def test_second_derivatives_are_right_or_refused(name: str, device: torch.device) -> None:
+    function, leaves = _checked(name, device)
+    try:
+        assert gradgradcheck(function, leaves, check_undefined_grad=False, fast_mode=True)
+    except GradcheckError:
+        raise
+    except RuntimeError as error:
+        assert "differentiable once" in str(error)
+
+
+def test_lse_is_not_differentiable(device: torch.device) -> None:
+    q, k, v = _qkv(2, 9, 2, 8, device=device)
+    q.requires_grad_()
+    out, stats, lse = OPS["attention_stats"].call(q, k, v, _mask(2, 8, device=device))
+    assert out.requires_grad and stats.requires_grad and not lse.requires_grad
+    assert_close(lse, attention_reference(q, k, v, _mask(2, 8, device=device))[2])
+
+
+def test_without_statistics_out_and_gradients_are_the_same(device: torch.device) -> None:
+    results = []
+    for need in (True, False):
+        leaves = [x.requires_grad_() for x in _qkv(2, 9, 2, 8, device=device)]
+        keep = _mask(2, 8, device=device).requires_grad_()
+        out, _ = attention_stats(*leaves, keep, need_stats=need)
+        results.append([out.detach(), *torch.autograd.grad(out.sin().sum(), [*leaves, keep])])
+    assert_close(results[0], results[1], 1e-14)
+
+
+# ---- autocast ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ambient", [torch.bfloat16, torch.float16])
+def test_mixed_dtypes_meet_under_autocast(ambient: torch.dtype, device: torch.device) -> None:
+    """q and k normalised in float32 beside a 16-bit v, as qk_norm gives them under autocast."""
+    q, k, v = _qkv(2, 9, 2, 8, torch.float32, device)
+    keep = _mask(2, 8, torch.float32, device).requires_grad_()
+    with torch.amp.autocast(device.type, dtype=ambient):
+        out, stats = attention_stats(q, k, v.to(ambient), keep)
+    expected = attention_stats(q.to(ambient), k.to(ambient), v.to(ambient), keep)
+    assert out.dtype == ambient and stats.dtype == torch.float32
+    assert_same_bits(out, expected[0])
+    assert_same_bits(stats, expected[1])
+    out.float().sum().backward()
+    assert keep.grad.dtype == torch.float32 and keep.grad.any()
+    with pytest.raises(TypeError, match="v must be float32"):
+        attention_stats(q, k, v.to(ambient))
+
+
+def test_a_table_without_gradients_in_inference_mode(device: torch.device) -> None:
+    q, k, v = (x.requires_grad_() for x in _qkv(2, 9, 2, 8, device=device))
+    with torch.inference_mode():
+        outputs = tensors(attention_stats(q, k, v, _mask(2, 8, device=device).requires_grad_()))
+    assert not any(value.requires_grad for value in outputs)

@@ -1,0 +1,126 @@
+"""Writes docs/gpu-status.md from the committed results of benchmarks/gpu_check.py.
+
+    python tools/gpu_status.py [--check]
+
+With --check nothing is written; the exit status is 1 when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.cuda_sources import cuda_ops, source_hash  # noqa: E402
+
+PAGE = "docs/gpu-status.md"
+HEAD = """# GPU status
+
+Written by `python tools/gpu_status.py`; do not edit. A row is filled only by a committed result of
+`python benchmarks/gpu_check.py` (`benchmarks/results/gpu-*.json`) whose CUDA tests passed with none
+skipped. "Changed since" compares the CUDA source of the op, and the headers it may include, with
+what was tested.
+"""
+
+
+def last_passed(op: str, results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The newest result in which all CUDA tests of `op` passed."""
+    passed = [r for r in results if r["ops"].get(op, {}).get("test", {}).get("status") == "passed"]
+    return max(passed, key=lambda r: r["date"], default=None)
+
+
+def _changed(recorded: str, now: str) -> str:
+    return "no" if recorded == now else "**yes**"
+
+
+def status_rows(results: list[dict[str, Any]], sources: dict[str, str]) -> list[str]:
+    """One table row per op."""
+    rows = []
+    for op, source in sources.items():
+        result = last_passed(op, results)
+        if result is None:
+            rows.append(f"| {op} | never run | | | | | |")
+            continue
+        facts, m = result["ops"][op], result["machine"]
+        checks = facts.get("memcheck", {})
+        rows.append(
+            f"| {op} | {result['date'][:10]} | {m['device']} | driver {m['driver']}, torch "
+            f"{m['torch']}, CUDA {m['cuda']} | {facts['test']['passed']} passed | "
+            f"{', '.join(f'{tool} {verdict}' for tool, verdict in checks.items()) or 'not run'} | "
+            f"{_changed(facts['source'], source)} |"
+        )
+    return rows
+
+
+def ptxas_rows(report: dict[str, Any], op: str) -> list[str]:
+    """One table row per kernel: registers, spills and shared memory on each architecture."""
+    rows = []
+    for kernel, on in report["ops"][op]["kernels"].items():
+        cells = [
+            f"{on[arch]['registers']} | {on[arch]['spill_stores'] + on[arch]['spill_loads']}"
+            for arch in report["archs"]
+        ]
+        shared = max(on[arch]["shared"] for arch in report["archs"])
+        rows.append(f"| `{kernel}` | {' | '.join(cells)} | {shared} |")
+    return rows
+
+
+def page(
+    results: list[dict[str, Any]], ptxas: dict[str, Any] | None, sources: dict[str, str]
+) -> str:
+    """The whole page."""
+    lines = [
+        HEAD,
+        "| op | last passed | on | with | tests | memory checks | changed since |",
+        "|---|---|---|---|---|---|---|",
+        *status_rows(results, sources),
+    ]
+    if ptxas is not None:
+        lines += [
+            "",
+            "## Registers and spills",
+            "",
+            f"What the compiler of CUDA {ptxas['nvcc']} reported on {ptxas['date']} "
+            "(`python tools/ptxas_report.py`, warnings as errors). This says nothing about whether "
+            "the kernels are right or fast.",
+        ]
+        for op in filter(ptxas["ops"].__contains__, sources):
+            archs = " | ".join(f"{arch} registers | spilled bytes" for arch in ptxas["archs"])
+            lines += [
+                "",
+                f"{op}, changed since: {_changed(ptxas['ops'][op]['source'], sources[op])}",
+                "",
+                f"| kernel | {archs} | shared bytes |",
+                "|---" * (2 + 2 * len(ptxas["archs"])) + "|",
+                *ptxas_rows(ptxas, op),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def generate(root: Path = ROOT) -> str:
+    """The page that the committed results of `root` give."""
+    folder = root / "benchmarks/results"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
+    ptxas = folder / "ptxas.json"
+    sources = {op: source_hash(op, root) for op in cuda_ops(root)}
+    return page(results, json.loads(ptxas.read_text()) if ptxas.exists() else None, sources)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes or checks the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    new, path = generate(), ROOT / PAGE
+    if parser.parse_args(argv).check:
+        return 0 if path.exists() and path.read_text() == new else 1
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
