@@ -19,13 +19,11 @@ from spot_ext import _library
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What LibTorch's stable ABI can name; sub-byte, quantised and `bits` dtypes are missing.
+_ROW_NAMES = r"torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex(32|64|128)|float8_\w+)"
 _ROWS = frozenset(
     kind
     for kind in vars(torch).values()
-    if isinstance(kind, torch.dtype)
-    and re.fullmatch(
-        r"torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex(32|64|128)|float8_\w+)", str(kind)
-    )
+    if isinstance(kind, torch.dtype) and re.fullmatch(_ROW_NAMES, str(kind))
 )
 _WITH_KERNELS = ("cpu", "cuda", "meta")
 _INT64_MAX = 2**63 - 1
@@ -55,9 +53,9 @@ def same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     """`value` has the dtype of `like`; autocast may still make them equal."""
     if value.dtype == like.dtype:
         return
-    if value.dtype in FLOATING and like.dtype in FLOATING:
-        if torch.is_autocast_enabled(value.device.type):
-            return
+    both = value.dtype in FLOATING and like.dtype in FLOATING
+    if both and torch.is_autocast_enabled(value.device.type):
+        return
     expected, found = (str(t.dtype).removeprefix("torch.") for t in (like, value))
     raise TypeError(f"{name} must be {expected} as {like_name}, got {found}")
 
@@ -106,8 +104,9 @@ def count(name: str, value: object, low: int, high: Any = None, meaning: str = "
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or value > (high if isinstance(high, int) else _INT64_MAX):
-        wanted = f"between {low} and {high}{meaning}" if isinstance(high, int) else f"an int64 of at least {low}"
+    bounded = isinstance(high, int)
+    if value < low or value > (high if bounded else _INT64_MAX):
+        wanted = f"between {low} and {high}{meaning}" if bounded else f"an int64 of at least {low}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 

@@ -110,7 +110,7 @@ def _load_all() -> list[str]:
     if torch.version.cuda is None:
         cuda_error = f"torch {torch.__version__} is a CPU-only build"
     elif not (folder / CUDA_OPS).exists():
-        cuda_error = "SPOT was built without CUDA kernels (nvcc was not found, or SPOT_WITH_CUDA=off)"
+        cuda_error = "SPOT was built without CUDA kernels (no nvcc, or SPOT_WITH_CUDA=off)"
     else:
         try:
             _load(folder / CUDA_OPS)

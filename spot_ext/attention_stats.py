@@ -126,10 +126,9 @@ def attention_stats_reference(
         # Adds zero whose gradient is the stated formula.
         soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own, 0).detach()
         change = (keep - keep.detach()).to(wide)
-        pulled = torch.einsum(
-            "bhij,bj,bjhd->bihd", soft[..., num_prefix:], change, v[:, num_prefix:].to(wide).detach()
-        )
-        mass = torch.einsum("bhij,bj->bih", soft[..., num_prefix:], change)
+        soft, value = soft[..., num_prefix:], v[:, num_prefix:].to(wide).detach()
+        pulled = torch.einsum("bhij,bj,bjhd->bihd", soft, change, value)
+        mass = torch.einsum("bhij,bj->bih", soft, change)
         out = out + pulled - mass[..., None] * out.detach()
 
     if not need_stats:

@@ -20,9 +20,9 @@ from spot_ext import _check, _register
 def select_tokens(scores: Tensor, num_keep: int) -> Tensor:
     """Positions of the `num_keep` largest scores of each image, in ascending order.
 
-    Ties go to the lower position; NaN ranks below -inf. Ascending order keeps the survivors in raster
-    order, which helps memory locality and changes no result (our choice; the paper, arXiv 2511.10488,
-    leaves the order open).
+    Ties go to the lower position; NaN ranks below -inf. Ascending order keeps the survivors in
+    raster order, which helps memory locality and changes no result (our choice; the paper, arXiv
+    2511.10488, leaves the order open).
 
     Args:
         scores: [B, N] float32, float64, float16 or bfloat16; any strides.
@@ -62,8 +62,8 @@ def compact_tokens(
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: shapes that do not fit; on CPU also an index out of range or repeated. On CUDA the
-            row of an index out of range is NaN (0 for integers), unless SPOT_CHECK=1.
+        ValueError: shapes that do not fit; on CPU also an index out of range or repeated. On CUDA
+            the row of an index out of range is NaN (0 for integers), unless SPOT_CHECK=1.
     """
     if _check.eager():
         _check_compact(tokens, index, num_prefix, extra)
@@ -114,9 +114,9 @@ def fuse_tokens(
 ) -> Tensor:
     """Weighted mean (or sum) of the patch tokens that are *not* in `index`: one soft token.
 
-    With r running over the removed patches, `sum_r w_r x_r / sum_r w_r`; zero where the weights sum to
-    zero. SPViT and EViT sum without normalising; the mean keeps the scale (our choice; the paper,
-    arXiv 2511.10488, does not say which soft method it combines with).
+    With r running over the removed patches, `sum_r w_r x_r / sum_r w_r`; zero where the weights sum
+    to zero. SPViT and EViT sum without normalising; the mean keeps the scale (our choice; the
+    paper, arXiv 2511.10488, does not say which soft method it combines with).
 
     Args:
         tokens: [B, P+N, C] float32, float64, float16 or bfloat16; sums run in float32 (float64).

@@ -1,4 +1,4 @@
-"""`python -m spot_ext.info`: what was built, what was loaded or why not, and where kernels exist."""
+"""`python -m spot_ext.info`: what was built, what was loaded or why not, where kernels exist."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def report(facts: dict[str, Any]) -> str:
     ]
     if build := facts.get("build"):
         lines += [
-            f"built        {build['version']} by {build['compiler']} ({build['build_type']}), headers "
-            f"of torch {build['torch_headers']}, runs on torch >= {build['torch_target']}",
+            f"built        {build['version']} by {build['compiler']} ({build['build_type']}), "
+            f"headers of torch {build['torch_headers']}, runs on torch >= {build['torch_target']}",
             f"CPU kernels  {facts['isa']} in use; built {', '.join(build['isas'])}; usable here "
             f"{', '.join(facts['isas_usable'])}",
-            f"CUDA kernels {build['cuda'] and 'CUDA ' + build['cuda'] or 'not built'}"
+            f"CUDA kernels {'CUDA ' + build['cuda'] if build['cuda'] else 'not built'}"
             + (f" for {', '.join(build['cuda_archs'])}" if build["cuda_archs"] else ""),
         ]
     if note := facts.get("isa_note"):

@@ -38,6 +38,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda)])
+def gpu() -> torch.device:
+    """For what only a GPU has: streams, graphs, unread values."""
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    return torch.device("cuda")
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     random.seed(0)

@@ -142,6 +142,16 @@ def test_parts_and_ops_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert gpu_check.main(arguments) == 0 and seen == ["compact"]
 
 
+@pytest.mark.usefixtures("pretend_gpu")
+def test_an_op_with_failed_tests_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_check, "test", lambda *_: {"status": "failed"})
+    monkeypatch.setattr(gpu_check, "bench", lambda *_: pytest.fail("timed"))
+    assert gpu_check.main(["test", "bench", "--output", str(tmp_path)]) == 1
+    assert "| bench | not run |" in (tmp_path / "summary.md").read_text()
+
+
 @pytest.mark.parametrize("wrong", [["nonsense"], ["--ops", "nonsense"]])
 def test_unknown_names_are_refused(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as refused:

@@ -47,7 +47,7 @@ class Recipe:
     mlp_ratio: float = 2.0
     steps: int = 2500
     lr: float = 1e-3
-    extra_steps: int = 300
+    extra_steps: int = 450
     extra_lr: float = 2e-4
     predictor_lr: float = 1e-3
     batch_size: int = 32
