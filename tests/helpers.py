@@ -292,7 +292,8 @@ def lay_out(value: Tensor, layout: str) -> Tensor:
         order = tuple(reversed(range(value.dim())))
         return value.permute(order).contiguous().permute(order)
     if layout == "stepped":  # every second element of the last dimension
-        return torch.stack([value, value.flip(0)], dim=-1)[..., 0]
+        gaps = random_bits("gaps", tuple(value.shape), value.dtype, value.device)
+        return torch.stack([value, gaps], dim=-1)[..., 0]
     if layout == "offset":  # starts one element into its memory, so it is not aligned
         flat = torch.cat([value.flatten()[:1], value.flatten()])
         return flat[1:].view(value.shape)

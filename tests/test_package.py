@@ -429,7 +429,7 @@ def test_a_library_that_does_not_load_says_built_for_found_and_what_to_run(
             assert words in line, line
         reason = {
             "garbage": "invalid ELF header|file too short",
-            "truncated": "ELF|too short|map",
+            "truncated": "truncated",
             "symbol": "aoti_torch_of_the_future",
         }[kind]
         assert re.search(reason, line), line

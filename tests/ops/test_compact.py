@@ -263,8 +263,8 @@ def _instruction_sets() -> list[str]:
     return isa_control().isas()
 
 
-# Above 8 MiB, and in rows of a multiple of 64 bytes, copies go past the caches. The last shapes are
-# just below, not a multiple, and with one image split between threads.
+# Larger than the caches, one image split between threads, rows of a multiple of 64 bytes and not:
+# where copies are blocked, prefetched or streamed.
 _BIG = [
     (3, 1500, 700, 1, 0, 1024),
     (2, 2100, 1100, 5, 3, 1024),
