@@ -1,7 +1,7 @@
 """SPOT on timm Vision Transformers: sparse models, training and evaluation.
 
-Names are imported when first used, so that `spot info` works, and says what is missing, where timm is
-not installed.
+Names are imported when first used, so that `spot info` works, and says what is missing, where timm
+is not installed.
 """
 
 from __future__ import annotations

@@ -251,7 +251,10 @@ def _describe(summary: dict[str, Any], files: list[Path]) -> str:
         for shares in (kept["foreground"], kept["random"]):
             cells.append(" ".join(f"{share:.0%}" for share in shares))
         table.append(cells)
-    quick = "\nA quick run: nothing is trained enough for the figures to mean anything."
+    minutes, written = summary["seconds"] / 60, ", ".join(map(str, files))
+    note = ""
+    if summary["quick"]:
+        note = "\nA quick run: nothing is trained enough for the figures to mean anything."
     return f"""
 {format_table(table)}
 
@@ -261,4 +264,4 @@ GMACs/image      multiply-accumulates of everything, stem, predictors and statis
 ms               median time of one batch, {summary["threads"]} CPU threads, and the ratio to dense
 foreground kept  patches of the digit that survive each stage of SPOT, and what chance would keep
 
-{summary["seconds"] / 60:.1f} minutes; written: {", ".join(map(str, files))}{quick * summary["quick"]}"""
+{minutes:.1f} minutes; written: {written}{note}"""
