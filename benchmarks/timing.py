@@ -1,6 +1,6 @@
-"""Honest timing: all sides of a case alternate in one process, and a busy machine gives no ratio.
+"""Honest timing: the sides of a case take turns in one process, and a busy machine gives no ratio.
 
-A side is called as `side(i)`; i counts rounds, so that a case can rotate its inputs. On CUDA, the
+A side is called as `side(i)`; i counts calls, so that a case can rotate its inputs. On CUDA, the
 rounds over input sets that together exceed the L2 cache are captured in a graph; device time comes
 from events around its replays, and the eager time (launches included) is recorded beside it.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 Side = Callable[[int], Any]
+TURN = 5  # calls of one side before the next has its turn
 
 
 @dataclass
@@ -132,16 +133,17 @@ def _measure_cpu(sides: dict[str, Side], seconds: float) -> tuple[dict[str, Any]
     faults: dict[str, list[int]] = {name: [] for name in sides}
     start = Clock.now()
     stop, i = time.perf_counter() + seconds, 0
-    while i < 10 or time.perf_counter() < stop:
+    while i < 2 * TURN * len(sides) or time.perf_counter() < stop:
         for name, side in sides.items():
-            faults_start = _page_faults()
-            cpu_start, wall_start = time.process_time(), time.perf_counter()
-            result = side(i)
-            wall[name].append(time.perf_counter() - wall_start)
-            cpu[name].append(time.process_time() - cpu_start)
-            faults[name].append(_page_faults() - faults_start)
-            del result  # before the next side, which gets its memory back
-        i += 1
+            for _ in range(TURN):
+                faults_start = _page_faults()
+                cpu_start, wall_start = time.process_time(), time.perf_counter()
+                result = side(i)
+                wall[name].append(time.perf_counter() - wall_start)
+                cpu[name].append(time.process_time() - cpu_start)
+                faults[name].append(_page_faults() - faults_start)
+                del result  # before the next call, which gets its memory back
+                i += 1
     clock = Clock.now().since(start)
     times = {
         name: summary(wall[name])

@@ -122,6 +122,8 @@ inline void check_fuse_grad(const char* op, const Tensor& grad, const Tensor& to
 
 inline void check_select(const char* op, const Tensor& scores, int64_t num_keep) {
   check_rank(op, "scores", scores, 2);
+  SPOT_CHECK(scores.size(1) <= INT32_MAX, op, "scores may have at most 2^31 - 1 tokens, got ",
+             scores.size(1));
   SPOT_CHECK(num_keep >= 0 && num_keep <= scores.size(1), op, "num_keep must be between 0 and ",
              scores.size(1), " (the scored tokens), got ", num_keep);
   SPOT_CHECK(scores.size(1) <= INT32_MAX, op,

@@ -1,7 +1,7 @@
 """SPOT on timm Vision Transformers: sparse models, training and evaluation.
 
-Names are imported when first used, so that `spot info` works, and says what is missing, where timm
-is not installed.
+Names are imported when first used: the command `spot` starts without torch and timm, and can say
+which of them is missing.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spot_ext import __version__
-
 if TYPE_CHECKING:
+    from spot_ext import __version__
     from spot_vit.config import SpotConfig
     from spot_vit.convert import UnsupportedModelError, restore, set_keep, sparsify, supported
     from spot_vit.flops import count_flops
@@ -19,15 +18,16 @@ if TYPE_CHECKING:
     from spot_vit.optim import param_groups
 
 _HOME = {
-    "SpotConfig": "config",
-    "SpotOutput": "loop",
-    "UnsupportedModelError": "convert",
-    "count_flops": "flops",
-    "param_groups": "optim",
-    "restore": "convert",
-    "set_keep": "convert",
-    "sparsify": "convert",
-    "supported": "convert",
+    "SpotConfig": "spot_vit.config",
+    "SpotOutput": "spot_vit.loop",
+    "UnsupportedModelError": "spot_vit.convert",
+    "__version__": "spot_ext",
+    "count_flops": "spot_vit.flops",
+    "param_groups": "spot_vit.optim",
+    "restore": "spot_vit.convert",
+    "set_keep": "spot_vit.convert",
+    "sparsify": "spot_vit.convert",
+    "supported": "spot_vit.convert",
 }
 
 __all__ = [
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'spot_vit' has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(f"spot_vit.{_HOME[name]}"), name)
+        return getattr(importlib.import_module(_HOME[name]), name)
     except ModuleNotFoundError as missing:
         if missing.name == "timm":
             raise ModuleNotFoundError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    # Threads that wait for each other spin for microseconds, then sleep: by default they spin on, and
+    # as soon as another process wants a core, a training step takes some five times as long. OpenMP
+    # reads this when torch is loaded, which is why it stands here.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from spot_vit.demo import run
 

@@ -45,9 +45,9 @@ class Recipe:
     depth: int = 6
     heads: int = 4
     mlp_ratio: float = 2.0
-    steps: int = 2500
+    steps: int = 2000
     lr: float = 1e-3
-    extra_steps: int = 450
+    extra_steps: int = 350
     extra_lr: float = 2e-4
     predictor_lr: float = 1e-3
     batch_size: int = 32

@@ -122,6 +122,12 @@ def test_select_orders_every_bit_pattern(dtype: torch.dtype, device: torch.devic
         assert_same_bits(select_tokens(scores, num_keep), expected, f"{num_keep} of {dtype}")
 
 
+def test_select_from_more_tokens_than_it_can_count_is_refused(device: torch.device) -> None:
+    scores = torch.rand(1, 1, device=device).expand(1, 2**31)
+    with pytest.raises(ValueError, match=r"at most 2\^31 - 1 tokens, got 2147483648"):
+        select_tokens(scores, 1)
+
+
 def test_select_has_no_gradient(device: torch.device) -> None:
     scores = random("scores", (2, 9), torch.float32, device).requires_grad_()
     index = select_tokens(scores, 4)
@@ -522,19 +528,39 @@ def test_fuse_with_weights_at_the_ends_of_the_range(weight: float, device: torch
     torch.testing.assert_close(fuse_tokens(tokens, weights, index), expected, rtol=0.3, atol=1e-6)
 
 
-@pytest.mark.parametrize("odd", [math.nan, math.inf])
-def test_fuse_hands_odd_values_on(odd: float, device: torch.device) -> None:
-    tokens = random("tokens", (1, 6, 4), torch.float32, device)
-    weights = torch.rand(1, 5, generator=generator("weights")).to(device)
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_fuse_hands_odd_values_on(odd: float, dtype: torch.dtype, device: torch.device) -> None:
+    tokens = random("tokens", (1, 6, 4), dtype, device)
+    weights = torch.rand(1, 5, generator=generator("weights")).to(device, dtype)
     index = torch.tensor([[0, 2]], device=device)
     tokens[0, 4, 1] = odd
     out = fuse_tokens(tokens, weights, index)
-    assert not out[0, 1].isfinite() and out[0, [0, 2, 3]].isfinite().all()
+    assert out[0, 1].isnan() if math.isnan(odd) else out[0, 1] == odd
+    assert out[0, [0, 2, 3]].isfinite().all()
     weights[0, 3] = odd
-    assert_same_bits(
-        fuse_tokens(tokens, weights, index).isfinite(),
-        fuse_tokens_reference(tokens, weights, index).isfinite(),
-    )
+    actual = fuse_tokens(tokens, weights, index)
+    expected = fuse_tokens_reference(tokens, weights, index)
+    assert_same_bits(actual.isfinite(), expected.isfinite())
+    assert_same_bits(actual.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_sixteen_bit_value_is_read_and_rounded_as_torch_does(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """Sums of two values are exact in float32, so that the result is one rounding."""
+    patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    others = patterns[torch.randperm(65536, generator=generator("others"))]
+    tokens = torch.stack([patterns, others]).view(dtype)[None].to(device)
+    empty = torch.empty((1, 0), dtype=torch.int64, device=device)
+    for weight in (1.0, 2.0**-10):  # the second gives subnormal results
+        weights = torch.full((1, 2), weight, dtype=dtype, device=device)
+        actual = fuse_tokens(tokens, weights, empty, num_prefix=0, normalize=False)
+        expected = (tokens[:, 0].float() * weight + tokens[:, 1].float() * weight).to(dtype)
+        assert_same_bits(actual.isnan(), expected.isnan())
+        same = (actual == expected) | expected.isnan()
+        assert same.all(), f"{int((~same).sum())} values differ"
 
 
 def test_fuse_of_a_softmax_stays_inside_the_tokens(device: torch.device) -> None:
