@@ -365,6 +365,30 @@ def test_one_bad_entry_among_many_tasks(
                     call()
 
 
+@pytest.mark.parametrize("num_tokens", [0, 5, 2**40, 2**61, 2**62])
+def test_rows_without_bytes_cost_nothing(num_tokens: int, device: torch.device) -> None:
+    tokens = torch.empty((2, 3, 0), device=device)
+    index = torch.empty((2, 0), dtype=torch.int64, device=device)
+    if device.type == "cuda" and num_tokens > 5:
+        return  # the map of positions is allocated there
+    assert scatter_tokens(tokens, index, num_tokens, 3).shape == (2, 3 + num_tokens, 0)
+
+
+def test_a_bad_index_into_empty_rows_is_named() -> None:
+    empty, weights = torch.empty((2, 6, 0)), torch.rand(2, 5)
+    for entries, words in (([[0, 3], [5, 1]], "is 5, out of"), ([[0, 3], [3, 3]], "repeats")):
+        index = torch.tensor(entries)
+        for call in (
+            lambda i=index: compact_tokens(empty, i),
+            lambda i=index: scatter_tokens(empty[:, :3], i, 5),
+            lambda i=index: fuse_tokens(empty, weights, i),
+            lambda i=index: torch.ops.spot.compact_tokens_backward(empty[:, :3], i, 5),
+            lambda i=index: torch.ops.spot.fuse_tokens_backward(empty[:, 0], empty, weights, i),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=words):
+                call()
+
+
 @pytest.mark.parametrize("place", range(15))
 def test_neighbours_that_repeat_across_tasks(place: int) -> None:
     tokens, index = _heavy(16)
