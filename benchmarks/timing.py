@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 Side = Callable[[int], Any]
-TURN = 5  # calls of one side before the next has its turn
+TURN = 25  # calls of one side before the next has its turn: enough to fill the caches its own way
 
 
 @dataclass
