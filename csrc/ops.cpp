@@ -36,4 +36,12 @@ STABLE_TORCH_LIBRARY(spot, m) {
       "attention_stats(Tensor q, Tensor k, Tensor v, Tensor? keep=None, Tensor? bias=None, "
       "float? scale=None, SymInt num_prefix=1, bool class_token=True, bool need_stats=True) "
       "-> (Tensor out, Tensor stats, Tensor lse)");
+  // grad_out [B, N, H, D], grad_stats [B, N, H, 6], arguments and results of the forward pass
+  // -> gradients of q, k, v; of keep [B, N-P] and bias [1|B, H, N, N] (float32, or float64 for
+  // float64; empty unless asked for)
+  m.def(
+      "attention_stats_backward(Tensor grad_out, Tensor? grad_stats, Tensor q, Tensor k, Tensor v, "
+      "Tensor? keep, Tensor? bias, Tensor out, Tensor stats, Tensor lse, float? scale=None, "
+      "SymInt num_prefix=1, bool class_token=True, bool keep_grad=False, bool bias_grad=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
