@@ -190,11 +190,11 @@ def _check_attention(
         _check.size("bias", bias, 3, q.shape[1], "tokens")
 
 
-# ---- the op --------------------------------------------------------------------------------------
+# ---- fakes ---------------------------------------------------------------------------------------
 
 
-@_register.composite("attention_stats")
-def _attention_stats(
+@_register.fake("attention_stats")
+def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -205,78 +205,82 @@ def _attention_stats(
     class_token: bool = True,
     need_stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in torch's own operators: one softmax over the map, then few passes over it."""
     _check_attention(q, k, v, keep, bias, num_prefix, class_token)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    qh, kh, vh = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B, H, N, D]
-    logits = torch.matmul(qh * scale, kh.transpose(-2, -1))
-    if bias is not None:
-        logits = logits + bias.to(wide)
-    seen_logits, hidden = logits, None
-    if keep is not None:
-        if keep.device.type == "cpu":
-            binary = (keep == 0) | (keep == 1)
-            torch._assert_async(binary.all(), "spot::attention_stats: keep must be exactly 0 or 1")
-        dropped = torch.nn.functional.pad(keep.detach() < 0.5, (num_prefix, 0))
-        own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-        hidden = dropped[:, None, None, :] & ~own  # [B, 1, N, N]
-        seen_logits = logits.masked_fill(hidden, float("-inf"))
-    p = seen_logits.softmax(dim=-1)
-    lse = seen_logits.detach().logsumexp(dim=-1)
-    out = torch.matmul(p, vh)
-    if hidden is not None and keep is not None and keep.requires_grad and torch.is_grad_enabled():
-        out = out + _keep_gradient(keep, logits, lse, p, hidden, vh, out, num_prefix)
-    stats = out.new_empty(0)
-    if need_stats:
-        stats = _statistics(p, keep, num_prefix, class_token)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), stats, lse.transpose(1, 2).contiguous()
+    stats = q.new_empty((*q.shape[:3], NUM_STATS) if need_stats else (0,), dtype=wide)
+    return q.new_empty(q.shape), stats, q.new_empty(q.shape[:3], dtype=wide)
 
 
-def _keep_gradient(
-    keep: Tensor,  # [B, N-P]
-    logits: Tensor,  # [B, H, N, N]
-    lse: Tensor,  # [B, H, N]
-    p: Tensor,  # [B, H, N, N]
-    hidden: Tensor,  # [B, 1, N, N]
-    v: Tensor,  # [B, H, N, D]
-    out: Tensor,  # [B, H, N, D]
-    num_prefix: int,
-) -> Tensor:
-    """Zeros [B, H, N, D] whose gradient for `keep` is the stated straight-through formula."""
-    with torch.no_grad():
-        soft = torch.where(hidden, (logits - lse[..., None]).sigmoid(), p)
-        soft = soft.masked_fill(torch.eye(p.shape[-1], dtype=torch.bool, device=p.device), 0)
-        soft = soft[..., num_prefix:]
-        value, here = v[:, :, num_prefix:], out.detach()
-    weighted = soft * (keep - keep.detach()).to(p.dtype)[:, None, None, :]
-    return torch.matmul(weighted, value.detach()) - weighted.sum(-1, keepdim=True) * here
+@_register.fake("attention_stats_backward")
+def _(
+    grad_out: Tensor,
+    grad_stats: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    keep_grad: bool = False,
+    bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    _check_attention(q, k, v, keep, bias, num_prefix, class_token)
+    for name, value, last in (("grad_out", grad_out, q.shape[3]), ("grad_stats", grad_stats, 6)):
+        if value is None:
+            continue
+        _check.tensor(name, value, 4)
+        _check.device(name, value, "q", q)
+        for dim, size in enumerate((*q.shape[:3], last)):
+            _check.size(name, value, dim, size, "as the forward result")
+    keep_shape = keep.shape if keep_grad and keep is not None else (0,)
+    bias_shape = bias.shape if bias_grad and bias is not None else (0,)
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    return *grads, q.new_empty(keep_shape, dtype=wide), q.new_empty(bias_shape, dtype=wide)
 
 
-def _statistics(p: Tensor, keep: Tensor | None, num_prefix: int, class_token: bool) -> Tensor:
-    """Statistics [B, N, H, 6] of the map p [B, H, N, N]; variances are shifted by 1/n."""
-    patch = p[:, :, num_prefix:, num_prefix:]
-    if keep is None:
-        n: Any = torch.sym_max(patch.shape[-1], 1)
-        centred = patch - 1 / n
-    else:
-        kept = keep.detach().to(p.dtype)[:, None]  # [B, 1, N-P]
-        n = kept.sum(-1, keepdim=True).clamp(min=1)
-        centred = (patch - 1 / n[..., None]) * kept[..., None, :] * kept[..., :, None]
-    square = centred * centred
-    row_shift, col_shift = centred.sum(-1) / n, centred.sum(-2) / n
-    row_var = (square.sum(-1) / n - row_shift * row_shift).clamp(min=0)
-    col_var = (square.sum(-2) / n - col_shift * col_shift).clamp(min=0)
-    if class_token:
-        cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
-    else:
-        cls_out = cls_in = torch.zeros_like(row_var)
-    columns = [cls_out, cls_in, row_shift + 1 / n, row_var, col_shift + 1 / n, col_var]
-    stats = torch.stack(columns, dim=-1)  # [B, H, N-P, 6]
-    if keep is not None:
-        stats = stats * kept[..., None]
-    stats = torch.nn.functional.pad(stats.transpose(1, 2), (0, 0, 0, 0, num_prefix, 0))
-    return stats.contiguous()
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, keep, bias, scale, num_prefix, class_token, need_stats = inputs
+    out, stats, lse = output
+    ctx.mark_non_differentiable(*([lse] if need_stats else [stats, lse]))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, keep, bias, out, stats, lse)
+    ctx.arguments = scale, num_prefix, class_token
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None, grad_lse: None
+) -> tuple[Any, ...]:
+    q, k, v, keep, bias, out, stats, lse = ctx.saved_tensors
+    keep_grad, bias_grad = (_register.needs_grad(ctx, place) for place in (3, 4))
+    if grad_out is None and grad_stats is None:
+        return (None,) * 9
+    grads = torch.ops.spot.attention_stats_backward(
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        grad_stats, q, k, v, keep, bias, out, stats, lse, *ctx.arguments, keep_grad, bias_grad,
+    )  # fmt: skip
+    dkeep = grads[3].to(keep.dtype) if keep_grad else None
+    dbias = grads[4].to(bias.dtype) if bias_grad else None
+    return *grads[:3], dkeep, dbias, None, None, None, None
+
+
+_register.autograd("attention_stats", _setup)(_backward)
+
+
+@_register.autograd("attention_stats_backward")
+def _(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "spot::attention_stats is differentiable once; for second derivatives use "
+        "spot_ext.attention_stats_reference"
+    )
 
 
 # ---- autocast ------------------------------------------------------------------------------------
@@ -308,3 +312,26 @@ def _(
     batch, tokens, heads, dim = q
     products = 4 * batch * heads * tokens * tokens * dim
     return products + (8 * batch * heads * (tokens - num_prefix) ** 2 if need_stats else 0)
+
+
+@_register.flops("attention_stats_backward")
+def _(
+    grad_out: Any,
+    grad_stats: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    keep: Any,
+    bias: Any,
+    out: Any,
+    stats: Any,
+    lse: Any,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Five matrix products (the scores once more), and 4 multiply-accumulates for the statistics."""
+    batch, tokens, heads, dim = q
+    products = 10 * batch * heads * tokens * tokens * dim
+    return products + (8 * batch * heads * (tokens - num_prefix) ** 2 if grad_stats else 0)

@@ -37,4 +37,38 @@ struct FuseArgs {
   bool normalize;
 };
 
+// A [B, N, H, D] operand, any strides.
+struct HeadRows {
+  const void* data;
+  int64_t batch, token, head, dim;  // strides in elements
+};
+
+struct AttentionArgs {
+  HeadRows q, k, v;
+  const void* bias;  // [1|B, H, N, N] or null, of dtype slot bias_dtype
+  int bias_dtype;
+  int64_t bias_strides[4];  // 0 over a batch of one
+  // Tokens of an image in the order [prefix | kept patches | dropped patches], and how many are
+  // kept: one list for all images when nothing can be dropped.
+  const int32_t* order;
+  const int32_t* kept;
+  bool one_order;
+  int64_t batch, num_tokens, num_heads, head_dim, num_prefix;
+  bool class_token, need_stats;
+  double scale;
+  void* out;    // [B, N, H, D], dense
+  void* stats;  // [B, N, H, 6], dense; the result, or in the backward pass its input
+  void* lse;    // [B, N, H], dense; likewise
+};
+
+struct AttentionGradArgs {
+  AttentionArgs forward;
+  HeadRows grad_out;
+  const void* grad_stats;  // [B, N, H, 6], dense, or null
+  void *q, *k, *v;         // [B, N, H, D], dense
+  void* keep;              // [B, H, N-P] float32 or float64, to be summed over heads; or null
+  void* bias;              // [1|B, H, N, N] as keep, dense; or null
+  bool one_bias;           // the bias gradient sums over the batch
+};
+
 }  // namespace spot

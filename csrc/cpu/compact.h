@@ -26,8 +26,6 @@ inline uint64_t order_key(double x) {
 
 constexpr int64_t kKeyLanes = 16;
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // Keys that reach `threshold`; `n` is a multiple of kKeyLanes (said again for the compiler).
 template <typename Key>
 inline int64_t count_at_least(const Key* keys, int64_t n, Key threshold) {

@@ -11,6 +11,7 @@ extern const KernelTable kernels_baseline;
 #ifdef SPOT_X86
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx512_bf16;
 #endif
 
 namespace {
@@ -31,6 +32,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Best last.
@@ -39,6 +41,7 @@ constexpr Isa kIsas[] = {
 #ifdef SPOT_X86
     {"avx2", &kernels_avx2, has_avx2},
     {"avx512", &kernels_avx512, has_avx512},
+    {"avx512_bf16", &kernels_avx512_bf16, has_avx512_bf16},
 #endif
 };
 

@@ -19,13 +19,16 @@ struct KernelTable {
   // Images [begin, end); false when an index is out of range or repeated.
   bool (*fuse[4])(const FuseArgs&, int64_t begin, int64_t end);
   bool (*fuse_backward[4])(const FuseArgs&, int64_t begin, int64_t end);
+  // Heads [begin, end) of all images; with one_bias (backward) heads of all images at once.
+  void (*attention_stats[4])(const AttentionArgs&, int64_t begin, int64_t end);
+  void (*attention_stats_backward[4])(const AttentionGradArgs&, int64_t begin, int64_t end);
 };
 
 const KernelTable& kernels();
 
 }  // namespace spot
 
-// For spot_ext._C, which knows no torch. Names are "baseline", "avx2", "avx512".
+// For spot_ext._C, which knows no torch. Names are "baseline", "avx2", "avx512", "avx512_bf16".
 extern "C" {
 __attribute__((visibility("default"))) const char* spot_isa();
 // False when the name is unknown or the processor lacks the instructions.

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with SPOT_ISA naming it: one line per op and dtype.
 #include "isa.h"
 
+#include "attention_stats.h"
 #include "compact.h"
 
 #define SPOT_JOIN_(a, b) a##b
@@ -15,6 +16,7 @@ extern const KernelTable SPOT_JOIN(kernels_, SPOT_ISA);
 const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
     SPOT_PER_DTYPE(select), SPOT_ISA::compact_rows,        SPOT_ISA::scatter_rows,
     SPOT_PER_DTYPE(fuse),   SPOT_PER_DTYPE(fuse_backward),
+    SPOT_PER_DTYPE(attention_stats), SPOT_PER_DTYPE(attention_stats_backward),
 };
 
 }  // namespace spot

@@ -4,6 +4,8 @@
 #error "define SPOT_ISA (the per-ISA namespace) before including a kernel header"
 #endif
 
+#pragma once
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -25,6 +27,8 @@ inline To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Sums run in float32, and in float64 for float64.
 template <typename T>

@@ -1,0 +1,134 @@
+// Vectors as wide as the instruction set has them, through the compiler's vector types: one source
+// for all. Include inside per-ISA code only (see numeric.h).
+#pragma once
+
+#include "numeric.h"
+
+#include <cmath>
+#include <utility>
+
+namespace spot {
+namespace SPOT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+struct VectorOf {
+  using Int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+  typedef Int bits __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VectorOf<A>::type;
+template <typename A>
+using Bits = typename VectorOf<A>::bits;
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+inline Vec<A> vec_load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename A>
+inline void vec_store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <typename A>
+inline Vec<A> splat(A x) {
+  return x - Vec<A>{};
+}
+// b where either is NaN.
+template <typename A>
+inline Vec<A> vec_max(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+template <typename A>
+inline Vec<A> vec_and(Vec<A> v, Bits<A> mask) {
+  return bit_cast<Vec<A>>(bit_cast<Bits<A>>(v) & mask);
+}
+
+// Lanes l and l ^ kStep exchanged.
+template <int kStep, typename V, std::size_t... I>
+inline V exchange_lanes(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, static_cast<int>(I ^ kStep)...);
+}
+template <typename A, int kStep = kLanes<A> / 2, typename Op>
+inline A reduce(Vec<A> v, Op op) {
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    const Vec<A> other = exchange_lanes<kStep>(v, std::make_index_sequence<kLanes<A>>{});
+    return reduce<A, kStep / 2>(op(v, other), op);
+  }
+}
+// Fixed trees, so results do not depend on threads.
+template <typename A>
+inline A reduce_add(Vec<A> v) {
+  return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return a + b; });
+}
+template <typename A>
+inline A reduce_max(Vec<A> v) {
+  return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return vec_max<A>(a, b); });
+}
+
+// One step of the transposition below: blocks of kStep x kStep elements change places.
+template <int kStep, typename V, std::size_t... I>
+inline void exchange_blocks(V& a, V& b, std::index_sequence<I...>) {
+  constexpr int kN = sizeof...(I), kS = kStep;
+  const V low = __builtin_shufflevector(
+      a, b, (static_cast<int>(I) & kS ? kN + static_cast<int>(I) - kS : static_cast<int>(I))...);
+  const V high = __builtin_shufflevector(
+      a, b, (static_cast<int>(I) & kS ? kN + static_cast<int>(I) : static_cast<int>(I) + kS)...);
+  a = low;
+  b = high;
+}
+template <typename A, int kStep = kLanes<A> / 2>
+inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i)
+      if ((i & kStep) == 0)
+        exchange_blocks<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<kLanes<A>>{});
+    transpose<A, kStep / 2>(rows);
+  }
+}
+
+// ---- exponentials ------------------------------------------------------------------------------
+
+template <typename A>
+constexpr A kExpUnit = A(1);
+template <>
+inline constexpr float kExpUnit<float> = 0x1.715476p+0f;  // log2(e)
+
+// e^(x u) with u = unit / kExpUnit; x unit at most a little above 0. Exactly 0 once float32 would
+// be subnormal; NaN stays NaN. float32: 2^n times a polynomial of degree 6 (relative error 4e-8).
+inline Vec<float> vec_exp(Vec<float> x, float unit) {
+  const float magic = 0x1.8p23f + 127.0f;  // adding it rounds to integer and biases the exponent
+  const Vec<float> t = vec_max<float>(splat(-127.0f), x * unit);
+  const Vec<float> shifted = t + magic;
+  const Vec<float> f = t - (shifted - magic);
+  Vec<float> p = splat(0x1.41d2a8p-13f);
+  p = p * f + 0x1.5f4569p-10f;
+  p = p * f + 0x1.3b2dbcp-7f;
+  p = p * f + 0x1.c6aed4p-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.0f;
+  return p * bit_cast<Vec<float>>(bit_cast<Bits<float>>(shifted) << 23);
+}
+inline Vec<double> vec_exp(Vec<double> x, double unit) {
+  x *= unit;
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
+}  // namespace SPOT_ISA
+}  // namespace spot
