@@ -79,6 +79,32 @@ struct Head {
   int64_t at(int64_t token) const { return (b * a.num_tokens + token) * a.num_heads + h; }
 };
 
+// Fetches what this thread will need next into cache, a few lines at a time between
+// computations: the processor's own prefetching does not cross the pages that neighbouring tokens
+// lie in, and more lines at once would wait for each other.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const AttentionArgs& a, int64_t b, int64_t h)
+      : rows_{{a.q, b, h}, {a.k, b, h}, {a.v, b, h}},
+        dim_(a.q.dim == 1 ? a.head_dim : 0) {}
+  // Up to two tokens more, of `count` in all.
+  void step(int64_t count) {
+    for (int i = 0; i < 2 && token_ < count; ++i, ++token_)
+      for (const Rows<T>& x : rows_)
+        for (int64_t d = 0; d < dim_; d += kLine) __builtin_prefetch(x.row(token_) + d, 0, 3);
+  }
+  static void to_write(const T* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 1, 3);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const Rows<T> rows_[3];
+  const int64_t dim_;
+  int64_t token_ = 0;
+};
+
 // 1 / n, the mean that entries are shifted by; without patches it is not used.
 template <typename A>
 inline A inverse(int64_t n) {
@@ -295,8 +321,9 @@ inline void store_row(const Acc<T>* from, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = store<T>(from[i]);
 }
 
+// `next` is the head that this thread does after this one.
 template <typename T, bool kStats>
-void forward_head(const AttentionArgs& a, const Head& head) {
+void forward_head(const AttentionArgs& a, const Head& head, const Head& next) {
   using A = Acc<T>;
   using E = Element<T>;
   constexpr int kL = kLanes<A>;
@@ -306,8 +333,10 @@ void forward_head(const AttentionArgs& a, const Head& head) {
   const int64_t row = panels.vecs * kL;
   const auto m = in_scratch<ForwardScratch<T>>(seen, dim);
   const Rows<T> q(a.q, head.b, head.h), k(a.k, head.b, head.h), v(a.v, head.b, head.h);
+  Ahead<T> ahead(a, next.b, next.h);
   const A scale = static_cast<A>(a.scale < 0 ? -a.scale : a.scale), inv = inverse<A>(head.n);
   const A unit = kExpUnit<A> * (a.bias ? A(1) : scale);  // of the exponential
+  T* out = static_cast<T*>(a.out);
   A* stats = kStats ? static_cast<A*>(a.stats) : nullptr;
 
   pack_keys<T, E, A>(head, k, 0, seen, panels, depth, m.keys, m.staged);
@@ -323,9 +352,11 @@ void forward_head(const AttentionArgs& a, const Head& head) {
     for (int64_t r = 0; r < rows; ++r)
       stage_row(q.row(token(r)), q.dim, dim, m.queries + r * depth, depth);
     if (a.scale < 0) negate(m.queries, rows * depth);
-    for (int64_t p = 0; p < panels.count; ++p)
+    for (int64_t p = 0; p < panels.count; ++p) {
       multiply(m.queries, depth, rows, m.keys + panels.start(p) * kL * depth,
                panels.width(p) * kL, depth, panels.width(p), m.scores + panels.start(p) * kL, row);
+      ahead.step(first + rows);
+    }
 
     const int64_t dropped = seen - first;  // rows from here on see themselves besides
     for (int64_t r = dropped < 0 ? 0 : dropped; r < rows; ++r) {
@@ -338,6 +369,8 @@ void forward_head(const AttentionArgs& a, const Head& head) {
       for (int64_t r = 0; r < rows; ++r)
         add_bias(a, head, token(r), 0, seen, scale, m.scores + r * row);
     for_groups(rows, [&](auto group, int64_t r) {
+      ahead.step(first + rows);
+      for (int i = 0; i < group.value; ++i) Ahead<T>::to_write(out + head.at(token(r + i)) * dim, dim);
       exponentials<group.value>(m.scores + r * row, row, panels.vecs, seen, dropped, unit, m.rows,
                                 r, [&](int i, int64_t j, Vec<A> e) {
 #ifdef __AVX512BF16__
@@ -356,6 +389,7 @@ void forward_head(const AttentionArgs& a, const Head& head) {
       int64_t counted = head.n - first;  // rows of kept patches
       counted = counted < 0 ? 0 : counted < rows ? counted : rows;
       for_groups(counted, [&](auto group, int64_t r) {
+        ahead.step(first + rows);
         add_statistics<group.value>(m.scores + r * row, row, panels.vecs, m.rows.sum + r, inv,
                                     m.live, m.col, m.col_square, m.mean + r, m.square + r);
       });
@@ -389,7 +423,7 @@ void forward_head(const AttentionArgs& a, const Head& head) {
       }
       const A factor = A(1) / m.rows.sum[r];
       for (int64_t d = 0; d < padded; ++d) o[d] *= factor;
-      store_row(o, dim, static_cast<T*>(a.out) + head.at(t) * dim);
+      store_row(o, dim, out + head.at(t) * dim);
       static_cast<A*>(a.lse)[head.at(t)] =
           m.rows.max[r] * (a.bias ? A(1) : scale) + std::log(m.rows.sum[r]);
     }
@@ -405,11 +439,13 @@ void forward_head(const AttentionArgs& a, const Head& head) {
 template <typename T>
 void attention_stats(const AttentionArgs& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
+    const int64_t after = item + 1 < end ? item + 1 : item;
     const Head head(a, item / a.num_heads, item % a.num_heads);
+    const Head next(a, after / a.num_heads, after % a.num_heads);
     if (a.need_stats)
-      forward_head<T, true>(a, head);
+      forward_head<T, true>(a, head, next);
     else
-      forward_head<T, false>(a, head);
+      forward_head<T, false>(a, head, next);
   }
 }
 
