@@ -116,6 +116,15 @@ def cases(draw: Any) -> dict[str, Any]:
     }
 
 
+def case_of(**changes: Any) -> dict[str, Any]:
+    """One case, described as `cases` does, with the class token that the prefix allows."""
+    case = {
+        "batch": 2, "count": 17, "heads": 2, "dim": 8, "num_prefix": 1, "masked": False,
+        "bias": None, "scale": None, "spread": 1.0, "layout": "contiguous", "seed": 0,
+    } | changes  # fmt: skip
+    return {"class_token": case["num_prefix"] > 0} | case
+
+
 def build(case: dict[str, Any], dtype: torch.dtype, device: Any) -> dict[str, Any]:
     """Arguments of the public function; 16-bit values are rounded once, so that all agree."""
     seed, shape = case["seed"], (case["batch"], case["count"], case["heads"], case["dim"])
@@ -158,16 +167,10 @@ def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, 
             assert_close(grad.cpu(), keep_grad, 1e-11, f"{function.__name__} keep gradient")
 
 
-@given(cases(), st.sampled_from(FLOATING))
-def test_values_and_gradients_are_as_accurate_as_torch(
-    device: torch.device, case: dict[str, Any], dtype: torch.dtype
-) -> None:
-    if case["spread"] == 0.0:
-        case = case | {"spread": 0.5}
-    if case["layout"] == "flat":  # equal keys leave rounding noise where the gradient of q is zero
-        case = case | {"layout": "padded"}
+def assert_as_accurate_as_torch(values: dict[str, Any]) -> None:
+    """Outputs and all gradients by the error rule, beside the reference at the same dtype."""
     names = ("q", "k", "v", "keep", "bias")
-    values, leaves = _leaves(build(case, dtype, device), *names)
+    values, leaves = _leaves(values, *names)
     wide = to_dtype(values, torch.float64)
     results = []
     for function, arguments in (
@@ -192,6 +195,54 @@ def test_values_and_gradients_are_as_accurate_as_torch(
         else:
             assert_gradient(*three, scale=size)
     assert len(leaves) == len(grads)
+
+
+@given(cases(), st.sampled_from(FLOATING))
+def test_values_and_gradients_are_as_accurate_as_torch(
+    device: torch.device, case: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if case["spread"] == 0.0:
+        case = case | {"spread": 0.5}
+    if case["layout"] == "flat":  # equal keys leave rounding noise where the gradient of q is zero
+        case = case | {"layout": "padded"}
+    assert_as_accurate_as_torch(build(case, dtype, device))
+
+
+# ---- every size ----------------------------------------------------------------------------------
+
+_HEAD_DIMS = (*range(1, 21), 24, 31, 32, 48, 63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", _HEAD_DIMS)
+def test_every_head_dim(dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    for turn, count in enumerate((1, 2, 5, 16, 17, 50, 99)):
+        case = case_of(
+            count=count, dim=dim, masked=(turn + dim) % 2 == 0, batch=1 + turn % 2,
+            bias=(None, "one", "each")[(turn + dim) % 3], seed=turn,
+        )  # fmt: skip
+        assert_as_accurate_as_torch(build(case, dtype, device))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("first", range(1, 71, 10))
+def test_every_number_of_tokens(first: int, masked: bool, device: torch.device) -> None:
+    for count in range(first, first + 10):
+        case = case_of(count=count, masked=masked, num_prefix=min(count, count % 3), dim=12)
+        assert_as_accurate_as_torch(build(case, torch.float32, device))
+
+
+@pytest.mark.parametrize("first", range(0, 66, 11))
+def test_every_number_of_kept_tokens(first: int, device: torch.device) -> None:
+    """Images of one batch keep different numbers, all, one and none among them."""
+    values = build(case_of(batch=3, count=67, masked=True, bias="one"), torch.float32, device)
+    for kept in range(first, first + 11):
+        for image, number in enumerate((kept, 66 - kept, min(kept, 1))):
+            chosen = random_index(f"kept {kept} {image}", 1, 66, number, "shuffled", device)
+            values["keep"][image] = 0
+            values["keep"][image, chosen[0]] = 1
+        assert values["keep"].sum(1).tolist() == [kept, 66 - kept, min(kept, 1)]
+        assert_as_accurate_as_torch(values)
 
 
 # ---- identities of the statistics ----------------------------------------------------------------
