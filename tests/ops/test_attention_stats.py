@@ -277,6 +277,43 @@ def test_rows_sum_to_one(masked: bool, device: torch.device) -> None:
         assert not stats[:, 1:][keep == 0].any()
 
 
+def _maps(values: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The map [B, N, H, N] of the reference in float64 and of the op: what identity values give."""
+    batch, count, heads, dim = values["q"].shape
+    assert dim == count
+    one = torch.eye(count, device=values["q"].device)[None, :, None].expand(batch, -1, heads, -1)
+    mapped = values | {"v": one.to(values["q"].dtype)}
+    exact = attention_stats_reference(**to_dtype(mapped, torch.float64))[0]
+    return exact, attention_stats(**mapped)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 5])
+def test_rows_and_columns_sum_to_what_the_prefix_leaves(
+    num_prefix: int, masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """n row_mean + prefix columns = 1, and sum_t n col_mean = n - sum_t prefix columns."""
+    case = case_of(count=37, dim=37, num_prefix=num_prefix, masked=masked, bias="one")
+    values = build(case, dtype, device)
+    exact, actual = _maps(values)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert_close(actual.double(), exact, 4e-3 if dtype == torch.bfloat16 else tolerance, "map")
+    stats = attention_stats(**values)[1][:, num_prefix:].double()
+    alive = torch.ones(2, 37 - num_prefix, 1, device=device).double()
+    if masked:
+        alive = values["keep"].double()[..., None]
+    n = alive.sum(1, keepdim=True)
+    taken = exact[:, num_prefix:, :, :num_prefix].sum(-1) * alive  # [B, N-P, H]
+    assert_close(n * stats[..., 2] + taken, alive.expand_as(taken), tolerance, "rows")
+    total = (n * stats[..., 4]).sum(1)
+    assert_close(total, n[:, 0] - taken.sum(1), tolerance, "columns")
+    cls = exact[:, 0, :, num_prefix:].transpose(1, 2) * alive if num_prefix else 0 * taken
+    assert_close(stats[..., 0], cls, tolerance, "cls_out")
+    cls = exact[:, num_prefix:, :, 0] * alive if num_prefix else 0 * taken
+    assert_close(stats[..., 1], cls, tolerance, "cls_in")
+
+
 def test_uniform_attention_has_equal_means_and_no_variance(device: torch.device) -> None:
     for count in (2, 5, 197):
         q, k, v = _qkv(2, count, 2, 8, torch.float32, device)
@@ -297,6 +334,62 @@ def test_variances_keep_their_digits_when_attention_is_nearly_uniform(device: to
     for column in (3, 5):
         error = (actual[..., column] / exact[..., column] - 1).abs().max().item()
         assert error < 1e-2, f"{NAMES[column]}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("count", "variance", "masked", "tolerance"),
+    [
+        (197, 1e-9, False, 1e-4),
+        (197, 1e-12, False, 1e-4),
+        (577, 1e-9, False, 1e-4),
+        (577, 1e-12, False, 1e-4),
+        (197, 1e-9, True, 1e-4),
+        (197, 1e-12, True, 2e-3),  # here 1/n is 70 standard deviations from the mean 1/(n+1)
+        (577, 1e-9, True, 1e-4),
+        (577, 1e-12, True, 1e-4),
+    ],
+)
+def test_tiny_variances_are_right(
+    count: int, variance: float, masked: bool, tolerance: float, device: torch.device
+) -> None:
+    """To 1e-4 over the tokens. Near 1e-12 a single one may be off by more: float32 rounds each p
+    by up to 2e-4 of its distance from the mean (N = 197)."""
+    values = build(case_of(count=count, dim=64, masked=masked), torch.float64, device)
+    n = count - 1 if not masked else values["keep"].sum(1).mean().item()
+    values["q"] = values["q"] * variance**0.5 * n
+    values = to_dtype(values, torch.float32)
+    exact = attention_stats_reference(**to_dtype(values, torch.float64))[1][:, 1:]
+    actual = attention_stats(**values)[1][:, 1:]
+    alive = exact[..., 2] > 0
+    for column in (3, 5):
+        truth = exact[..., column][alive]
+        assert 0.5 * variance < truth.median() < 2 * variance
+        error = (actual[..., column][alive].double() / truth - 1).abs()
+        total = error.square().mean().sqrt().item()
+        assert total < tolerance, f"{NAMES[column]}: relative error {total:.1e}"
+        largest = error.max().item()
+        limit = tolerance if variance > 1e-10 else 10 * tolerance
+        assert largest < limit, f"{NAMES[column]}: relative error {largest:.1e}"
+    assert not actual[~alive].any()
+
+
+@pytest.mark.parametrize("count", [197, 577])
+def test_one_hot_attention_has_the_variances_of_counts(count: int, device: torch.device) -> None:
+    """Column t is chosen c_t times: mean c_t / n, variance c_t / n (1 - c_t / n)."""
+    _, k, v = _qkv(1, count, 2, 64, torch.float32, device)
+    chosen = torch.randint(1, count, (count,), generator=generator("chosen")).to(device)
+    out, stats = attention_stats(20 * k[:, chosen], k, v)
+    torch.testing.assert_close(out, v[:, chosen], rtol=1e-6, atol=1e-6)
+    n = count - 1
+    mean = torch.bincount(chosen[1:], minlength=count)[1:].double()[None, :, None] / n
+    assert mean.max() * n >= 3 and (mean == 0).any()
+    expected = [mean, mean * (1 - mean)]
+    for column, truth in zip((4, 5), expected, strict=True):
+        actual = stats[:, 1:, :, column].double()
+        torch.testing.assert_close(actual, truth.expand_as(actual), rtol=1e-4, atol=1e-9)
+    for column, number in ((2, 1 / n), (3, (1 - 1 / n) / n)):
+        actual = stats[:, 1:, :, column]
+        torch.testing.assert_close(actual, torch.full_like(actual, number), rtol=1e-4, atol=0)
 
 
 def test_one_patch_has_zero_variance(device: torch.device) -> None:
@@ -441,6 +534,52 @@ def test_permuting_patches_permutes_the_result(masked: bool, device: torch.devic
     assert_close(moved, (out[:, rows], stats[:, rows]), 1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_permuting_patches_permutes_gradients_too(masked: bool, device: torch.device) -> None:
+    """In float32, over several vectors of columns, with bias."""
+    case = case_of(count=77, num_prefix=2, masked=masked, bias="each", dim=20)
+    order = random_index("order 77", 1, 75, 75, "shuffled", device)[0]
+    rows = torch.cat([torch.arange(2, device=device), order + 2])
+    inverse = rows.argsort()
+    weight = random("weight", (2, 77, 2, 26), torch.float32, device)
+    results = []
+    for to, back in ((torch.arange(77, device=device), torch.arange(77, device=device)),
+                     (rows, inverse)):  # fmt: skip
+        values = build(case, torch.float32, device)
+        for name in "qkv":
+            values[name] = values[name][:, to]
+        values["bias"] = values["bias"][:, :, to][:, :, :, to]
+        if masked:
+            values["keep"] = values["keep"][:, to[2:] - 2]
+        values, leaves = _leaves(values, "q", "k", "v", "bias", "keep")
+        both = torch.cat(attention_stats(**values), dim=-1)
+        grads = torch.autograd.grad((both * weight[:, to]).sum(), leaves)
+        moved = [both[:, back], *(grad[:, back] for grad in grads[:3])]
+        moved.append(grads[3][:, :, back][:, :, :, back])
+        results.append(moved + [grad[:, back[2:] - 2] for grad in grads[4:]])
+    assert_close(results[1], results[0], 2e-5)
+    assert all(value.any() for value in results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_constant_added_to_a_row_of_logits_changes_nothing(
+    masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """So the gradient of `bias` sums to zero in every row."""
+    values = build(case_of(count=41, masked=masked, bias="each"), dtype, device)
+    constant = random("constant", (2, 2, 41, 1), dtype, device) * 8
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    results = []
+    for bias in (values["bias"], values["bias"] + constant):
+        call, leaves = _leaves(values | {"bias": bias}, "q", "k", "v", "keep", "bias")
+        outputs, grads = gradients(lambda *_, c=call: attention_stats(**c), tuple(leaves))
+        assert grads[-1].abs().max() > 1e-2
+        assert grads[-1].sum(-1).abs().max() < tolerance
+        results.append([*outputs, *grads])
+    assert_close(results[1], results[0], tolerance)
+
+
 def test_images_and_heads_do_not_mix(device: torch.device) -> None:
     q, k, v = _qkv(3, 9, 4, 8, device=device)
     keep = _mask(3, 8, device=device)
@@ -508,6 +647,79 @@ def test_large_logits_stay_finite(dtype: torch.dtype, device: torch.device) -> N
     assert (stats >= 0).all() and (stats[..., [0, 1, 2, 4]] <= 1 + 1e-6).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("where", ["products", "bias", "all high", "all low"])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_logits_of_ten_thousand(
+    dtype: torch.dtype, where: str, masked: bool, device: torch.device
+) -> None:
+    """Outputs are finite and right, all gradients are finite and there."""
+    values = build(case_of(count=41, dim=16, masked=masked, bias="each"), dtype, device)
+    if where == "products":
+        values["q"] = values["q"] * 250
+        values["scale"] = 1.0
+        products = torch.einsum("bihd,bjhd->bhij", values["q"].double(), values["k"].double())
+        values["scale"] = 1e4 / products.abs().max().item()
+    elif where == "bias":
+        values["bias"] = values["bias"] / values["bias"].abs().max() * 1e4
+    else:  # float32 keeps 1e-3 of such logits
+        values["bias"] = values["bias"].sign() * 8 + (9.9e3 if where == "all high" else -9.9e3)
+    call, leaves = _leaves(values, "q", "k", "v", "keep", "bias")
+    (out, stats), grads = gradients(lambda *_: attention_stats(**call), tuple(leaves))
+    exact_out, exact_stats = attention_stats_reference(**to_dtype(values, torch.float64))
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(dtype, 3e-2)
+    assert_close(out.double(), exact_out, tolerance, "out")
+    assert_close(stats.double(), exact_stats, min(tolerance, 1e-2), "stats")
+    assert out.isfinite().all() and stats.isfinite().all()
+    assert (stats[..., [3, 5]] >= 0).all() and (stats >= -1e-6).all()
+    assert len(grads) == 4 + masked and all(grad.isfinite().all() for grad in grads)
+    assert all(grad.any() for grad in grads[2:])
+
+
+def _with_nan(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """NaN in image 1, head 1 of one argument (`bias of one` has no images)."""
+    changed = values[name.split()[0]].clone()
+    if name == "bias":
+        changed[1, 1, 3, 20] = math.nan
+    elif name == "bias of one":
+        changed[0, 1, 3, 20] = math.nan
+    else:
+        changed[1, 20, 1, 2] = math.nan
+    return values | {name.split()[0]: changed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "bias of one"])
+def test_a_nan_stays_in_its_image_and_head(
+    name: str, masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Everything of other images and heads has the same bits as without it."""
+    case = case_of(batch=3, heads=3, count=41, masked=masked, dim=16)
+    values = build(case | {"bias": "one" if "one" in name else "each"}, dtype, device)
+    if masked:
+        values["keep"][:, 19] = 1  # token 20 is seen
+    results = []
+    for given in (values, _with_nan(values, name)):
+        given, leaves = _leaves(given, "q", "k", "v", "bias", "keep")
+        (out, stats), grads = gradients(lambda *_, g=given: attention_stats(**g), tuple(leaves))
+        results.append([out, stats, *grads])
+    clean, odd = results
+    assert all(value.isfinite().all() for value in clean)
+    images = [0, 1, 2] if "one" in name else [1]
+    hit = torch.zeros(3, 3, dtype=torch.bool, device=device)  # [B, H]
+    hit[images, 1] = True
+    assert odd[0][1, :, 1].isnan().any() and odd[2][1, :, 1].isnan().any()
+    for one, other in zip(odd[:5], clean[:5], strict=True):  # [B, N, H, ...]
+        assert_same_bits(one.transpose(1, 2)[~hit], other.transpose(1, 2)[~hit])
+    if "one" in name:
+        assert_same_bits(odd[5][:, [0, 2]], clean[5][:, [0, 2]])
+    else:
+        assert_same_bits(odd[5][~hit], clean[5][~hit])
+    if masked and "one" not in name:
+        assert_same_bits(odd[6][[0, 2]], clean[6][[0, 2]])
+
+
 def test_a_nan_stays_in_its_row(device: torch.device) -> None:
     q, k, v = _qkv(2, 9, 2, 8, torch.float32, device)
     q[0, 4, 1] = math.nan
@@ -544,14 +756,121 @@ def _checked(name: str, device: torch.device) -> tuple[Any, list[Tensor]]:
     return function, [args[place].requires_grad_() for place in places]
 
 
+_EDGES = [  # panels of 16 columns, of 8 channels
+    case_of(count=15, dim=3, batch=1, bias="one"),
+    case_of(count=15, dim=9, masked=True, class_token=False),
+    case_of(count=16, dim=5, masked=True),
+    case_of(count=16, dim=7, num_prefix=0, masked=True, bias="each", batch=1),
+    case_of(count=16, dim=2, num_prefix=16, bias="one", masked=True),
+    case_of(count=17, dim=9, num_prefix=2, masked=True, bias="one"),
+    case_of(count=17, dim=17, num_prefix=1, class_token=False),
+    case_of(count=17, dim=3, num_prefix=16, masked=True, batch=3),
+    case_of(count=33, dim=7, num_prefix=0, bias="each", batch=1),
+    case_of(count=33, dim=13, num_prefix=2, masked=True, scale=0.9),
+    case_of(count=65, dim=1, masked=True, bias="one", heads=1, scale=-0.7),
+    case_of(count=65, dim=19, num_prefix=2, class_token=False, masked=True, heads=1),
+    case_of(count=66, dim=6, num_prefix=1, heads=1, batch=1),
+]
+
+
 def test_enough_shapes_are_checked() -> None:
-    assert len(_SAMPLES) >= 20
+    assert len(_SAMPLES) >= 20 and len(_EDGES) >= 12
 
 
 @pytest.mark.parametrize("name", _SAMPLES)
 def test_gradcheck(name: str, device: torch.device) -> None:
     function, leaves = _checked(name, device)
     assert gradcheck(function, leaves, check_undefined_grad=False, fast_mode=leaves[0].numel() > 99)
+
+
+def _of_size_one(stats: Tensor, count: int) -> Tensor:
+    """Scaled as features are, so that no tolerance swallows the gradients of the variances."""
+    n = max(count, 1)
+    return stats * torch.tensor([n, n, n, n * n, n, n * n], device=stats.device)
+
+
+@pytest.mark.parametrize("need_stats", [True, False])
+@pytest.mark.parametrize(
+    "case", _EDGES, ids=lambda c: f"{c['count']}-{c['dim']}-{c['num_prefix']}-{c['masked']}"
+)
+def test_gradcheck_at_edges(case: dict[str, Any], need_stats: bool, device: torch.device) -> None:
+    values = build(case, torch.float64, device)
+    names = [name for name in ("q", "k", "v", "bias") if values[name] is not None]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        filled = values | dict(zip(names, leaves, strict=True))
+        out, stats = attention_stats(**filled, need_stats=need_stats)
+        if not need_stats:
+            return (out,)
+        return out, _of_size_one(stats, case["count"] - case["num_prefix"])
+
+    leaves = [values[name].clone().requires_grad_() for name in names]
+    whole = sum(leaf.numel() for leaf in leaves) < 400
+    assert gradcheck(function, leaves, check_undefined_grad=False, fast_mode=not whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("column", range(6), ids=NAMES)
+def test_the_gradient_of_each_statistic_alone(
+    column: int, masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Together, those of the means hide those of the variances, which are smaller by 1/n."""
+    values = build(case_of(count=71, masked=masked, num_prefix=2, bias="each"), dtype, device)
+    weight = random("weight", (2, 71, 2), torch.float64, device)
+    results = []
+    for function, arguments in (
+        (attention_stats, values),
+        (attention_stats_reference, to_dtype(values, torch.float64)),
+    ):
+        call, leaves = _leaves(arguments, "q", "k", "bias")
+        stats = _of_size_one(function(**call)[1], 69)[..., column]
+        results.append(torch.autograd.grad((stats * weight.to(stats.dtype)).sum(), leaves))
+    for name, actual, exact in zip(("q", "k", "bias"), *results, strict=True):
+        error = ((actual.double() - exact).norm() / exact.norm()).item()
+        limit = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
+        assert exact.norm() > 0.1 and error < limit, f"{name}: relative error {error:.1e}"
+
+
+def _mask_gradient(values: dict[str, Any], cotangent: Tensor) -> Tensor:
+    """sum over i != j and heads of p'_ij cotangent_i (v_j - out_i), all rows at once."""
+    q, k, v, grad = (x.double().transpose(1, 2) for x in (*(values[n] for n in "qkv"), cotangent))
+    prefix, count = values["num_prefix"], q.shape[2]
+    scale = q.shape[3] ** -0.5 if values["scale"] is None else values["scale"]
+    logits = scale * (q @ k.mT)
+    if values["bias"] is not None:
+        logits = logits + values["bias"].double()
+    dropped = torch.nn.functional.pad(values["keep"].double(), (prefix, 0), value=1.0) == 0
+    others = ~torch.eye(count, dtype=torch.bool, device=q.device)
+    unseen = dropped[:, None, None] & others  # [B, 1, N, N]
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True)) * ~unseen
+    lse = logits.amax(-1) + weights.sum(-1).log()
+    out = weights @ v / weights.sum(-1, keepdim=True)
+    share = logits - lse[..., None]
+    soft = torch.where(unseen, 1 / (1 + torch.exp(-share)), torch.exp(share)) * others
+    pull = grad @ v.mT - (grad * out).sum(-1, keepdim=True)  # [B, H, N, N]
+    return (soft * pull).sum((1, 2))[:, prefix:]
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("bias", [None, "one", "each"])
+@pytest.mark.parametrize(("num_prefix", "count"), [(0, 64), (1, 70), (2, 131)])
+def test_the_mask_gradient_is_the_stated_one(
+    num_prefix: int, count: int, bias: str | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = case_of(count=count, num_prefix=num_prefix, masked=True, bias=bias, heads=3, dim=20)
+    values = build(case | {"scale": 0.5}, dtype, device)
+    cotangent = random("cotangent", (2, count, 3, 20), dtype, device)
+    truth = _mask_gradient(values, cotangent)
+    call, (keep,) = _leaves(values, "keep")
+    out, _ = attention_stats(**call)
+    (grad,) = torch.autograd.grad(out, keep, cotangent)
+    assert grad.dtype == dtype
+    error = (grad.double() - truth).abs().max().item() / truth.abs().max().item()
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 3e-2)
+    assert error < limit, f"relative error {error:.1e}"
+    kept = values["keep"] == 1
+    assert truth[kept].abs().mean() > 1e-2 and truth[~kept].abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("name", _SAMPLES)
