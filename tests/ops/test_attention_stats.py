@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +19,14 @@ from helpers import (
     assert_close,
     assert_gradient,
     assert_same_bits,
+    cotangents,
     generator,
     gradients,
     lay_out,
     random,
     random_index,
     tensors,
+    threads,
     to_dtype,
 )
 from hypothesis import given
@@ -700,9 +707,9 @@ def test_a_nan_stays_in_its_image_and_head(
     if masked:
         values["keep"][:, 19] = 1  # token 20 is seen
     results = []
-    for given in (values, _with_nan(values, name)):
-        given, leaves = _leaves(given, "q", "k", "v", "bias", "keep")
-        (out, stats), grads = gradients(lambda *_, g=given: attention_stats(**g), tuple(leaves))
+    for arguments in (values, _with_nan(values, name)):
+        call, leaves = _leaves(arguments, "q", "k", "v", "bias", "keep")
+        (out, stats), grads = gradients(lambda *_, c=call: attention_stats(**c), tuple(leaves))
         results.append([out, stats, *grads])
     clean, odd = results
     assert all(value.isfinite().all() for value in clean)
@@ -902,6 +909,154 @@ def test_without_statistics_out_and_gradients_are_the_same(device: torch.device)
     assert_close(results[0], results[1], 1e-14)
 
 
+# ---- the same bits -------------------------------------------------------------------------------
+
+
+def _everything(values: dict[str, Any]) -> list[Tensor]:
+    """Outputs and the gradients of all five arguments, one after the other."""
+    call, leaves = _leaves(values, "q", "k", "v", "keep", "bias")
+    outputs, grads = gradients(lambda *_: attention_stats(**call), tuple(leaves))
+    assert len(grads) == 5
+    return [value.detach().flatten() for value in (*outputs, *grads)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", ["one", "each"])
+def test_a_thousand_repeats_give_the_same_bits(
+    bias: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    values = build(case_of(count=35, heads=5, masked=True, bias=bias, batch=3), dtype, device)
+    expected = torch.cat([value.double() for value in _everything(values)])
+    assert expected.isfinite().all() and expected.any()
+    for _ in range(1000):
+        actual = torch.cat([value.double() for value in _everything(values)])
+        assert torch.equal(actual.view(torch.int64), expected.view(torch.int64))
+
+
+# ---- strides -------------------------------------------------------------------------------------
+
+_B, _N, _H, _D = 2, 37, 3, 20
+_VIEWS: dict[str, Callable[[Callable[..., Tensor]], tuple[Tensor, ...]]] = {
+    "packed": lambda make: make("qkv", _B, _N, 3, _H, _D).unbind(2),
+    "packed by heads": lambda make: make("qkv", _B, _N, _H, 3, _D).unbind(3),
+    "packed in the last dimension": lambda make: make("qkv", _B, _N, _H, _D, 3).unbind(4),
+    "heads first": lambda make: tuple(make(x, _B, _H, _N, _D).transpose(1, 2) for x in "qkv"),
+    "channels first": lambda make: tuple(make(x, _B, _H, _D, _N).movedim(3, 1) for x in "qkv"),
+    "keys and values of one head": lambda make: (
+        make("q", _B, _N, _H, _D),
+        *(make(x, _B, _N, 1, _D).expand(_B, _N, _H, _D) for x in "kv"),
+    ),
+    "queries of one image, one key": lambda make: (
+        make("q", 1, _N, _H, _D).expand(_B, _N, _H, _D),
+        make("k", _B, 1, _H, _D).expand(_B, _N, _H, _D),
+        make("v", _B, _N, _H, 2 * _D)[..., ::2],
+    ),
+    "one channel": lambda make: (
+        *(make(x, _B, _N, _H, 1).expand(_B, _N, _H, _D) for x in "qk"),
+        make("v", _B, _N, _H, 1).expand(_B, _N, _H, _D),
+    ),
+    "not aligned": lambda make: (
+        make("q", _B, _N, _H, _D + 1)[..., 1:],
+        make("k", _B, _N + 1, _H, _D)[:, 1:],
+        make("v", _B, _N, _H + 1, _D + 3)[:, :, 1:, 2:-1],
+    ),
+}
+_BIASES: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
+    "expanded over images": lambda make: make("b", 1, _H, _N, _N).expand(_B, _H, _N, _N),
+    "expanded over heads": lambda make: make("b", _B, 1, _N, _N).expand(_B, _H, _N, _N),
+    "one row": lambda make: make("b", 1, _H, 1, _N).expand(1, _H, _N, _N),
+    "one column": lambda make: make("b", _B, _H, _N, 1).expand(_B, _H, _N, _N),
+    "transposed": lambda make: make("b", _B, _H, _N, _N).mT,
+    "heads last": lambda make: make("b", _N, _N, _H).permute(2, 0, 1)[None],
+    "every second column": lambda make: make("b", 1, _H, _N, 2 * _N)[..., ::2],
+    "a corner of a larger one": lambda make: make("b", _B, _H, _N + 3, _N + 5)[..., 2:-1, 4:-1],
+}
+_KEEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda keep: torch.stack([keep, 1 - keep], dim=-1)[..., 0],
+    "transposed": lambda keep: keep.T.contiguous().T,
+    "expanded over images": lambda keep: keep[:1].expand(_B, -1),
+    "all from one": lambda keep: torch.ones_like(keep[:1, :1]).expand(_B, _N - 1),
+    "with the prefix": lambda keep: torch.nn.functional.pad(keep, (1, 0), value=1.0)[:, 1:],
+}
+
+
+def _maker(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    return lambda name, *shape: random(f"{name} {shape}", shape, dtype, device)
+
+
+def _assert_strides_do_not_matter(
+    values: dict[str, Any], kind: str = "random", tolerance: float | None = None
+) -> None:
+    """The same as with contiguous copies of all arguments and incoming gradients."""
+    names = [name for name in ("q", "k", "v", "keep", "bias") if values.get(name) is not None]
+    dense = {name: values[name].clone(memory_format=torch.contiguous_format) for name in names}
+    results = []
+    for arguments, copy in ((values, False), (values | dense, True)):
+        call, leaves = _leaves(arguments, *names)
+        outputs = attention_stats(**call)
+        sent = cotangents(outputs, kind)
+        if copy:
+            sent = [x.clone(memory_format=torch.contiguous_format) for x in sent]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, sent)])
+    if tolerance is None:
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(values["q"].dtype, 2e-2)
+    for number, (mine, theirs) in enumerate(zip(*results, strict=True)):
+        limit = tolerance if mine.dtype == values["q"].dtype else max(tolerance, 1e-5)
+        assert_close(mine, theirs, limit, f"output or gradient {number}")
+    assert all(value.any() for value in results[1][4:])  # gradients of v, keep and bias
+
+
+def _three(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    make = _maker(dtype, device)
+    q, k, v = _VIEWS["packed"](make)
+    return {"q": q, "k": k, "v": v, "keep": _mask(_B, _N - 1, dtype, device)}
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("view", _VIEWS.values(), ids=_VIEWS)
+def test_any_strides_of_q_k_and_v(
+    view: Any, masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    q, k, v = view(_maker(dtype, device))
+    assert q.shape == k.shape == v.shape == (_B, _N, _H, _D)
+    assert not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous())
+    keep = _mask(_B, _N - 1, dtype, device) if masked else None
+    _assert_strides_do_not_matter({"q": q, "k": k, "v": v, "keep": keep})
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("view", _BIASES.values(), ids=_BIASES)
+def test_any_strides_of_the_bias(view: Any, dtype: torch.dtype, device: torch.device) -> None:
+    bias = view(_maker(dtype, device))
+    assert not bias.is_contiguous()
+    _assert_strides_do_not_matter(_three(dtype, device) | {"bias": bias})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("view", _KEEPS.values(), ids=_KEEPS)
+def test_any_strides_of_the_mask(view: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """With q in float32, so that masks of another dtype are strided too."""
+    keep = view(_mask(_B, _N - 1, dtype, device))
+    assert keep.shape == (_B, _N - 1) and not keep.is_contiguous()
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    _assert_strides_do_not_matter(
+        _three(torch.float32, device) | {"keep": keep}, tolerance=tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("kind", ["expanded", "transposed", "partial"])
+def test_any_strides_of_incoming_gradients(
+    kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    bias = _BIASES["transposed"](_maker(dtype, device))
+    _assert_strides_do_not_matter(_three(dtype, device) | {"bias": bias}, kind)
+
+
 # ---- autocast ------------------------------------------------------------------------------------
 
 
@@ -927,3 +1082,264 @@ def test_a_table_without_gradients_in_inference_mode(device: torch.device) -> No
     with torch.inference_mode():
         outputs = tensors(attention_stats(q, k, v, _mask(2, 8, device=device).requires_grad_()))
     assert not any(value.requires_grad for value in outputs)
+
+
+# ---- what only the kernels can; torch's own operators do not pass from here on -------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("bias", ["one", "each"])
+@pytest.mark.parametrize(("count", "batch", "heads"), [(197, 1, 1), (50, 3, 3), (33, 2, 5)])
+def test_one_two_and_four_threads_give_the_same_bits(
+    count: int, batch: int, heads: int, bias: str, dtype: torch.dtype
+) -> None:
+    case = case_of(count=count, batch=batch, heads=heads, dim=40, masked=True, bias=bias)
+    values = build(case, dtype, "cpu")
+    results = []
+    for number in (1, 2, 4):
+        with threads(number):
+            results.append(_everything(values))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert_same_bits(two, one)
+
+
+@pytest.mark.parametrize("sink", [5.0, 9.0])
+def test_variances_are_right_beside_a_sink(sink: float, device: torch.device) -> None:
+    """A class token that takes 43 or 98 % of every row moves the means far from 1/n."""
+    values = build(case_of(count=197, dim=64, bias="one"), torch.float32, device)
+    values["q"] = values["q"] * 6e-3
+    values["bias"] = torch.zeros_like(values["bias"])
+    values["bias"][..., 0] = sink
+    exact = attention_stats_reference(**to_dtype(values, torch.float64))[1][:, 1:]
+    actual = attention_stats(**values)[1][:, 1:].double()
+    assert exact[..., 1].min() > (0.4 if sink == 5.0 else 0.95)
+    for column in (3, 5):
+        truth = exact[..., column]
+        assert truth.min() > 1e-13 and truth.max() < 1e-9
+        error = (actual[..., column] / truth - 1).square().mean().sqrt().item()
+        assert error < 1e-4, f"{NAMES[column]}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        *((0, name) for name in ("q", "k", "v", "keep", "bias")),
+        *((1, x) for x in ("q", "k", "bias")),
+    ],
+)
+def test_there_are_no_second_derivatives(output: int, name: str, device: torch.device) -> None:
+    values = build(case_of(masked=True, bias="one"), torch.float64, device)
+    call, (leaf,) = _leaves(values, name)
+    loss = attention_stats(**call)[output].square().sum()
+    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert first.any()
+    words = "attention_stats is differentiable once.*attention_stats_reference"
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(first.sum(), leaf)
+
+
+_MEMORY = """
+import ctypes, json, sys
+import torch
+import spot_ext
+
+torch.set_num_threads(2)
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, which hold more than was asked for
+ballast = []
+
+def resident(field):
+    with open("/proc/self/status") as file:
+        return next(int(x.split()[1]) * 1024 for x in file if x.startswith(field))
+
+def rise(function):
+    ballast.append(b"x" * max(resident("VmHWM:") - resident("VmRSS:"), 0))
+    before = resident("VmHWM:")
+    result = function()
+    return resident("VmHWM:") - before, result
+
+def scratch(call, count, masked):
+    q, k, v = (torch.randn(2, count, 6, 64).requires_grad_() for _ in range(3))
+    leaves, keep = [q, k, v], None
+    if masked:
+        keep = (torch.rand(2, count - 1) < 0.7).float().requires_grad_()
+        leaves.append(keep)
+    forward, outputs = rise(lambda: call(q, k, v, keep))
+    sent = [torch.randn_like(x) for x in outputs]
+    backward, grads = rise(lambda: torch.autograd.grad(outputs, leaves, sent))
+    lse = 2 * count * 6
+    forward -= 4 * (sum(x.numel() for x in outputs) + lse)
+    return forward, backward - 4 * sum(x.numel() for x in grads)
+
+found = {}
+for name in ("attention_stats", "attention_stats_reference"):
+    for masked in (False, True):
+        scratch(getattr(spot_ext, name), 65, masked)
+        found[f"{name} {masked}"] = scratch(getattr(spot_ext, name), 1025, masked)
+print(json.dumps(found))
+"""
+
+
+def test_no_map_is_ever_in_memory() -> None:
+    """Peak resident size beyond results, of 12 maps of 1025 x 1025: at most 0.05 of their bytes."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed leaves the resident size
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    maps = 2 * 6 * 1025 * 1025 * 4
+    found = json.loads(done.stdout)
+    for masked in (False, True):  # the measurement sees maps where there are some
+        assert min(found[f"attention_stats_reference {masked}"]) > 0.9 * maps, found
+        assert max(found[f"attention_stats {masked}"]) <= 0.05 * maps, found
+
+
+# -- straight through torch.ops
+
+
+def _op_values(op: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Legal arguments of the op or of its backward op, in the order of the schema."""
+    values = build(case_of(count=23, masked=True, bias="one"), dtype, device)
+    values["scale"] = 0.3
+    order = ("q", "k", "v", "keep", "bias", "scale", "num_prefix", "class_token")
+    forward = {name: values[name] for name in order} | {"need_stats": True}
+    if op == "attention_stats":
+        return forward
+    with torch.no_grad():
+        out, stats, lse = torch.ops.spot.attention_stats(*forward.values())
+    grad_out, grad_stats = cotangents((out, stats))
+    first = {"grad_out": grad_out, "grad_stats": grad_stats}
+    results = {"out": out, "stats": stats, "lse": lse}
+    tensors_of = {name: forward[name] for name in order[:5]}
+    rest = {name: forward[name] for name in order[5:]}
+    return first | tensors_of | results | rest | {"keep_grad": True, "bias_grad": True}
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_the_backward_op_gives_all_gradients(dtype: torch.dtype, device: torch.device) -> None:
+    backward = torch.ops.spot.attention_stats_backward
+    values = _op_values("attention_stats_backward", dtype, device)
+    grads = backward(*values.values())
+    names = ("q", "k", "v", "keep", "bias")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [grad.dtype for grad in grads] == [dtype] * 3 + [wide] * 2
+    assert all(grad.is_contiguous() for grad in grads)
+    keywords = {x: values[x] for x in (*names, "scale", "num_prefix", "class_token")}
+    for grad_stats in (values["grad_stats"], None):
+        call, leaves = _leaves(to_dtype(keywords, torch.float64), *names)
+        outputs = attention_stats_reference(**call)
+        sent = [values["grad_out"], torch.zeros_like(outputs[1]) if grad_stats is None
+                else grad_stats]  # fmt: skip
+        exact = torch.autograd.grad(outputs, leaves, [x.double() for x in sent])
+        grads = backward(*(values | {"grad_stats": grad_stats}).values())
+        for name, grad, truth in zip(names, grads, exact, strict=True):
+            error = ((grad.double() - truth).norm() / truth.norm()).item()
+            limit = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 1e-2)
+            assert grad.shape == truth.shape and error < limit, f"{name}: error {error:.1e}"
+
+
+def test_the_backward_op_gives_what_is_asked_for(device: torch.device) -> None:
+    backward = torch.ops.spot.attention_stats_backward
+    values = _op_values("attention_stats_backward", torch.float32, device)
+    everything = backward(*values.values())
+    for keep_grad in (False, True):
+        for bias_grad in (False, True):
+            flags = {"keep_grad": keep_grad, "bias_grad": bias_grad}
+            grads = backward(*(values | flags).values())
+            asked = (True, True, True, keep_grad, bias_grad)
+            for grad, all_of_it, wanted in zip(grads, everything, asked, strict=True):
+                if wanted:
+                    assert_close(grad, all_of_it, 1e-6)
+                else:
+                    assert grad.numel() == 0
+    # Without grad_stats the statistics are not read: a forward pass without them left none.
+    empty = {"grad_stats": None, "stats": values["stats"].new_empty(0)}
+    expected = backward(*(values | {"grad_stats": None}).values())
+    for grad, other in zip(backward(*(values | empty).values()), expected, strict=True):
+        assert_same_bits(grad, other)
+
+
+_WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {  # name, value, message
+    "q of rank 3": ("q", lambda a: a["q"][0], "q must have 4 dimensions"),
+    "k of rank 5": ("k", lambda a: a["k"][None], "k must have 4 dimensions"),
+    "k of another dtype": ("k", lambda a: a["k"].double(), "k must be .*got"),
+    "v of other tokens": ("v", lambda a: a["v"][:, 1:], "v must have size 23"),
+    "v of another head dim": ("v", lambda a: a["v"][..., 1:], "v must have size 8"),
+    "k of other heads": ("k", lambda a: a["k"][:, :, :1], "k must have size 2"),
+    "keep of rank 1": ("keep", lambda a: a["keep"][0], "keep must have 2 dimensions"),
+    "keep with the prefix": ("keep", lambda a: torch.ones_like(a["q"][:, :, 0, 0]),
+                             "keep must have size 22"),
+    "keep of one image": ("keep", lambda a: a["keep"][:1], "keep must have size 2"),
+    "keep bool": ("keep", lambda a: a["keep"].bool(), "keep must be float32"),
+    "bias of rank 3": ("bias", lambda a: a["bias"][0], "bias must have 4 dimensions"),
+    "bias of three images": ("bias", lambda a: a["bias"].expand(3, -1, -1, -1),
+                             "bias must have size 2"),
+    "bias of one head": ("bias", lambda a: a["bias"][:, :1], "bias must have size 2"),
+    "bias of other rows": ("bias", lambda a: a["bias"][:, :, 1:], "bias must have size 23"),
+    "bias of other columns": ("bias", lambda a: a["bias"][..., 1:], "bias must have size 23"),
+    "bias integer": ("bias", lambda a: a["bias"].long(), "bias must be float32"),
+    "num_prefix below 0": ("num_prefix", lambda a: -1, "num_prefix must be between 0 and 23"),
+    "num_prefix too large": ("num_prefix", lambda a: 24, "num_prefix must be between 0 and 23"),
+    "class token without prefix": ("num_prefix", lambda a: 0, "num_prefix of at least 1, got 0"),
+}  # fmt: skip
+_WRONG_BACKWARD: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "grad_out of rank 3": ("grad_out", lambda a: a["q"][0], "grad_out must have 4 dimensions"),
+    "grad_out of another dtype": ("grad_out", lambda a: a["q"].double(), "grad_out must be .*got"),
+    "grad_out of other tokens": ("grad_out", lambda a: a["q"][:, 1:], "grad_out must have size 23"),
+    "grad_stats of rank 3": ("grad_stats", lambda a: a["stats"][0], "grad_stats must have 4 dim"),
+    "grad_stats of another dtype": ("grad_stats", lambda a: a["stats"].double(),
+                                    "grad_stats must be .*got"),
+    "grad_stats of five": ("grad_stats", lambda a: a["stats"][..., 1:],
+                           "grad_stats must have size 6"),
+    "grad_stats of other heads": ("grad_stats", lambda a: a["stats"][:, :, 1:],
+                                  "grad_stats must have size 2"),
+    "out of one image": ("out", lambda a: a["out"][:1], "out must have size 2"),
+    "out of another dtype": ("out", lambda a: a["out"].half(), "out must be .*got"),
+    "stats empty": ("stats", lambda a: a["stats"].new_empty(0), "stats must have 4 dimensions"),
+    "stats of other tokens": ("stats", lambda a: a["stats"][:, 1:], "stats must have size 23"),
+    "lse of rank 4": ("lse", lambda a: a["lse"][..., None], "lse must have 3 dimensions"),
+    "lse of another dtype": ("lse", lambda a: a["lse"].bfloat16(), "lse must be .*got"),
+    "lse of other tokens": ("lse", lambda a: a["lse"][:, 1:], "lse must have size 23"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong"),
+    [
+        *(pytest.param("attention_stats", wrong, id=name) for name, wrong in _WRONG.items()),
+        *(
+            pytest.param("attention_stats_backward", wrong, id=f"backward, {name}")
+            for name, wrong in (_WRONG | _WRONG_BACKWARD).items()
+        ),
+    ],
+)
+def test_errors_name_the_op(op: str, wrong: Any, device: torch.device) -> None:
+    name, make, message = wrong
+    values = _op_values(op, torch.float32, device)
+    getattr(torch.ops.spot, op)(*values.values())  # as they are, they are legal
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=f"spot::{op}: .*{message}"):
+        getattr(torch.ops.spot, op)(*(values | {name: make(values)}).values())
+
+
+@pytest.mark.parametrize("dim", [0, 257])
+@pytest.mark.parametrize("op", ["attention_stats", "attention_stats_backward"])
+def test_errors_name_the_largest_head_dim(op: str, dim: int, device: torch.device) -> None:
+    values = _op_values(op, torch.float32, device)
+    for name in {"q", "k", "v", "out", "grad_out"} & set(values):
+        values[name] = torch.zeros(2, 23, 2, dim, device=device)
+    message = f"spot::{op}: .*head dim of q must be between 1 and 256, got {dim}"
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        getattr(torch.ops.spot, op)(*values.values())
+
+
+@pytest.mark.parametrize("op", ["attention_stats", "attention_stats_backward"])
+@pytest.mark.parametrize("odd", [0.5, 2.0, -1.0, 1.0 - 2**-24, math.nan, math.inf])
+def test_ops_refuse_a_mask_that_is_not_binary(odd: float, op: str) -> None:
+    """On the CPU; one entry is enough, here the last."""
+    values = _op_values(op, torch.float32, torch.device("cpu"))
+    values["keep"][-1, -1] = odd
+    with pytest.raises((RuntimeError, ValueError), match=f"spot::{op}: keep must be .*0 or 1"):
+        getattr(torch.ops.spot, op)(*values.values())
