@@ -390,10 +390,11 @@ def test_one_hot_attention_has_the_variances_of_counts(count: int, device: torch
     n = count - 1
     mean = torch.bincount(chosen[1:], minlength=count)[1:].double()[None, :, None] / n
     assert mean.max() * n >= 3 and (mean == 0).any()
-    expected = [mean, mean * (1 - mean)]
-    for column, truth in zip((4, 5), expected, strict=True):
+    # Where nobody looks, roundings of 1/n and 1/n^2 may remain.
+    for column, truth, rest in ((4, mean, 1 / n), (5, mean * (1 - mean), 1 / n**2)):
         actual = stats[:, 1:, :, column].double()
-        torch.testing.assert_close(actual, truth.expand_as(actual), rtol=1e-4, atol=1e-9)
+        truth = truth.expand_as(actual)
+        torch.testing.assert_close(actual, truth, rtol=1e-4, atol=2e-5 * rest)
     for column, number in ((2, 1 / n), (3, (1 - 1 / n) / n)):
         actual = stats[:, 1:, :, column]
         torch.testing.assert_close(actual, torch.full_like(actual, number), rtol=1e-4, atol=0)
@@ -467,18 +468,20 @@ def test_keeping_none_leaves_prefix_and_self(device: torch.device) -> None:
     assert_close(out[:, 5], attention_stats(*alone)[0][:, 1])
 
 
-def test_a_dropped_token_is_seen_by_no_other(device: torch.device) -> None:
-    q, k, v = _qkv(2, 9, 2, 8, device=device)
-    keep = torch.ones(2, 8, device=device, dtype=torch.float64)
-    keep[:, 3] = 0
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_dropped_token_is_seen_by_no_other(dtype: torch.dtype, device: torch.device) -> None:
+    q, k, v = _qkv(2, 35, 2, 8, dtype, device)
+    keep = torch.ones(2, 34, device=device, dtype=dtype)
+    keep[:, [3, 20, 33]] = 0
     out, stats = attention_stats(q, k, v, keep)
-    others = [i for i in range(9) if i != 4]
-    for name in range(3):
+    others = [i for i in range(35) if i != 21]
+    for name, value in ((0, 7.5), (1, 7.5), (2, 7.5), (0, math.nan), (1, math.nan)):
         changed = [x.clone() for x in (q, k, v)]
-        changed[name][:, 4] = 7.5
+        changed[name][:, 21] = value
         again, again_stats = attention_stats(*changed, keep)
         assert_same_bits(again[:, others], out[:, others])
         assert_same_bits(again_stats, stats)
+        assert (again[:, 21] != out[:, 21]).any()  # its own row sees it
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -835,7 +838,7 @@ def test_the_gradient_of_each_statistic_alone(
         results.append(torch.autograd.grad((stats * weight.to(stats.dtype)).sum(), leaves))
     for name, actual, exact in zip(("q", "k", "bias"), *results, strict=True):
         error = ((actual.double() - exact).norm() / exact.norm()).item()
-        limit = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
+        limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}[dtype]
         assert exact.norm() > 0.1 and error < limit, f"{name}: relative error {error:.1e}"
 
 
@@ -874,7 +877,7 @@ def test_the_mask_gradient_is_the_stated_one(
     (grad,) = torch.autograd.grad(out, keep, cotangent)
     assert grad.dtype == dtype
     error = (grad.double() - truth).abs().max().item() / truth.abs().max().item()
-    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 3e-2)
+    limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3}.get(dtype, 1.5e-2)
     assert error < limit, f"relative error {error:.1e}"
     kept = values["keep"] == 1
     assert truth[kept].abs().mean() > 1e-2 and truth[~kept].abs().mean() > 1e-2
@@ -1171,30 +1174,30 @@ def scratch(call, count, masked):
     forward -= 4 * (sum(x.numel() for x in outputs) + lse)
     return forward, backward - 4 * sum(x.numel() for x in grads)
 
-found = {}
-for name in ("attention_stats", "attention_stats_reference"):
-    for masked in (False, True):
-        scratch(getattr(spot_ext, name), 65, masked)
-        found[f"{name} {masked}"] = scratch(getattr(spot_ext, name), 1025, masked)
+found = []
+for call in (spot_ext.attention_stats, spot_ext.attention_stats_reference):
+    scratch(call, 65, sys.argv[1] == "True")
+    found.append(scratch(call, 1025, sys.argv[1] == "True"))
 print(json.dumps(found))
 """
 
 
-def test_no_map_is_ever_in_memory() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_map_is_ever_in_memory(masked: bool) -> None:
     """Peak resident size beyond results, of 12 maps of 1025 x 1025: at most 0.05 of their bytes."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed leaves the resident size
     }
     done = subprocess.run(
-        [sys.executable, "-c", _MEMORY], env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-c", _MEMORY, str(masked)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     maps = 2 * 6 * 1025 * 1025 * 4
-    found = json.loads(done.stdout)
-    for masked in (False, True):  # the measurement sees maps where there are some
-        assert min(found[f"attention_stats_reference {masked}"]) > 0.9 * maps, found
-        assert max(found[f"attention_stats {masked}"]) <= 0.05 * maps, found
+    kernel, reference = json.loads(done.stdout)  # forward, backward
+    assert min(reference) > maps, "the measurement does not see maps where there are some"
+    assert max(kernel) <= 0.05 * maps, f"forward, backward: {kernel} bytes"
 
 
 # -- straight through torch.ops
