@@ -20,6 +20,7 @@ from torch import Tensor
 from spot_ext import _check, _register
 
 NUM_STATS = 6  # cls_out, cls_in, row_mean, row_var, col_mean, col_var
+MAX_HEAD_DIM = 256  # kMaxHeadDim of the kernels
 
 # ---- public function -----------------------------------------------------------------------------
 
@@ -48,7 +49,7 @@ def attention_stats(
     exact derivative, exp(s_ij - lse_i) for dropped columns too, has no bound.
 
     Args:
-        q: [B, N, H, D] float32, float64, float16 or bfloat16, any strides.
+        q: [B, N, H, D] float32, float64, float16 or bfloat16, any strides; D at most 256.
         k: [B, N, H, D] as q.
         v: [B, N, H, D] as q.
         keep: [B, N-P] float, exactly 0 or 1 per patch token, or None to keep all.
@@ -169,7 +170,7 @@ def _check_attention(
         _check.device(name, value, "q", q)
         for dim, meaning in enumerate(("the batch", "tokens", "heads", "head dim")):
             _check.size(name, value, dim, q.shape[dim], f"{meaning} of q")
-    _check.count("the head dim of q", q.shape[3], 1)
+    _check.count("the head dim of q", q.shape[3], 1, MAX_HEAD_DIM)
     _check.count("num_prefix", num_prefix, 0, q.shape[1], " (the tokens)")
     if class_token and isinstance(num_prefix, int) and num_prefix == 0:
         raise ValueError("class_token=True needs num_prefix of at least 1, got 0")

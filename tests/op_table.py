@@ -661,10 +661,11 @@ def _attention_errors() -> tuple[Bad, ...]:
             bad(f"{name} on another device", lambda d, n=name: {n: _t(*good, device="meta")},
                 ValueError, (name, "device")),
         ]  # fmt: skip
-    empty = dict.fromkeys("qkv", (2, 6, 2, 0))
     errors += [
-        bad("no channels", lambda d: {n: _t(*s, device=d) for n, s in empty.items()}, ValueError,
-            ("head dim", "0")),
+        *(bad(f"head dim {dim}",
+              lambda d, size=dim: {n: _t(2, 6, 2, size, device=d) for n in "qkv"}, ValueError,
+              ("head dim", "between 1 and 256", f"got {dim}"))
+          for dim in (0, 257)),
         *_prefix_errors(lambda d, p: build(d, num_prefix=p), 6),
         bad("class token without prefix", lambda d: {"num_prefix": 0}, ValueError,
             ("class_token", "num_prefix", "0")),
