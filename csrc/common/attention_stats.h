@@ -66,7 +66,7 @@ inline AttentionShape check_attention(const char* op, const Tensor& q, const Ten
   }
   return {q.size(0),   tokens,      q.size(2),
           dim,         num_prefix,  class_token,
-          scale.value_or(1.0 / std::sqrt(static_cast<double>(dim)))};
+          scale.value_or(std::pow(static_cast<double>(dim), -0.5))};
 }
 
 // What the forward pass left for the backward pass, and the gradients that come in.

@@ -105,7 +105,7 @@ class Ahead {
   int64_t token_ = 0;
 };
 
-// 1 / n, the mean that entries are shifted by; without patches it is not used.
+// 1 / n; without patches it is not used.
 template <typename A>
 inline A inverse(int64_t n) {
   return n > 0 ? A(1) / static_cast<A>(n) : A(0);
@@ -213,7 +213,7 @@ struct ForwardScratch {
   using A = Acc<T>;
   using E = Element<T>;
   E *keys, *values, *queries, *staged;
-  A *scores, *results, *live, *col, *col_square, *mean, *square, *value;
+  A *scores, *results, *live, *origin, *col, *col_square, *mean, *square, *value;
   E* weights;  // the rows of p as the product with the values wants them
   RowState<A> rows;
   ForwardScratch(Pieces& memory, int64_t seen, int64_t dim)
@@ -224,6 +224,7 @@ struct ForwardScratch {
         scores(memory.take<A>(kBlockRows * round_up(seen, kLanes<A>))),
         results(memory.take<A>(kBlockRows * round_up(dim, kLanes<A>))),
         live(memory.take<A>(round_up(seen, kLanes<A>))),
+        origin(memory.take<A>(round_up(seen, kLanes<A>))),
         col(memory.take<A>(round_up(seen, kLanes<A>))),
         col_square(memory.take<A>(round_up(seen, kLanes<A>))),
         mean(memory.take<A>(kBlockRows)),
@@ -279,22 +280,35 @@ inline void negate(E* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = -x[i];
 }
 
-// Row and column sums of c = p - 1/n and of c^2 over kRows rows of exponentials.
+// Means and summed squares of rows, and column sums, over kRows rows of exponentials. Entries are
+// taken relative to something near them, so that small variances keep their digits whatever share
+// the prefix takes: rows to their own mean, columns to `origin`, their entry in the first row.
 template <int kRows, typename A>
 inline void add_statistics(const A* s, int64_t row, int64_t vecs, const A* sum, A inv,
-                           const A* live, A* col, A* col_square, A* mean, A* square) {
+                           const A* live, const A* origin, A* col, A* col_square, A* mean,
+                           A* square) {
   constexpr int kL = kLanes<A>;
   A factor[kRows];
   Vec<A> total[kRows] = {}, squares[kRows] = {};
-  for (int r = 0; r < kRows; ++r) factor[r] = A(1) / sum[r];
   for (int64_t j = 0; j < vecs * kL; j += kL) {
     const Bits<A> mask = bit_cast<Bits<A>>(vec_load(live + j));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) total[r] += vec_and<A>(vec_load(s + r * row + j), mask);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    factor[r] = A(1) / sum[r];
+    mean[r] = reduce_add<A>(total[r]) * inv * factor[r];
+  }
+  for (int64_t j = 0; j < vecs * kL; j += kL) {
+    const Bits<A> mask = bit_cast<Bits<A>>(vec_load(live + j));
+    const Vec<A> from = vec_load(origin + j);
     Vec<A> down = vec_load(col + j), down_square = vec_load(col_square + j);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vec<A> c = vec_and<A>(vec_load(s + r * row + j) * factor[r] - inv, mask);
-      total[r] += c;
-      squares[r] += c * c;
+      const Vec<A> e = vec_load(s + r * row + j);
+      const Vec<A> across = vec_and<A>(e * factor[r] - mean[r], mask), c = e * factor[r] - from;
+      squares[r] += across * across;
       down += c;
       down_square += c * c;
     }
@@ -302,18 +316,7 @@ inline void add_statistics(const A* s, int64_t row, int64_t vecs, const A* sum, 
     vec_store(col_square + j, down_square);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    mean[r] = reduce_add<A>(total[r]);
-    square[r] = reduce_add<A>(squares[r]);
-  }
-}
-
-// Mean and variance from sums of c and c^2.
-template <typename A>
-inline void finish(A sum, A square, A inv, A* mean, A* variance) {
-  const A shift = sum * inv, spread = square * inv - shift * shift;
-  *mean = shift + inv;
-  *variance = spread < 0 ? A(0) : spread;
+  for (int r = 0; r < kRows; ++r) square[r] = reduce_add<A>(squares[r]);
 }
 
 template <typename T>
@@ -388,17 +391,21 @@ void forward_head(const AttentionArgs& a, const Head& head, const Head& next) {
     if constexpr (kStats) {
       int64_t counted = head.n - first;  // rows of kept patches
       counted = counted < 0 ? 0 : counted < rows ? counted : rows;
+      if (first == 0)
+        for (int64_t c = 0; c < row; ++c) m.origin[c] = m.scores[c] / m.rows.sum[0];
       for_groups(counted, [&](auto group, int64_t r) {
         ahead.step(first + rows);
         add_statistics<group.value>(m.scores + r * row, row, panels.vecs, m.rows.sum + r, inv,
-                                    m.live, m.col, m.col_square, m.mean + r, m.square + r);
+                                    m.live, m.origin, m.col, m.col_square, m.mean + r,
+                                    m.square + r);
       });
       for (int64_t r = 0; r < rows; ++r) {
         A* s = stats + head.at(token(r)) * 6;
         const A factor = A(1) / m.rows.sum[r];
         if (r < counted) {
           s[1] = a.class_token ? m.scores[r * row] * factor : A(0);
-          finish(m.mean[r], m.square[r], inv, s + 2, s + 3);
+          s[2] = m.mean[r];
+          s[3] = head.n > 1 ? m.square[r] * inv : A(0);
           if (!a.class_token) s[0] = 0;
           continue;
         }
@@ -431,7 +438,10 @@ void forward_head(const AttentionArgs& a, const Head& head, const Head& next) {
   if constexpr (kStats)
     for (int64_t c = num_prefix; c < seen; ++c) {
       A* s = stats + head.at(head.order[c]) * 6;
-      finish(m.col[c], m.col_square[c], inv, s + 4, s + 5);
+      const A shift = m.col[c] * inv, mean = m.origin[c] + shift;
+      const A variance = m.col_square[c] * inv - shift * shift;
+      s[4] = mean < 0 ? A(0) : mean;
+      s[5] = variance < 0 || head.n == 1 ? A(0) : variance;
     }
 }
 
@@ -451,19 +461,28 @@ void attention_stats(const AttentionArgs& a, int64_t begin, int64_t end) {
 
 // ---- backward ----------------------------------------------------------------------------------
 //
-// With p the map, c = p - 1/n and g = grad_out . v, the gradient of p is
-//   g_ij + A_i + C_j + c_ij (R_i + Q_j)      (the terms but g for kept patches i and j only)
-//   R_i = 2/n grad row_var_i    A_i = grad row_mean_i / n - R_i (row_mean_i - 1/n)
-//   Q_j = 2/n grad col_var_j    C_j = grad col_mean_j / n - Q_j (col_mean_j - 1/n)
-// plus grad cls_out_j in the class token's row and grad cls_in_i in its column. That of the scores
+// With p the map and g = grad_out . v, the gradient of p is, between kept patches i and j,
+//   g_ij + grad row_mean_i / n + 2/n grad row_var_i (p_ij - row_mean_i)
+//        + grad col_mean_j / n + 2/n grad col_var_j (p_ij - col_mean_j),
+// elsewhere g_ij; plus grad
+// cls_out_j in the class token's row and grad cls_in_i in its column. That of the scores
 // is p (that - the mean of that under p).
+
+// A term f + slope (p - mean) of a row or of a column, as above.
+template <typename A>
+struct Terms {
+  A *f, *slope, *mean;
+  Terms(Pieces& memory, int64_t count)
+      : f(memory.take<A>(count)), slope(memory.take<A>(count)), mean(memory.take<A>(count)) {}
+};
 
 template <typename T>
 struct BackwardScratch {
   using A = Acc<T>;
   A *keys, *values, *key_rows, *key_grads, *value_grads;
   A *queries, *grads, *results, *staged, *row, *other_row;
-  A *scores, *slopes, *live, *col, *col_square, *cls, *keep, *raw_mean;
+  A *scores, *slopes, *live, *cls, *keep, *raw_mean;
+  Terms<A> across, down;
   RowState<A> rows;
   // `packed` columns at most are in panels at once; `sums` rows of gradients are summed here.
   BackwardScratch(Pieces& memory, const Head& head, int64_t packed, int64_t sums)
@@ -481,61 +500,66 @@ struct BackwardScratch {
         scores(memory.take<A>(kBlockRows * whole(packed))),
         slopes(memory.take<A>(kBlockRows * whole(packed))),
         live(memory.take<A>(whole(packed))),
-        col(memory.take<A>(whole(packed))),
-        col_square(memory.take<A>(whole(packed))),
         cls(memory.take<A>(whole(packed))),
         keep(memory.take<A>(whole(packed))),
         raw_mean(memory.take<A>(head.a.num_tokens)),
+        across(memory, kBlockRows),
+        down(memory, whole(packed)),
         rows(memory) {}
   static int64_t whole(int64_t n) { return round_up(n, kLanes<A>); }
 };
 
-// Gradients of the statistics as the terms above. Rows: kept patches only.
 template <typename A>
 struct StatsGrad {
   const A *grad, *stats;  // [B, N, H, 6]
   const Head& head;
   A inv;
 
-  void columns(int64_t vecs, A* c, A* q, A* cls) const {
+  void columns(int64_t vecs, const Terms<A>& to, A* cls) const {
     for (int64_t j = 0; j < vecs * kLanes<A>; ++j) {
       const bool patch = j >= head.a.num_prefix && j < head.seen;
       const int64_t at = patch ? head.at(head.order[j]) * 6 : 0;
-      q[j] = patch ? 2 * inv * grad[at + 5] : A(0);
-      c[j] = patch ? inv * grad[at + 4] - q[j] * (stats[at + 4] - inv) : A(0);
+      to.f[j] = patch ? inv * grad[at + 4] : A(0);
+      to.slope[j] = patch ? 2 * inv * grad[at + 5] : A(0);
+      to.mean[j] = patch ? stats[at + 4] : A(0);
       cls[j] = patch && head.a.class_token ? grad[at] : A(0);
     }
   }
-  void row(int64_t token, A* a, A* r) const {
+  void row(int64_t token, const Terms<A>& to, int64_t r) const {
     const int64_t at = head.at(token) * 6;
-    *r = 2 * inv * grad[at + 3];
-    *a = inv * grad[at + 2] - *r * (stats[at + 2] - inv);
+    to.f[r] = inv * grad[at + 2];
+    to.slope[r] = 2 * inv * grad[at + 3];
+    to.mean[r] = stats[at + 2];
   }
 };
 
-// s: exponentials -> p. g: gradient of p from `out` -> the whole of it. Returns their means.
+// s: exponentials -> p. g: gradient of p from `out` -> the whole of it. Returns its means under p.
 template <int kRows, bool kStats, typename A>
-inline void whole_slopes(A* s, A* g, int64_t row, int64_t vecs, const A* sum, const A* a,
-                         const A* r_slope, const A* c, const A* q, const A* live, A inv, A* mean) {
+inline void whole_slopes(A* s, A* g, int64_t row, int64_t vecs, const A* sum,
+                         const Terms<A>& across, int64_t at, const Terms<A>& down, const A* live,
+                         A* mean) {
   constexpr int kL = kLanes<A>;
   Vec<A> total[kRows] = {};
   A factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = A(1) / sum[r];
   for (int64_t j = 0; j < vecs * kL; j += kL) {
     Bits<A> mask = {};
-    Vec<A> c_j = {}, q_j = {};
+    Vec<A> down_f = {}, down_slope = {}, down_mean = {};
     if constexpr (kStats) {
       mask = bit_cast<Bits<A>>(vec_load(live + j));
-      c_j = vec_load(c + j);
-      q_j = vec_load(q + j);
+      down_f = vec_load(down.f + j);
+      down_slope = vec_load(down.slope + j);
+      down_mean = vec_load(down.mean + j);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vec<A> e = vec_load(s + r * row + j), p = e * factor[r];
       Vec<A> slope = vec_load(g + r * row + j);
       if constexpr (kStats) {
-        const Vec<A> shifted = e * factor[r] - inv;
-        slope += vec_and<A>(c_j + a[r] + shifted * (q_j + r_slope[r]), mask);
+        const Vec<A> terms = down_f + across.f[at + r] +
+                             (e * factor[r] - across.mean[at + r]) * across.slope[at + r] +
+                             (e * factor[r] - down_mean) * down_slope;
+        slope += vec_and<A>(terms, mask);
         vec_store(g + r * row + j, slope);
       }
       vec_store(s + r * row + j, p);
@@ -629,18 +653,15 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
       head, g.keep && num_dropped > seen ? num_dropped : seen, in_place ? 0 : seen);
   const Rows<T> q(a.q, head.b, head.h), k(a.k, head.b, head.h), v(a.v, head.b, head.h),
       grad(g.grad_out, head.b, head.h);
-  const A scale = static_cast<A>(a.scale < 0 ? -a.scale : a.scale), inv = inverse<A>(head.n);
+  const A scale = static_cast<A>(a.scale < 0 ? -a.scale : a.scale);
   const A unit = kExpUnit<A> * (a.bias ? A(1) : scale);
   T *q_grad = static_cast<T*>(g.q), *k_grad = static_cast<T*>(g.k), *v_grad = static_cast<T*>(g.v);
   const StatsGrad<A> terms{static_cast<const A*>(g.grad_stats), static_cast<const A*>(a.stats),
-                           head, inv};
+                           head, inverse<A>(head.n)};
   A* bias_grad = nullptr;
-  if (g.bias) {
-    const int64_t slab = a.num_tokens * a.num_tokens;
-    bias_grad = static_cast<A*>(g.bias) + ((g.one_bias ? 0 : head.b) * a.num_heads + head.h) * slab;
-    if (!g.one_bias || head.b == 0)
-      std::memset(bias_grad, 0, static_cast<std::size_t>(slab) * sizeof(A));
-  }
+  if (g.bias)
+    bias_grad = static_cast<A*>(g.bias) + ((g.one_bias ? 0 : head.b) * a.num_heads + head.h) *
+                                              a.num_tokens * a.num_tokens;
 
   // Sums of the gradients of keys and values, a row per position.
   const auto sums = [&](A* scratch, T* out) {
@@ -660,7 +681,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
     stage_row(k.row(head.order[c]), k.dim, dim, m.key_rows + c * padded, padded);
   if constexpr (kStats) {
     mark_patches(head, panels.vecs, m.live);
-    terms.columns(panels.vecs, m.col, m.col_square, m.cls);
+    terms.columns(panels.vecs, m.down, m.cls);
   }
   if (g.keep)
     for (int64_t c = 0; c < row; ++c) m.keep[c] = 0;
@@ -699,7 +720,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
                                 r, [](int, int64_t, Vec<A>) {});
     });
 
-    A row_a[kBlockRows] = {}, row_r[kBlockRows] = {}, mean[kBlockRows];
+    A mean[kBlockRows];
     int64_t counted = kStats ? head.n - first : 0;  // rows with statistics
     counted = counted < 0 ? 0 : counted < rows ? counted : rows;
     if (g.keep) {
@@ -722,7 +743,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
     }
     if constexpr (kStats) {
       for (int64_t r = 0; r < counted; ++r) {
-        terms.row(token(r), row_a + r, row_r + r);
+        terms.row(token(r), m.across, r);
         if (a.class_token) m.slopes[r * row] += terms.grad[head.at(token(r)) * 6 + 1];
       }
       for (int64_t r = counted; r < rows; ++r)
@@ -730,15 +751,13 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
           for (int64_t c = 0; c < row; ++c) m.slopes[r * row + c] += m.cls[c];
       for_groups(counted, [&](auto group, int64_t r) {
         whole_slopes<group.value, true>(m.scores + r * row, m.slopes + r * row, row, panels.vecs,
-                                        m.rows.sum + r, row_a + r, row_r + r, m.col, m.col_square,
-                                        m.live, inv, mean + r);
+                                        m.rows.sum + r, m.across, r, m.down, m.live, mean + r);
       });
     }
     for_groups(rows - counted, [&](auto group, int64_t r) {
       r += counted;
       whole_slopes<group.value, false>(m.scores + r * row, m.slopes + r * row, row, panels.vecs,
-                                       m.rows.sum + r, row_a, row_r, m.col, m.col_square, m.live,
-                                       inv, mean + r);
+                                       m.rows.sum + r, m.across, r, m.down, m.live, mean + r);
     });
     for (int64_t r = dropped; r < rows; ++r) {
       m.rows.own[r] /= m.rows.sum[r];
@@ -798,19 +817,19 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
 template <typename T>
 void attention_stats_backward(const AttentionGradArgs& g, int64_t begin, int64_t end) {
   const AttentionArgs& a = g.forward;
-  const auto run = [&](const Head& head) {
-    if (g.grad_stats)
-      backward_head<T, true>(g, head);
-    else
-      backward_head<T, false>(g, head);
-  };
-  for (int64_t item = begin; item < end; ++item) {
-    if (!g.one_bias) {
-      run(Head(a, item / a.num_heads, item % a.num_heads));
-      continue;
+  const int64_t slab = a.num_tokens * a.num_tokens;
+  if (g.bias)
+    std::memset(static_cast<Acc<T>*>(g.bias) + begin * slab, 0,
+                static_cast<std::size_t>((end - begin) * slab) * sizeof(Acc<T>));
+  const int64_t images = g.one_bias ? a.batch : 1;
+  for (int64_t item = begin; item < end; ++item)
+    for (int64_t i = 0; i < images; ++i) {
+      const Head head(a, g.one_bias ? i : item / a.num_heads, item % a.num_heads);
+      if (g.grad_stats)
+        backward_head<T, true>(g, head);
+      else
+        backward_head<T, false>(g, head);
     }
-    for (int64_t b = 0; b < a.batch; ++b) run(Head(a, b, item));
-  }
 }
 
 }  // namespace SPOT_ISA
