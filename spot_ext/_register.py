@@ -78,17 +78,6 @@ def autocast(op: str) -> Callable[[F], F]:
     return register
 
 
-def composite(op: str) -> Callable[[F], F]:
-    """Registers the decorated function as the op itself, made of torch's own differentiable ops."""
-
-    def register(function: F) -> F:
-        if _LIBRARY is not None and not _has(op, "CompositeImplicitAutograd"):
-            _LIBRARY.impl(op, function, "CompositeImplicitAutograd")
-        return function
-
-    return register
-
-
 def flops(op: str) -> Callable[[F], F]:
     """Registers `function(*shapes) -> int` (2 per multiply-accumulate) with FlopCounterMode."""
 

@@ -232,13 +232,19 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     _check_attention(q, k, v, keep, bias, num_prefix, class_token)
-    for name, value, last in (("grad_out", grad_out, q.shape[3]), ("grad_stats", grad_stats, 6)):
+    heads = tuple(q.shape[:3])
+    for name, value, shape in (
+        ("grad_out", grad_out, tuple(q.shape)),
+        ("grad_stats", grad_stats, (*heads, NUM_STATS)),
+        ("out", out, tuple(q.shape)),
+        ("lse", lse, heads),
+    ):
         if value is None:
             continue
-        _check.tensor(name, value, 4)
+        _check.tensor(name, value, len(shape))
         _check.device(name, value, "q", q)
-        for dim, size in enumerate((*q.shape[:3], last)):
-            _check.size(name, value, dim, size, "as the forward result")
+        for dim, size in enumerate(shape):
+            _check.size(name, value, dim, size, "as the forward pass has")
     keep_shape = keep.shape if keep_grad and keep is not None else (0,)
     bias_shape = bias.shape if bias_grad and bias is not None else (0,)
     grads = [q.new_empty(q.shape) for _ in range(3)]
@@ -332,7 +338,7 @@ def _(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """Five matrix products (the scores once more), and 4 multiply-accumulates for the statistics."""
+    """Five matrix products, and 4 multiply-accumulates per map entry for the statistics."""
     batch, tokens, heads, dim = q
     products = 10 * batch * heads * tokens * tokens * dim
     return products + (8 * batch * heads * (tokens - num_prefix) ** 2 if grad_stats else 0)

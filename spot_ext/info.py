@@ -49,7 +49,7 @@ def _torchvision() -> str:
 
 
 def _ops() -> dict[str, list[str]]:
-    """Devices on which each op has a kernel; composite ops run wherever torch does."""
+    """Devices on which each op has a kernel."""
     if _library.error is not None:
         return {}
     names = sorted(
@@ -58,13 +58,10 @@ def _ops() -> dict[str, list[str]]:
         if name.startswith("spot::")
     )
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    table = {}
-    for name in names:
-        if has(f"spot::{name}", "CompositeImplicitAutograd"):
-            table[name] = ["torch operators on any device"]
-        else:
-            table[name] = [device for device, key in _KEYS.items() if has(f"spot::{name}", key)]
-    return table
+    return {
+        name: [device for device, key in _KEYS.items() if has(f"spot::{name}", key)]
+        for name in names
+    }
 
 
 def collect() -> dict[str, Any]:

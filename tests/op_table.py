@@ -264,6 +264,47 @@ def attention_reference(
     return out, stats, lse
 
 
+def attention_backward_reference(
+    grad_out: Tensor,
+    grad_stats: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    keep_grad: bool = False,
+    bias_grad: bool = False,
+) -> tuple[Tensor, ...]:
+    """Gradients of the definition; it looks at none of the forward pass's results."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    leaves = [
+        x if x is None else x.detach().clone().requires_grad_() for x in (q, k, v, keep, bias)
+    ]
+    with torch.enable_grad():
+        results = spot_ext.attention_stats_reference(
+            *leaves, scale=scale, num_prefix=num_prefix, class_token=class_token,
+            need_stats=grad_stats is not None,
+        )  # fmt: skip
+        pairs = [(results[0], grad_out)]
+        if grad_stats is not None:
+            pairs.append((results[1], grad_stats.to(results[1].dtype)))
+        flags = True, True, True, keep_grad, bias_grad
+        asked = [x for x, wanted in zip(leaves, flags, strict=True) if wanted]
+        # A term of no weight reaches every leaf, also where the result does not depend on it.
+        loss = sum((x * y.to(x.dtype)).sum() for x, y in pairs) + sum(0 * x.sum() for x in asked)
+        grads = list(torch.autograd.grad(loss, asked))
+    empty = q.new_empty(0, dtype=wide)
+    dkeep = grads.pop(3).to(wide) if keep_grad else empty
+    dbias = grads.pop(3).to(wide) if bias_grad else empty
+    return *grads, dkeep, dbias
+
+
 @dataclass(frozen=True)
 class _Attention:
     name: str
@@ -299,6 +340,22 @@ class _Attention:
             bias = random(f"{self.name} bias", size, dtype, device)
         return (
             q, k, v, keep, bias, self.scale, self.num_prefix, self.class_token, self.need_stats
+        )  # fmt: skip
+
+    def backward_args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        """With all gradients that there are; without statistics none of them comes in."""
+        *inputs, need_stats = self.args(device, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        shape = (self.batch, self.num_tokens, self.heads)
+        grad = random(f"{self.name} grad", (*shape, self.dim), dtype, device)
+        grad_stats = random(f"{self.name} stats", (*shape, 6), wide, device) if need_stats else None
+        with torch.no_grad():
+            exact = [x.double() if isinstance(x, Tensor) else x for x in inputs]
+            out, stats, lse = attention_reference(*exact, need_stats)
+        asked = inputs[3] is not None, inputs[4] is not None
+        return (
+            lay_out(grad, "contiguous" if self.layout == "qkv" else self.layout), grad_stats,
+            *inputs[:5], out.to(dtype), stats.to(wide), lse.to(wide), *inputs[5:], *asked,
         )  # fmt: skip
 
     def mask(self, device: Any, dtype: torch.dtype) -> Tensor:
@@ -362,9 +419,9 @@ def _index_errors(build: Callable[[Any, Any], tuple[Any, ...]], num_tokens: int 
         bad("index is a list", lambda d: [[0, 3], [4, 2]], TypeError, ("index", "list"),
             op_accepts=True),
         bad("index int32", lambda d: _good_index(d).int(), TypeError, ("index", "int"),
-            op_words=("index", "Long", "Int")),
+            op_words=("index", "int64", "int32")),
         bad("index float", lambda d: _good_index(d).float(), TypeError, ("index", "float"),
-            op_words=("index", "Long", "Float")),
+            op_words=("index", "int64", "float32")),
         bad("index of rank 1", lambda d: _good_index(d)[0], ValueError, ("index", "2 dim", "[2]")),
         bad("index of rank 3", lambda d: _good_index(d)[None], ValueError, ("index", "2 dim")),
         bad("index of another batch", lambda d: _i(d, [0], [1], [2]), ValueError,
@@ -428,11 +485,11 @@ def _select_errors() -> tuple[Bad, ...]:
         Bad("scores of rank 3", lambda d: (_t(2, 5, 1, device=d), 2), ValueError,
             ("scores", "2 dim", "[2, 5, 1]")),
         Bad("integer scores", lambda d: (_t(2, 5, dtype=torch.int64, device=d), 2), TypeError,
-            ("scores", "float32", "bfloat16", "int64"), op_words=("scores", "float32", "Long")),
+            ("scores", "float32", "bfloat16", "int64")),
         Bad("bool scores", lambda d: (_t(2, 5, dtype=torch.bool, device=d), 2), TypeError,
-            ("scores", "bool"), op_words=("scores", "Bool")),
+            ("scores", "bool")),
         Bad("complex scores", lambda d: (_t(2, 5, dtype=torch.complex64, device=d), 2), TypeError,
-            ("scores", "complex64"), op_words=("scores", "Complex")),
+            ("scores", "complex64")),
         Bad("num_keep too large", lambda d: (_t(2, 5, device=d), 6), ValueError,
             ("num_keep", "between 0 and 5", "6")),
         Bad("num_keep negative", lambda d: (_t(2, 5, device=d), -1), ValueError,
@@ -461,7 +518,7 @@ def _companion_errors(name: str, rows: int, build: Callable[[Any, Any], Any]) ->
         bad("is a list", lambda d: [1.0], TypeError, (name, "list"), op_words=(name,)),
         bad("of rank 2", lambda d: _t(2, rows, device=d), ValueError, (name, f"[2, {rows}]")),
         bad("of another dtype", lambda d: _t(2, rows, 3, dtype=torch.float64, device=d), TypeError,
-            (name, "float32", "float64"), op_words=(name, "Float", "Double")),
+            (name, "float32", "float64")),
         bad("of another batch", lambda d: _t(3, rows, 3, device=d), ValueError,
             (name, f"[3, {rows}, 3]")),
         bad("of other channels", lambda d: _t(2, rows, 4, device=d), ValueError,
@@ -584,14 +641,14 @@ def _fuse_errors(lead: Callable[[Any], tuple[Any, ...]] = lambda device: ()) -> 
         Bad("integer tokens",
             lambda d: (*lead(d), _t(2, 6, 3, dtype=torch.int32, device=d), weights(d),
                        _good_index(d)),
-            TypeError, ("tokens", "float32", "int32"), op_words=("tokens", "float32", "Int")),
+            TypeError, ("tokens", "float32", "int32")),
         *_index_errors(lambda d, i: (*lead(d), tokens(d), weights(d), i)),
         *_prefix_errors(lambda d, p: (*lead(d), tokens(d), weights(d), _good_index(d), p), 6),
         weighted("is a list", lambda d: [1.0], TypeError, ("weights", "list"), op_accepts=True),
         weighted("of rank 1", lambda d: _t(5, device=d), ValueError, ("weights", "2 dim")),
         weighted("of rank 3", lambda d: _t(2, 5, 1, device=d), ValueError, ("weights", "2 dim")),
         weighted("of another dtype", lambda d: weights(d).double(), TypeError,
-                 ("weights", "float32", "float64"), op_words=("weights", "Float", "Double")),
+                 ("weights", "float32", "float64")),
         weighted("of another batch", lambda d: _t(3, 5, device=d), ValueError,
                  ("weights", "size 2", "[3, 5]")),
         weighted("with the prefix", lambda d: _t(2, 6, device=d), ValueError,
@@ -621,7 +678,7 @@ def _fuse_backward_errors() -> tuple[Bad, ...]:
         Bad("grad of other channels", lambda d: build(d, _t(2, 4, device=d)), ValueError,
             ("grad", "size 3", "[2, 4]")),
         Bad("grad of another dtype", lambda d: build(d, _t(2, 3, device=d).double()), TypeError,
-            ("grad", "float32", "float64"), op_words=("grad", "Float", "Double")),
+            ("grad", "float32", "float64")),
     )  # fmt: skip
 
 
@@ -734,6 +791,52 @@ def _attention_flops(q: Tensor, *args: Any) -> tuple[int, int]:
     return 4 * entries * dim, 4 * entries * dim + 32 * entries
 
 
+def _attention_backward_flops(
+    grad_out: Tensor, grad_stats: Tensor | None, q: Tensor, *args: Any
+) -> tuple[int, int]:
+    """Five products of the map: the scores again, and four gradients."""
+    least, most = _attention_flops(q)
+    return 5 * least // 2, 5 * least // 2 + most - least
+
+
+def _attention_backward_errors() -> tuple[Bad, ...]:
+    good = (2, 6, 2, 4)
+
+    def build(device: Any, **changes: Any) -> tuple[Any, ...]:
+        values: dict[str, Any] = {"grad_out": _t(*good, device=device)}
+        values["grad_stats"] = _t(2, 6, 2, 6, device=device)
+        values |= {name: _t(*good, device=device) for name in "qkv"}
+        values |= {"keep": None, "bias": None, "out": _t(*good, device=device)}
+        values |= {"stats": _t(2, 6, 2, 6, device=device), "lse": _t(2, 6, 2, device=device)}
+        return tuple((values | changes).values())
+
+    def bad(label: str, words: Any, raises: Any = ValueError, **changes: Any) -> Bad:
+        return Bad(label, lambda d: build(d, **{n: make(d) for n, make in changes.items()}),
+                   raises, words)  # fmt: skip
+
+    return (
+        bad("grad of rank 3", ("grad_out", "4 dim"), grad_out=lambda d: _t(2, 6, 8, device=d)),
+        bad("grad of other tokens", ("grad_out", "size 6"),
+            grad_out=lambda d: _t(2, 5, 2, 4, device=d)),
+        bad("statistics of five", ("grad_stats", "size 6"),
+            grad_stats=lambda d: _t(2, 6, 2, 5, device=d)),
+        bad("k of other heads", ("k", "size 2"), k=lambda d: _t(2, 6, 1, 4, device=d)),
+        bad("grad of another head dim", ("grad_out", "size 4"),
+            grad_out=lambda d: _t(2, 6, 2, 5, device=d)),
+        bad("statistics of rank 3", ("grad_stats", "4 dim"),
+            grad_stats=lambda d: _t(2, 6, 2, device=d)),
+        bad("out of other tokens", ("out", "size 6"), out=lambda d: _t(2, 7, 2, 4, device=d)),
+        bad("v of rank 3", ("v", "4 dim"), v=lambda d: _t(2, 6, 8, device=d)),
+        bad("lse of rank 4", ("lse", "3 dim"), lse=lambda d: _t(2, 6, 2, 1, device=d)),
+        bad("bias of other columns", ("bias", "size 6"),
+            bias=lambda d: _t(1, 2, 6, 5, device=d)),
+        bad("lse of another batch", ("lse", "size 2"), lse=lambda d: _t(1, 6, 2, device=d)),
+        bad("keep of rank 1", ("keep", "2 dim"), keep=lambda d: _t(5, device=d)),
+        Bad("keep between 0 and 1", lambda d: build(d, keep=torch.full((2, 5), 0.5, device=d)),
+            ValueError, ("keep", "0 or 1"), values=True),
+    )  # fmt: skip
+
+
 def _public_attention(*args: Any) -> Any:
     """`attention_stats` with the op's positional arguments."""
     names = ("scale", "num_prefix", "class_token", "need_stats")
@@ -761,7 +864,12 @@ OPS: dict[str, Op] = {
            once_only="differentiable once"),
         Op("attention_stats", attention_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _ATTENTION), _attention_errors(),
-           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False, public=_public_attention),
+           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False, public=_public_attention,
+           once_only="differentiable once"),
+        Op("attention_stats_backward", attention_backward_reference,
+           tuple(Sample(a.name, a.backward_args, a.traced) for a in _ATTENTION),
+           _attention_backward_errors(), _attention_backward_flops, exact=False,
+           once_only="differentiable once"),
     )
 }  # fmt: skip
 

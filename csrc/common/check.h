@@ -26,6 +26,25 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
+// As Python spells it, where kernels may meet it.
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
 #define SPOT_CHECK(cond, op, ...)               \
   do {                                          \
     if (!(cond)) ::spot::fail(op, __VA_ARGS__); \
@@ -37,8 +56,8 @@ inline void check_rank(const char* op, const char* name, const Tensor& t, int64_
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  SPOT_CHECK(t.scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype),
-             ", got ", torch::headeronly::toString(t.scalar_type()));
+  SPOT_CHECK(t.scalar_type() == dtype, op, name, " must be ", dtype_name(dtype), ", got ",
+             dtype_name(t.scalar_type()));
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim,

@@ -16,7 +16,7 @@ inline Dtype dtype_slot(const char* op, const char* name, const Tensor& t) {
     default: break;
   }
   fail(op, name, " must be float32, float64, float16 or bfloat16, got ",
-       torch::headeronly::toString(t.scalar_type()));
+       dtype_name(t.scalar_type()));
 }
 
 }  // namespace spot

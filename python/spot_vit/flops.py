@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
-
-from spot_vit.adapters import ATTENTIONS
-
-_ATTENTIONS = tuple(entry.adapter for entry in ATTENTIONS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,40 +42,14 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount
     dtype = next(iter(model.parameters())).dtype
     image = torch.empty(1, *input_size, device="meta", dtype=dtype)
     training = model.training
-    statistics = _StatisticsCount(model)
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             functional_call(model, shapes, (image,))
     finally:
         model.train(training)
-        statistics.remove()
     by_module = {
         name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()
     }
     predictor = sum(count for name, count in by_module.items() if name.endswith(".relevance"))
-    return FlopCount(by_module["Global"] + statistics.total, predictor)
-
-
-class _StatisticsCount:
-    """4 multiply-accumulates per map entry of each attention that returns statistics.
-
-    The counter sees the matrix products that `attention_stats` is made of, not its sums.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.total = 0
-        self._handles = [
-            module.register_forward_hook(self._add, with_kwargs=True)
-            for module in model.modules()
-            if type(module) in _ATTENTIONS
-        ]
-
-    def _add(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("want"):
-            patches = args[0].shape[1] - kwargs["num_prefix"]
-            self.total += 4 * module.num_heads * patches**2
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    return FlopCount(by_module["Global"], predictor)

@@ -351,7 +351,7 @@ def test_variances_keep_their_digits_when_attention_is_nearly_uniform(device: to
         (577, 1e-9, False, 1e-4),
         (577, 1e-12, False, 1e-4),
         (197, 1e-9, True, 1e-4),
-        (197, 1e-12, True, 2e-3),  # here 1/n is 70 standard deviations from the mean 1/(n+1)
+        (197, 1e-12, True, 1.5e-4),  # here 1/n is 70 standard deviations from the mean 1/(n+1)
         (577, 1e-9, True, 1e-4),
         (577, 1e-12, True, 1e-4),
     ],
@@ -360,7 +360,7 @@ def test_tiny_variances_are_right(
     count: int, variance: float, masked: bool, tolerance: float, device: torch.device
 ) -> None:
     """To 1e-4 over the tokens. Near 1e-12 a single one may be off by more: float32 rounds each p
-    by up to 2e-4 of its distance from the mean (N = 197)."""
+    by up to 2e-4 of its distance from the mean (N = 197); plain PyTorch is off by 5e-4 there."""
     values = build(case_of(count=count, dim=64, masked=masked), torch.float64, device)
     n = count - 1 if not masked else values["keep"].sum(1).mean().item()
     values["q"] = values["q"] * variance**0.5 * n
@@ -375,7 +375,7 @@ def test_tiny_variances_are_right(
         total = error.square().mean().sqrt().item()
         assert total < tolerance, f"{NAMES[column]}: relative error {total:.1e}"
         largest = error.max().item()
-        limit = tolerance if variance > 1e-10 else 10 * tolerance
+        limit = tolerance if variance > 1e-10 else 4 * tolerance
         assert largest < limit, f"{NAMES[column]}: relative error {largest:.1e}"
     assert not actual[~alive].any()
 
