@@ -91,7 +91,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"| {entry['case']} | {_time(ours)} | {row['other']} | {_time(other)} "
                 f"| {'contended' if row['ratio'] is None else format(row['ratio'], '.2f')} "
-                f"| {'' if row['at_least'] is None else '≥ ' + format(row['at_least'], 'g')} "
+                f"| {'' if row['at_least'] is None else '≥ ' + format(row['at_least'], '.3g')} "
                 f"| {_held(row)} |"
             )
     return "\n".join(lines)

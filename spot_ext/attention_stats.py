@@ -247,8 +247,8 @@ def _(
             _check.size(name, value, dim, size, "as the forward pass has")
     keep_shape = keep.shape if keep_grad and keep is not None else (0,)
     bias_shape = bias.shape if bias_grad and bias is not None else (0,)
-    grads = [q.new_empty(q.shape) for _ in range(3)]
-    return *grads, q.new_empty(keep_shape, dtype=wide), q.new_empty(bias_shape, dtype=wide)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    return dq, dk, dv, q.new_empty(keep_shape, dtype=wide), q.new_empty(bias_shape, dtype=wide)
 
 
 # ---- autograd ------------------------------------------------------------------------------------

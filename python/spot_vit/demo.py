@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import spot_vit
 from spot_vit.data import ClutteredDigits
 from spot_vit.flops import count_flops
-from spot_vit.latency import compare_latency
+from spot_vit.latency import compare_latency, compare_training
 from spot_vit.report import format_table, paired_difference, relevance, save_kept
 from spot_vit.train import (
     Objective,
@@ -206,6 +206,16 @@ def _compare(models: dict[str, Any], recipe: Recipe, test: ClutteredDigits) -> l
         )
         for size in _BATCH_SIZES
     }
+    batch = test.batch(range(recipe.batch_size))
+    ratios = models["SPOT"].spot_config.keep_ratios()
+    training = compare_training(
+        models,
+        {name: SpotObjective(ratios) if name == "SPOT" else dense_objective for name in models},
+        batch.image,
+        batch.label,
+        rounds=max(recipe.latency_rounds // 4, 2),
+        name="training step",
+    )
     rows = []
     for name, model in models.items():
         difference, error = paired_difference(results[name].correct, baseline, sources)
@@ -218,6 +228,7 @@ def _compare(models: dict[str, Any], recipe: Recipe, test: ClutteredDigits) -> l
         }
         for size, measured in latency.items():
             row[f"latency_batch{size}"] = dataclasses.asdict(measured[name])
+        row["training_step"] = dataclasses.asdict(training[name])
         sparse = hasattr(model, "spot_config")
         row["relevance"] = dataclasses.asdict(relevance(model, loader)) if sparse else None
         rows.append(row)
@@ -235,6 +246,7 @@ def _describe(summary: dict[str, Any], files: list[Path]) -> str:
             "GMACs/image",
             "ms, batch 1",
             "ms, batch 32",
+            "training step",
             "foreground kept",
             "at random",
         ]
@@ -245,8 +257,8 @@ def _describe(summary: dict[str, Any], files: list[Path]) -> str:
         cells.append("" if row is rows[0] else f"{difference:+.2f} ± {error:.2f}")
         cells.append(f"{row['gmacs']:.4f} {row['gmacs'] / rows[0]['gmacs']:5.0%}")
         for size in _BATCH_SIZES:
-            latency = row[f"latency_batch{size}"]
-            cells.append(f"{latency['median']:.2f} x{latency['ratio']:.2f}")
+            cells.append(_time(row[f"latency_batch{size}"]))
+        cells.append(_time(row["training_step"]))
         kept = row["relevance"] or {"foreground": [1.0], "random": [1.0]}
         for shares in (kept["foreground"], kept["random"]):
             cells.append(" ".join(f"{share:.0%}" for share in shares))
@@ -262,6 +274,11 @@ top-1            accuracy on {summary["recipe"]["test_images"]} images of digits
 against dense    paired difference on the same images and its standard error, points
 GMACs/image      multiply-accumulates of everything, stem, predictors and statistics included
 ms               median time of one batch, {summary["threads"]} CPU threads, and the ratio to dense
+training step    the same for forward, loss and backward of a training batch, without a teacher
 foreground kept  patches of the digit that survive each stage of SPOT, and what chance would keep
 
 {minutes:.1f} minutes; written: {written}{note}"""
+
+
+def _time(latency: dict[str, float]) -> str:
+    return f"{latency['median']:.2f} x{latency['ratio']:.2f}"

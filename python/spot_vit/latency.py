@@ -1,22 +1,24 @@
-"""Latency of several models, measured side by side."""
+"""Time of a forward pass or of a training step of several models, measured side by side."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spot_vit.train import eval_mode
+from spot_vit.train import Objective, eval_mode
 
 
 @dataclass
 class Latency:
-    """Time of one forward pass.
+    """Time of one forward pass or training step.
 
     Attributes:
         median: milliseconds.
@@ -49,13 +51,65 @@ def compare_latency(
         warmup: passes of each model before timing starts.
         name: label of the progress bar.
     """
-    times: dict[str, list[float]] = {key: [] for key in models}
-    for step in tqdm(range(warmup + rounds), desc=name, unit="round", mininterval=0.5):
+
+    def forward(model: nn.Module) -> None:
+        with eval_mode(model):
+            model(images)
+
+    sides = {key: partial(forward, model) for key, model in models.items()}
+    return _race(sides, rounds, warmup, name)
+
+
+def compare_training(
+    models: Mapping[str, nn.Module],
+    objectives: Mapping[str, Objective],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    rounds: int = 10,
+    warmup: int = 2,
+    name: str = "training step",
+) -> dict[str, Latency]:
+    """As `compare_latency`, for a training step: forward, loss and backward, no optimizer.
+
+    Args:
+        models: as above; parameters keep their values and end without gradients.
+        objectives: the loss of each model.
+        images: [B, C, H, W].
+        labels: [B] int64.
+        rounds: timed steps of each model.
+        warmup: steps of each model before timing starts.
+        name: label of the progress bar.
+    """
+
+    def step(model: nn.Module, objective: Objective) -> None:
+        loss, _ = objective(model, images, labels)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    sides = {key: partial(step, model, objectives[key]) for key, model in models.items()}
+    training = {key: model.training for key, model in models.items()}
+    buffers = {key: copy.deepcopy(dict(model.named_buffers())) for key, model in models.items()}
+    try:
+        for model in models.values():
+            model.train()
+        return _race(sides, rounds, warmup, name)
+    finally:
         for key, model in models.items():
-            with eval_mode(model):
-                started = time.perf_counter()
-                model(images)
-                elapsed = 1e3 * (time.perf_counter() - started)
+            model.train(training[key])
+            for buffer, value in buffers[key].items():  # statistics of batch normalisation
+                model.get_buffer(buffer).copy_(value)
+
+
+def _race(
+    sides: Mapping[str, Callable[[], None]], rounds: int, warmup: int, name: str
+) -> dict[str, Latency]:
+    times: dict[str, list[float]] = {key: [] for key in sides}
+    for step in tqdm(range(warmup + rounds), desc=name, unit="round", mininterval=0.5):
+        for key, side in sides.items():
+            started = time.perf_counter()
+            side()
+            elapsed = 1e3 * (time.perf_counter() - started)
             if step >= warmup:
                 times[key].append(elapsed)
     baseline = next(iter(times.values()))
