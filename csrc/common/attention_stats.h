@@ -64,8 +64,12 @@ inline AttentionShape check_attention(const char* op, const Tensor& q, const Ten
     check_size(op, "bias", *bias, 2, tokens, "tokens");
     check_size(op, "bias", *bias, 3, tokens, "tokens");
   }
-  return {q.size(0),   tokens,      q.size(2),
-          dim,         num_prefix,  class_token,
+  return {q.size(0),
+          tokens,
+          q.size(2),
+          dim,
+          num_prefix,
+          class_token,
           scale.value_or(std::pow(static_cast<double>(dim), -0.5))};
 }
 

@@ -59,6 +59,10 @@ struct AttentionArgs {
   void* out;    // [B, N, H, D], dense
   void* stats;  // [B, N, H, 6], dense; the result, or in the backward pass its input
   void* lse;    // [B, N, H], dense; likewise
+  // Forward: queries of a head are cut into spans of span_rows. With several, column sums of each
+  // go to column_sums [B, H, num_spans, 2, N], to be combined.
+  int64_t num_spans, span_rows;
+  void* column_sums;
 };
 
 struct AttentionGradArgs {

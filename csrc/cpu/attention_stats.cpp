@@ -3,6 +3,7 @@
 
 #include "isa.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -33,8 +34,8 @@ void sort_tokens(const char* op, const AttentionShape& s, const Tensor& keep, Re
                  " at keep[", b, ", ", i, "]");
       (value == 1 ? result.order : dropped).push_back(static_cast<int32_t>(s.num_prefix + i));
     }
-    result.kept.push_back(static_cast<int32_t>(static_cast<int64_t>(result.order.size() - start) -
-                                               s.num_prefix));
+    result.kept.push_back(
+        static_cast<int32_t>(static_cast<int64_t>(result.order.size() - start) - s.num_prefix));
     result.order.insert(result.order.end(), dropped.begin(), dropped.end());
   }
 }
@@ -47,12 +48,13 @@ float from_bfloat16(uint16_t bits) {
 }
 // 0 and 1 are all that keep may hold; anything else is refused, whatever its exact value.
 double from_half(uint16_t bits) {
-  const double magnitude = (bits & 0x7fffu) == 0 ? 0.0 : std::ldexp(1024 + (bits & 0x3ff), 
-                                                                    (bits >> 10 & 0x1f) - 25);
+  const double magnitude =
+      (bits & 0x7fffu) == 0 ? 0.0 : std::ldexp(1024 + (bits & 0x3ff), (bits >> 10 & 0x1f) - 25);
   return bits >> 15 ? -magnitude : magnitude;
 }
 
-TokenOrder order_tokens(const char* op, const AttentionShape& s, const std::optional<Tensor>& keep) {
+TokenOrder order_tokens(const char* op, const AttentionShape& s,
+                        const std::optional<Tensor>& keep) {
   TokenOrder result;
   result.one = !keep;
   if (!keep) {
@@ -64,22 +66,22 @@ TokenOrder order_tokens(const char* op, const AttentionShape& s, const std::opti
   const void* data = keep->const_data_ptr();
   switch (dtype_slot(op, "keep", *keep)) {
     case kFloat32:
-      sort_tokens(op, s, *keep, [=](int64_t i) { return static_cast<const float*>(data)[i]; },
-                  result);
+      sort_tokens(
+          op, s, *keep, [=](int64_t i) { return static_cast<const float*>(data)[i]; }, result);
       break;
     case kFloat64:
-      sort_tokens(op, s, *keep, [=](int64_t i) { return static_cast<const double*>(data)[i]; },
-                  result);
+      sort_tokens(
+          op, s, *keep, [=](int64_t i) { return static_cast<const double*>(data)[i]; }, result);
       break;
     case kFloat16:
-      sort_tokens(op, s, *keep,
-                  [=](int64_t i) { return from_half(static_cast<const uint16_t*>(data)[i]); },
-                  result);
+      sort_tokens(
+          op, s, *keep, [=](int64_t i) { return from_half(static_cast<const uint16_t*>(data)[i]); },
+          result);
       break;
     default:
-      sort_tokens(op, s, *keep,
-                  [=](int64_t i) { return from_bfloat16(static_cast<const uint16_t*>(data)[i]); },
-                  result);
+      sort_tokens(
+          op, s, *keep,
+          [=](int64_t i) { return from_bfloat16(static_cast<const uint16_t*>(data)[i]); }, result);
   }
   return result;
 }
@@ -114,14 +116,21 @@ AttentionArgs attention_args(const char* op, const AttentionShape& s, const Toke
   return args;
 }
 
+// Into how many spans the queries of each head are cut: more than one only where there are few
+// heads, since each packs the keys again. By shape alone, so that threads do not change the result.
+int64_t spans(int64_t heads, int64_t num_tokens) {
+  constexpr int64_t kEnough = 16, kLeastRows = 96;
+  return std::max<int64_t>(
+      1, std::min<int64_t>((kEnough + heads - 1) / heads, num_tokens / kLeastRows));
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor& k,
                                                    const Tensor& v, std::optional<Tensor> keep,
                                                    std::optional<Tensor> bias,
                                                    std::optional<double> scale, int64_t num_prefix,
                                                    bool class_token, bool need_stats) {
   const char* op = "attention_stats";
-  const AttentionShape s =
-      check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
+  const AttentionShape s = check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
   SPOT_CHECK(q.is_cpu(), op, "q must be on the CPU");
   const Dtype dtype = dtype_slot(op, "q", q);
   const TokenOrder order = order_tokens(op, s, keep);
@@ -137,9 +146,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   args.out = out.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
-  if (s.num_tokens > 0)
-    parallel_for(0, s.batch * s.num_heads, 1, [&](int64_t begin, int64_t end) {
-      kernels().attention_stats[dtype](args, begin, end);
+  const int64_t items = s.batch * s.num_heads;
+  if (items * s.num_tokens == 0) return {out, stats, lse};
+  args.num_spans = spans(items, s.num_tokens);
+  args.span_rows = (s.num_tokens + args.num_spans - 1) / args.num_spans;
+  const bool combine = need_stats && args.num_spans > 1;
+  Tensor sums = empty_on(q, {combine ? items * args.num_spans : 0, 2, s.num_tokens}, wide_type(q));
+  args.column_sums = sums.mutable_data_ptr();
+  const KernelTable& table = kernels();
+  parallel_for(0, items * args.num_spans, 1,
+               [&](int64_t begin, int64_t end) { table.attention_stats[dtype](args, begin, end); });
+  if (combine)
+    parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      table.attention_stats_columns[dtype](args, begin, end);
     });
   return {out, stats, lse};
 }
@@ -162,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
     const Tensor& stats, const Tensor& lse, std::optional<double> scale, int64_t num_prefix,
     bool class_token, bool keep_grad, bool bias_grad) {
   const char* op = "attention_stats_backward";
-  const AttentionShape s =
-      check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
+  const AttentionShape s = check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
   check_attention_grad(op, grad_out, grad_stats, q, out, stats, lse);
   SPOT_CHECK(q.is_cpu(), op, "q must be on the CPU");
   SPOT_CHECK(keep || !keep_grad, op, "keep_grad=True needs keep");
@@ -175,8 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   Tensor q_grad = empty_on(q, sizes_of(q), q.scalar_type());
   Tensor k_grad = empty_on(q, sizes_of(q), q.scalar_type());
   Tensor v_grad = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor keep_sums = empty_on(
-      q, keep_grad ? std::vector<int64_t>{s.batch, s.num_patches()} : none, wide);
+  Tensor keep_sums =
+      empty_on(q, keep_grad ? std::vector<int64_t>{s.batch, s.num_patches()} : none, wide);
   Tensor keep_parts = empty_on(
       q, keep_grad ? std::vector<int64_t>{s.batch, s.num_heads, s.num_patches()} : none, wide);
   Tensor bias_sums = empty_on(q, bias_grad ? sizes_of(*bias) : none, wide);
@@ -195,10 +213,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   args.keep = keep_grad ? keep_parts.mutable_data_ptr() : nullptr;
   args.bias = bias_grad ? bias_sums.mutable_data_ptr() : nullptr;
   args.one_bias = bias_grad && bias->size(0) == 1;
+  const KernelTable& table = kernels();
   if (s.num_tokens > 0)
     parallel_for(0, args.one_bias ? s.num_heads : s.batch * s.num_heads, 1,
                  [&](int64_t begin, int64_t end) {
-                   kernels().attention_stats_backward[dtype](args, begin, end);
+                   table.attention_stats_backward[dtype](args, begin, end);
                  });
   if (keep_grad && wide == ScalarType::Float)
     sum_heads(s, static_cast<const float*>(keep_parts.const_data_ptr()),

@@ -19,8 +19,10 @@ struct KernelTable {
   // Images [begin, end); false when an index is out of range or repeated.
   bool (*fuse[4])(const FuseArgs&, int64_t begin, int64_t end);
   bool (*fuse_backward[4])(const FuseArgs&, int64_t begin, int64_t end);
-  // Heads [begin, end) of all images; with one_bias (backward) heads of all images at once.
+  // Spans, then columns of heads, [begin, end) of all images.
   void (*attention_stats[4])(const AttentionArgs&, int64_t begin, int64_t end);
+  void (*attention_stats_columns[4])(const AttentionArgs&, int64_t begin, int64_t end);
+  // Heads [begin, end) of all images; with one_bias heads of all images at once.
   void (*attention_stats_backward[4])(const AttentionGradArgs&, int64_t begin, int64_t end);
 };
 

@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "attention_stats.h"
+#include "attention_stats_backward.h"
 #include "compact.h"
 
 #define SPOT_JOIN_(a, b) a##b
@@ -14,9 +15,14 @@ namespace spot {
 
 extern const KernelTable SPOT_JOIN(kernels_, SPOT_ISA);
 const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
-    SPOT_PER_DTYPE(select), SPOT_ISA::compact_rows,        SPOT_ISA::scatter_rows,
-    SPOT_PER_DTYPE(fuse),   SPOT_PER_DTYPE(fuse_backward),
-    SPOT_PER_DTYPE(attention_stats), SPOT_PER_DTYPE(attention_stats_backward),
+    SPOT_PER_DTYPE(select),
+    SPOT_ISA::compact_rows,
+    SPOT_ISA::scatter_rows,
+    SPOT_PER_DTYPE(fuse),
+    SPOT_PER_DTYPE(fuse_backward),
+    SPOT_PER_DTYPE(attention_stats),
+    SPOT_PER_DTYPE(attention_stats_columns),
+    SPOT_PER_DTYPE(attention_stats_backward),
 };
 
 }  // namespace spot

@@ -17,7 +17,8 @@ namespace SPOT_ISA {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kVectorBytes == 64 ? 4 : 2;  // of 32 or 16 registers
 
-// What a product reads along its depth: numbers, or with dot-product instructions pairs of bfloat16.
+// What a product reads along its depth: numbers, or with dot-product instructions pairs of
+// bfloat16.
 struct Pair {
   uint32_t bits;
 };
@@ -42,6 +43,12 @@ struct Depth<Pair> {
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
+
+// Numbers next to each other, rounded to bfloat16.
+inline void store_pairs(Pair* out, Vec<float> x) {
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(static_cast<void*>(out), &half, sizeof(half));
+}
 #endif
 
 // What a kernel for tensors of T packs for the products of its forward pass.
@@ -73,8 +80,7 @@ inline void with_count(int n, F&& f) {
 // Columns are cut into panels of at most kTileVecs vectors, as even as they can be.
 struct Panels {
   int64_t vecs, count;
-  explicit Panels(int64_t vectors)
-      : vecs(vectors), count((vectors + kTileVecs - 1) / kTileVecs) {}
+  explicit Panels(int64_t vectors) : vecs(vectors), count((vectors + kTileVecs - 1) / kTileVecs) {}
   int64_t start(int64_t panel) const { return vecs * panel / count; }
   int width(int64_t panel) const { return static_cast<int>(start(panel + 1) - start(panel)); }
 };
@@ -113,8 +119,7 @@ inline void multiply(const E* left, int64_t left_row, int64_t rows, const E* rig
 #pragma GCC unroll 8
         for (int i = 0; i < m.value; ++i)
 #pragma GCC unroll 4
-          for (int j = 0; j < n.value; ++j)
-            vec_store(out + (r + i) * out_row + j * kL, sum[i][j]);
+          for (int j = 0; j < n.value; ++j) vec_store(out + (r + i) * out_row + j * kL, sum[i][j]);
       });
     }
   });
