@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from benchmarks.timing import Case, Side, input_sets
 from spot_ext import attention_stats
 
 SDPA, EAGER = "scaled_dot_product_attention, no statistics", "eager attention and statistics"
+PLAIN = "the same with need_stats=False"
 HEADS, DIM = 6, 64
 
 
@@ -91,10 +93,13 @@ def cases(device: str) -> Iterator[Case]:
         training = [(64, 197, half, 1.6), (64, 577, half, 1.6)]
     for batch, tokens, dtype, allowed in forward:
         inputs = Inputs(batch, tokens, dtype, device)
+        others = {SDPA: inputs.forward(sdpa), EAGER: inputs.forward(eager)}
+        if tokens == 197:
+            others[PLAIN] = inputs.forward(partial(attention_stats, need_stats=False))
         yield Case(
             f"forward {_shape(batch, tokens, dtype)}",
             inputs.forward(attention_stats),
-            {SDPA: inputs.forward(sdpa), EAGER: inputs.forward(eager)},
+            others,
             {other: 1 / share for other, share in allowed.items()},
             inputs.bytes,
         )

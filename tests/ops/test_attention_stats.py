@@ -252,6 +252,20 @@ def test_every_number_of_kept_tokens(first: int, device: torch.device) -> None:
         assert_as_accurate_as_torch(values)
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("kept", [None, 0, 1, 5, 150, 398])
+def test_few_heads_with_many_queries(
+    kept: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The CPU cuts the queries of few heads into spans and combines their column sums."""
+    case = case_of(batch=1, count=400, num_prefix=2, dim=16, bias="one", masked=kept is not None)
+    values = build(case, dtype, device)
+    if kept is not None:
+        chosen = random_index("spans", 1, 398, kept, "shuffled", device)
+        values["keep"] = torch.zeros_like(values["keep"]).scatter(1, chosen, 1)
+    assert_as_accurate_as_torch(values)
+
+
 # ---- identities of the statistics ----------------------------------------------------------------
 
 
