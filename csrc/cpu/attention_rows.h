@@ -120,10 +120,10 @@ inline void exponentials(A* s, int64_t row, int64_t vecs, int64_t seen, int64_t 
                          RowState<A> state, int64_t at, After&& after) {
   constexpr int kL = kLanes<A>;
   for (int r = 0; r < kRows; ++r)
-    for (int64_t c = seen; c < vecs * kL; ++c) s[r * row + c] = -static_cast<A>(INFINITY);
+    for (int64_t c = seen; c < vecs * kL; ++c) s[r * row + c] = -static_cast<A>(__builtin_inff());
   Vec<A> top[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) top[r] = splat(-static_cast<A>(INFINITY));
+  for (int r = 0; r < kRows; ++r) top[r] = splat(-static_cast<A>(__builtin_inff()));
   for (int64_t j = 0; j < vecs; ++j)
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) top[r] = vec_max<A>(top[r], vec_load(s + r * row + j * kL));

@@ -299,7 +299,7 @@ class Forward {
       for (int64_t d = 0; d < padded_; ++d) o[d] *= factor;
       store_row(o, dim_, out_ + head_.at(t) * dim_);
       static_cast<A*>(a_.lse)[head_.at(t)] =
-          m_.rows.max[r] * (a_.bias ? A(1) : scale_) + std::log(m_.rows.sum[r]);
+          m_.rows.max[r] * (a_.bias ? A(1) : scale_) + natural_log(m_.rows.sum[r]);
     }
   }
 

@@ -4,7 +4,6 @@
 
 #include "numeric.h"
 
-#include <cmath>
 #include <utility>
 
 namespace spot {
@@ -126,9 +125,13 @@ inline Vec<float> vec_exp(Vec<float> x, float unit) {
 }
 inline Vec<double> vec_exp(Vec<double> x, double unit) {
   x *= unit;
-  for (int l = 0; l < kLanes<double>; ++l) x[l] = std::exp(x[l]);
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_exp(x[l]);
   return x;
 }
+
+// Not std::log: its float overload is an inline function, which the ISAs would share.
+inline float natural_log(float x) { return __builtin_logf(x); }
+inline double natural_log(double x) { return __builtin_log(x); }
 
 }  // namespace SPOT_ISA
 }  // namespace spot
