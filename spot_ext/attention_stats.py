@@ -119,8 +119,9 @@ def attention_stats_reference(
         kept = torch.cat([kept[:, :num_prefix], keep.detach() > 0.5], dim=1)
     own = torch.eye(num_tokens, dtype=torch.bool, device=q.device)
     seen = kept[:, None, None, :] | own  # [B, 1, N, N]
-    lse = logits.masked_fill(~seen, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    p = (logits - lse).exp().masked_fill(~seen, 0)
+    shown = logits.masked_fill(~seen, float("-inf"))
+    lse = shown.logsumexp(dim=-1, keepdim=True)
+    p = (shown - lse).exp()
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
     if keep is not None and keep.requires_grad:
@@ -135,19 +136,20 @@ def attention_stats_reference(
     if not need_stats:
         return out.to(q.dtype), out.new_empty(0)
 
-    kept = kept[:, num_prefix:].to(wide)[:, None]  # [B, 1, N-P]
+    kept = kept[:, num_prefix:][:, None]  # [B, 1, N-P]
     n = kept.sum(-1, keepdim=True).clamp(min=1)
-    patch = p[:, :, num_prefix:, num_prefix:]
-    row_mean = (patch * kept[:, :, None, :]).sum(-1) / n
-    col_mean = (patch * kept[:, :, :, None]).sum(-2) / n
-    row_var = ((patch - row_mean[..., :, None]) ** 2 * kept[:, :, None, :]).sum(-1) / n
-    col_var = ((patch - col_mean[..., None, :]) ** 2 * kept[:, :, :, None]).sum(-2) / n
+    hidden = ~(kept[:, :, :, None] & kept[:, :, None, :])
+    patch = p[:, :, num_prefix:, num_prefix:].masked_fill(hidden, 0)
+    row_mean, col_mean = patch.sum(-1) / n, patch.sum(-2) / n
+    row_square = (patch - row_mean[..., :, None]).masked_fill(hidden, 0) ** 2
+    col_square = (patch - col_mean[..., None, :]).masked_fill(hidden, 0) ** 2
+    row_var, col_var = row_square.sum(-1) / n, col_square.sum(-2) / n
     if class_token:
         cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
     else:
         cls_out = cls_in = torch.zeros_like(row_mean)
     stats = torch.stack([cls_out, cls_in, row_mean, row_var, col_mean, col_var], dim=-1)
-    stats = (stats * kept[..., None]).transpose(1, 2)  # [B, N-P, H, 6]
+    stats = stats.masked_fill(~kept[..., None], 0).transpose(1, 2)  # [B, N-P, H, 6]
     return out.to(q.dtype), torch.nn.functional.pad(stats, (0, 0, 0, 0, num_prefix, 0))
 
 

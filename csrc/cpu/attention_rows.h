@@ -76,12 +76,18 @@ inline A inverse(int64_t n) {
   return n > 0 ? A(1) / static_cast<A>(n) : A(0);
 }
 
+// x = x scale + bias, over `count` columns from position `first` on, in the row of `token`.
 template <typename A>
 inline void add_bias(const AttentionArgs& a, const Head& head, int64_t token, int64_t first,
                      int64_t count, A scale, A* x) {
   const auto add = [&](auto* data) {
     const auto* row =
         data + head.b * a.bias_strides[0] + head.h * a.bias_strides[1] + token * a.bias_strides[2];
+    if (a.one_order && a.bias_strides[3] == 1) {
+      for (int64_t c = 0; c < count; ++c)
+        x[c] = x[c] * scale + static_cast<A>(load(row[first + c]));
+      return;
+    }
     for (int64_t c = 0; c < count; ++c)
       x[c] = x[c] * scale + static_cast<A>(load(row[head.order[first + c] * a.bias_strides[3]]));
   };
@@ -119,6 +125,13 @@ template <int kRows, typename A, typename After>
 inline void exponentials(A* s, int64_t row, int64_t vecs, int64_t seen, int64_t dropped, A unit,
                          RowState<A> state, int64_t at, After&& after) {
   constexpr int kL = kLanes<A>;
+  if (unit == 0) {  // scale 0: all scores are 0 (or NaN), and -inf of the padding must not meet it
+    unit = 1;
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t c = 0; c < seen; ++c) s[r * row + c] *= A(0);
+      if (at + r >= dropped) state.own[at + r] *= A(0);
+    }
+  }
   for (int r = 0; r < kRows; ++r)
     for (int64_t c = seen; c < vecs * kL; ++c) s[r * row + c] = -static_cast<A>(__builtin_inff());
   Vec<A> top[kRows];

@@ -46,10 +46,11 @@ float from_bfloat16(uint16_t bits) {
   std::memcpy(&x, &wide, sizeof(x));
   return x;
 }
-// 0 and 1 are all that keep may hold; anything else is refused, whatever its exact value.
 double from_half(uint16_t bits) {
-  const double magnitude =
-      (bits & 0x7fffu) == 0 ? 0.0 : std::ldexp(1024 + (bits & 0x3ff), (bits >> 10 & 0x1f) - 25);
+  const int exponent = bits >> 10 & 0x1f, mantissa = bits & 0x3ff;
+  const double magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(mantissa, -24)
+                                           : std::ldexp(1024 + mantissa, exponent - 25);
   return bits >> 15 ? -magnitude : magnitude;
 }
 

@@ -252,6 +252,31 @@ def test_every_number_of_kept_tokens(first: int, device: torch.device) -> None:
         assert_as_accurate_as_torch(values)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-300])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [None, "one"])
+def test_a_scale_of_zero_is_uniform_attention(
+    scale: float, masked: bool, bias: str | None, device: torch.device
+) -> None:
+    for dtype in FLOATING:
+        case = case_of(scale=scale, masked=masked, bias=bias)
+        assert_as_accurate_as_torch(build(case, dtype, device))
+
+
+def test_gradients_beside_a_hidden_logit_far_above_the_others(device: torch.device) -> None:
+    """exp(logit - lse) of the hidden column overflows; it is no part of the result."""
+    q, k, v = torch.tensor([[0.0, 10, 1], [0, 0, 100], [1, 2, 3]], device=device).view(
+        3, 1, 3, 1, 1
+    )
+    keep = torch.tensor([[1.0, 0.0]], device=device)
+    for function in (attention_stats, attention_stats_reference):
+        call, leaves = _leaves({"q": q, "k": k, "v": v, "keep": keep, "scale": 1.0}, "k", "v")
+        out, stats = function(**call)
+        grads = torch.autograd.grad(out.sum() + stats.sum(), leaves)
+        torch.testing.assert_close(grads[0].flatten(), torch.tensor([-5.0, 5, 0], device=device))
+        assert grads[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("kept", [None, 0, 1, 5, 150, 398])
 def test_few_heads_with_many_queries(
