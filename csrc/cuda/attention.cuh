@@ -1,0 +1,195 @@
+// What the kernels of attention_stats share: arguments, tiles in shared memory, logits, statistics.
+#pragma once
+
+#include "mma.cuh"
+
+namespace spot {
+
+// A [B, N, H, D] tensor; strides in elements.
+struct View {
+  const void* data;
+  int64_t batch, token, head, dim;
+  bool wide;  // rows are dense, and 16-byte pieces of them aligned
+};
+
+enum Role : uint8_t { kDropped = 0, kPatch = 1, kPrefix = 2 };
+
+struct AttentionArgs {
+  View q, k, v;
+  int64_t batch, heads;
+  int tokens, prefix, dim;
+  int depth;  // dim rounded up to a multiple of 32
+  bool class_token;
+  double scale;
+  const uint8_t* roles;   // [B, N], null: all kept
+  const int32_t* counts;  // [B] kept patch tokens, null: all
+  const void* bias;       // [1|B, H, N, N] or null
+  int64_t bias_batch, bias_head, bias_row, bias_column;
+  int bias_type;  // 0 float32, 1 float64, 2 float16, 3 bfloat16
+};
+
+// ---- numbers -----------------------------------------------------------------------------------
+
+// With tensor cores logits are kept in units of 1 / log2(e), so that exp is one instruction.
+template <typename T>
+constexpr Acc<T> kLogitUnit = kTensorCores<T> ? Acc<T>(1.4426950408889634) : Acc<T>(1);
+
+template <typename T>
+__device__ inline Acc<T> exponential(Acc<T> x) {
+  if constexpr (kTensorCores<T>)
+    return exp2_fast(x);
+  else
+    return exp(x);
+}
+template <typename T>
+__device__ inline Acc<T> logarithm(Acc<T> x) {
+  if constexpr (kTensorCores<T>)
+    return log2f(x);
+  else
+    return log(x);
+}
+
+template <typename A>
+__device__ inline A infinity() {
+  return static_cast<A>(__int_as_float(0x7f800000));
+}
+
+// Keeps NaN.
+template <typename A>
+__device__ inline A not_below_zero(A x) {
+  return x < A(0) ? A(0) : x;
+}
+
+// The largest logit, or 0 where none can be seen, so that differences to it are never inf - inf. A
+// row of N that sees -inf only has sum 0 and becomes NaN, as in the definition.
+template <typename A>
+__device__ inline A finite_top(A top) {
+  return top == -infinity<A>() ? A(0) : top;
+}
+
+// ---- tokens ------------------------------------------------------------------------------------
+
+__device__ inline int role_of(const AttentionArgs& a, int64_t image, int token) {
+  if (token >= a.tokens) return kDropped;
+  if (a.roles != nullptr) return a.roles[image * a.tokens + token];
+  return token < a.prefix ? kPrefix : kPatch;
+}
+
+template <typename A>
+__device__ inline A inverse_count(const AttentionArgs& a, int64_t image) {
+  const int count = a.counts != nullptr ? a.counts[image] : a.tokens - a.prefix;
+  return A(1) / A(count > 1 ? count : 1);
+}
+
+// Added to the logits of a column: hides it unless it is seen by all rows.
+template <typename A>
+__device__ inline A hiding(int role) {
+  return role == kDropped ? -infinity<A>() : A(0);
+}
+
+// First element of one image and head.
+template <typename T>
+__device__ inline const T* origin(const View& view, int64_t image, int64_t head) {
+  return static_cast<const T*>(view.data) + image * view.batch + head * view.head;
+}
+
+// ---- tiles -------------------------------------------------------------------------------------
+
+// Tokens [first, first + rows) of one image and head, columns [column, column + columns), into a
+// tile; zeros beyond the tensor. `columns` is a multiple of 16. Called by `threads` threads, this
+// one being `thread`; complete after copy_async_wait and a barrier.
+template <typename T>
+__device__ inline void load_tile(T* tile, int stride, const T* source, const View& view, int tokens,
+                                 int dim, int first, int rows, int column, int columns, int thread,
+                                 int threads) {
+  if (view.wide) {
+    const int pieces = columns / kVector<T>;
+    for (int i = thread; i < rows * pieces; i += threads) {
+      const int r = i / pieces, c = (i - r * pieces) * kVector<T>;
+      const bool there = first + r < tokens && column + c < dim;
+      const T* from = source + (there ? (first + r) * view.token + column + c : 0);
+      copy_async(tile + r * stride + c, from, there);
+    }
+    return;
+  }
+  for (int i = thread; i < rows * columns; i += threads) {
+    const int r = i / columns, c = i - r * columns;
+    const bool there = first + r < tokens && column + c < dim;
+    tile[r * stride + c] =
+        there ? source[(first + r) * view.token + (column + c) * view.dim] : store<T>(0);
+  }
+}
+
+// ---- logits ------------------------------------------------------------------------------------
+
+template <typename A>
+__device__ inline A bias_at(const AttentionArgs& a, int64_t image, int64_t head, int row,
+                            int column) {
+  if (row >= a.tokens || column >= a.tokens) return A(0);
+  const int64_t at = image * a.bias_batch + head * a.bias_head + row * a.bias_row +
+                     column * a.bias_column;
+  switch (a.bias_type) {
+    case 0: return static_cast<A>(static_cast<const float*>(a.bias)[at]);
+    case 1: return static_cast<A>(static_cast<const double*>(a.bias)[at]);
+    case 2: return static_cast<A>(load(static_cast<const __half*>(a.bias)[at]));
+    default: return static_cast<A>(load(static_cast<const __nv_bfloat16*>(a.bias)[at]));
+  }
+}
+
+// Dot products of rows row0.. with columns column0.. -> logits; hidden entries are -inf. `hide` has
+// one value per column of the tile. A row always sees itself.
+template <typename T, int kTiles>
+__device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, int64_t image,
+                                 int64_t head, int row0, int column0, int columns,
+                                 const Acc<T>* hide) {
+  using A = Acc<T>;
+  const Lane lane = this_lane();
+  const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    if (8 * n >= columns) continue;
+    const int column = column0 + 8 * n + 2 * lane.t;
+    const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
+    A own[4] = {add.first, add.second, add.first, add.second};
+    if (a.roles != nullptr && column0 + 8 * n < row0 + 16 && row0 < column0 + 8 * n + 8) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (row0 + lane.g + 8 * (e / 2) == column + e % 2) own[e] = A(0);
+    }
+    if (a.bias != nullptr) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (own[e] == A(0))  // seen
+          own[e] = kLogitUnit<T> *
+                   bias_at<A>(a, image, head, row0 + lane.g + 8 * (e / 2), column + e % 2);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + own[e];
+  }
+}
+
+// ---- blocks ------------------------------------------------------------------------------------
+
+// Blocks are numbered tile first, then piece of the head dim, head, image.
+struct Place {
+  int64_t image, head;
+  int piece, tile;
+};
+
+__device__ inline Place place_of(const AttentionArgs& a, int pieces, int tiles) {
+  int64_t rest = blockIdx.x;
+  Place place;
+  place.tile = static_cast<int>(rest % tiles);
+  rest /= tiles;
+  place.piece = static_cast<int>(rest % pieces);
+  rest /= pieces;
+  place.head = rest % a.heads;
+  place.image = rest / a.heads;
+  return place;
+}
+
+__host__ __device__ inline int round_up(int x, int multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace spot

@@ -1,0 +1,546 @@
+// Backward kernels of attention_stats. With dP_ij = dO_i . v_j + T_ij, where T is what the statistics
+// add, dS = p (dP - delta) and delta_i = sum_j p_ij dP_ij = dO_i . out_i + sum_j p_ij T_ij.
+//
+// prepare_kernel         per token and head: lse, dO . out, and the factors of T (below)
+// attention_query_kernel per query tile, a loop over key tiles: delta (with statistics a pass of its
+//                        own, which needs scores only) and dq = scale dS k
+// attention_key_kernel   per key tile, a loop over query tiles: dk = scale dS^T q, dv = p^T dO, and
+//                        the gradient of keep per head, which keep_gradient_kernel adds up in order
+// attention_bias_kernel  per tile of the bias: dS, summed over the batch in order where it is shared
+//
+// Scratch: at most 8 numbers per token and head, and one for keep. One warp works on 16 rows.
+//
+// For kept patches i and j: T_ij = A_i + C_j + c_ij (R_i + Q_j), c_ij = p_ij - 1/n, with
+//   R_i = 2 g_row_var / n   A_i = g_row_mean / n - R_i (row_mean_i - 1/n)
+//   Q_j = 2 g_col_var / n   C_j = g_col_mean / n - Q_j (col_mean_j - 1/n)
+// and with a class token T_0j = g_cls_out[j], T_i0 = g_cls_in[i]. All other T are 0.
+#pragma once
+
+#include "attention.cuh"
+
+namespace spot {
+
+// What a row of the map needs to know of its query, and a column of its key: planes [B, H, N].
+enum Plane : int { kLse, kOwn, kDelta, kRowShift, kRowSlope, kClsIn, kColShift, kColSlope, kClsOut };
+constexpr int kPlanes = 9;
+constexpr int kPlanesWithoutStats = 2;  // delta is dO . out then
+
+template <typename T>
+struct BackwardArgs : AttentionArgs {
+  View grad_out, out;        // [B, N, H, D]
+  const Acc<T>* lse;         // [B, N, H]
+  const Acc<T>* stats;       // [B, N, H, 6], with statistics
+  const Acc<T>* grad_stats;  // [B, N, H, 6] with strides, null without statistics
+  int64_t grad_stats_batch, grad_stats_token, grad_stats_head, grad_stats_entry;
+  Acc<T>* planes;        // [planes, B, H, N]; lse in the unit of the logits
+  T *dq, *dk, *dv;       // [B, N, H, D]
+  Acc<T>* keep_partial;  // [B, H, N] or null
+  Acc<T>* dbias;         // [bias_images, H, N, N]
+  int64_t bias_images;
+};
+
+constexpr int kBackwardWarps = 4;
+
+// Tokens per tile of the inner loop.
+template <typename T, int kOut>
+constexpr int kInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
+template <typename T>
+constexpr int kBackwardStages = kTensorCores<T> ? 2 : 1;
+
+template <typename T>
+__device__ inline const Acc<T>* plane_of(const BackwardArgs<T>& a, Plane plane, int64_t image,
+                                         int64_t head) {
+  return a.planes + ((plane * a.batch + image) * a.heads + head) * a.tokens;
+}
+
+// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out. weight
+// is 1 for kept patches.
+template <typename A>
+struct Side {
+  A weight, shift, slope, cls;
+};
+
+template <typename A>
+__device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, const Side<A>& key,
+                                       bool class_row, bool class_column) {
+  const A both = query.weight * key.weight;
+  A t = both * (query.shift + key.shift + (p - inverse) * (query.slope + key.slope));
+  if (class_row) t += key.cls;
+  if (class_column) t += query.cls;
+  return t;
+}
+
+// ---- per token and head ------------------------------------------------------------------------
+
+// One warp per token and head.
+template <typename T>
+__global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, int64_t items) {
+  using A = Acc<T>;
+  const Lane lane = this_lane();
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
+  for (int64_t item = blockIdx.x * static_cast<int64_t>(blockDim.x / kWarp) + threadIdx.x / kWarp;
+       item < items; item += warps) {
+    const int64_t head = item % a.heads, row = item / a.heads;
+    const int64_t image = row / a.tokens;
+    const int token = static_cast<int>(row % a.tokens);
+    const T* grad = origin<T>(a.grad_out, image, head) + token * a.grad_out.token;
+    const T* out = origin<T>(a.out, image, head) + token * a.out.token;
+    A own = A(0);
+    for (int d = lane.index; d < a.dim; d += kWarp)
+      own += load(grad[d * a.grad_out.dim]) * load(out[d * a.out.dim]);
+    own = warp_sum(own);
+    if (lane.index != 0) continue;
+    const int64_t at = (image * a.heads + head) * a.tokens + token;
+    const int64_t plane = a.batch * a.heads * a.tokens;
+    a.planes[kLse * plane + at] = a.lse[item] * kLogitUnit<T>;
+    a.planes[kOwn * plane + at] = own;
+    if (a.grad_stats == nullptr) continue;
+    const bool kept = role_of(a, image, token) == kPatch;
+    const A inverse = inverse_count<A>(a, image);
+    const A* g = a.grad_stats + image * a.grad_stats_batch + token * a.grad_stats_token +
+                 head * a.grad_stats_head;
+    const auto gradient = [&](int entry) { return kept ? g[entry * a.grad_stats_entry] : A(0); };
+    const auto mean = [&](int entry) { return kept ? a.stats[item * 6 + entry] : A(0); };
+    const A row_slope = A(2) * gradient(3) * inverse, col_slope = A(2) * gradient(5) * inverse;
+    a.planes[kRowSlope * plane + at] = row_slope;
+    a.planes[kColSlope * plane + at] = col_slope;
+    a.planes[kRowShift * plane + at] = gradient(2) * inverse - row_slope * (mean(2) - inverse);
+    a.planes[kColShift * plane + at] = gradient(4) * inverse - col_slope * (mean(4) - inverse);
+    a.planes[kClsOut * plane + at] = a.class_token ? gradient(0) : A(0);
+    a.planes[kClsIn * plane + at] = a.class_token ? gradient(1) : A(0);
+  }
+}
+
+// ---- what a block knows of its tokens ----------------------------------------------------------
+
+// Both sides of a row, for the two rows of a lane; tokens beyond the last have lse = inf, so that
+// their map is 0.
+template <typename A>
+struct QueryRows {
+  A lse[2], own[2], delta[2];
+  Side<A> side[2];
+};
+
+template <typename T, bool kStats>
+__device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, int64_t image,
+                                               int64_t head, int row0, Plane delta) {
+  using A = Acc<T>;
+  QueryRows<A> rows{};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = row0 + this_lane().g + 8 * r;
+    const bool there = row < a.tokens;
+    const auto value = [&](Plane plane, A otherwise) {
+      return there ? plane_of(a, plane, image, head)[row] : otherwise;
+    };
+    rows.lse[r] = value(kLse, infinity<A>());
+    rows.own[r] = value(kOwn, A(0));
+    rows.delta[r] = value(delta, A(0));
+    if constexpr (kStats)
+      rows.side[r] = {role_of(a, image, row) == kPatch ? A(1) : A(0), value(kRowShift, A(0)),
+                      value(kRowSlope, A(0)), value(kClsIn, A(0))};
+  }
+  return rows;
+}
+
+// The same for the tokens of an inner tile, in shared memory: kTable rows of `size` values.
+enum KeyTable : int { kHide, kKeyWeight, kKeyShift, kKeySlope, kKeyCls };
+enum QueryTable : int { kQueryLse, kQueryDelta, kQueryOwn, kQueryWeight, kQueryShift, kQuerySlope,
+                        kQueryCls };
+constexpr int kTableRows = 7;
+
+template <typename T, bool kStats>
+__device__ inline void fill_key_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
+                                      int64_t image, int64_t head, int first, int thread,
+                                      int threads) {
+  using A = Acc<T>;
+  for (int j = thread; j < size; j += threads) {
+    const int token = first + j, role = role_of(a, image, token);
+    table[kHide * size + j] = hiding<A>(role);
+    if constexpr (kStats) {
+      const auto value = [&](Plane plane) {
+        return token < a.tokens ? plane_of(a, plane, image, head)[token] : A(0);
+      };
+      table[kKeyWeight * size + j] = role == kPatch ? A(1) : A(0);
+      table[kKeyShift * size + j] = value(kColShift);
+      table[kKeySlope * size + j] = value(kColSlope);
+      table[kKeyCls * size + j] = value(kClsOut);
+    }
+  }
+}
+
+template <typename T, bool kStats>
+__device__ inline void fill_query_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
+                                        int64_t image, int64_t head, int first, int thread,
+                                        int threads) {
+  using A = Acc<T>;
+  for (int i = thread; i < size; i += threads) {
+    const int token = first + i;
+    const auto value = [&](Plane plane, A otherwise) {
+      return token < a.tokens ? plane_of(a, plane, image, head)[token] : otherwise;
+    };
+    table[kQueryLse * size + i] = value(kLse, infinity<A>());
+    table[kQueryDelta * size + i] = value(kStats ? kDelta : kOwn, A(0));
+    table[kQueryOwn * size + i] = value(kOwn, A(0));
+    if constexpr (kStats) {
+      table[kQueryWeight * size + i] = role_of(a, image, token) == kPatch ? A(1) : A(0);
+      table[kQueryShift * size + i] = value(kRowShift, A(0));
+      table[kQuerySlope * size + i] = value(kRowSlope, A(0));
+      table[kQueryCls * size + i] = value(kClsIn, A(0));
+    }
+  }
+}
+
+// One side of T from a table whose four rows of it start at `first_row`.
+template <typename A>
+__device__ inline Side<A> side_at(const A* table, int size, int first_row, int at) {
+  const A* from = table + first_row * size + at;
+  return {from[0], from[size], from[2 * size], from[3 * size]};
+}
+
+// Columns [column0, ..) of the rows row0.. of a gradient.
+template <typename T, int kOutTiles>
+__device__ inline void write_gradient(T* to, const AttentionArgs& a, int64_t image, int64_t head,
+                                      int row0, int column0, const Acc<T> (&o)[kOutTiles][4],
+                                      Acc<T> factor) {
+  const Lane lane = this_lane();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = row0 + lane.g + 8 * r;
+    if (row >= a.tokens) continue;
+    T* row_to = to + ((image * a.tokens + row) * a.heads + head) * a.dim;
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n)
+      store_two(row_to, column0 + 8 * n + 2 * lane.t, a.dim, o[n][2 * r] * factor,
+                o[n][2 * r + 1] * factor);
+  }
+}
+
+// ---- shared memory -----------------------------------------------------------------------------
+
+// Two tiles of the block's own rows [16 warps, stride], per stage two inner tiles [inner, stride],
+// per warp scratch of the product, per stage a table.
+template <typename T, int kOut>
+size_t backward_shared(int depth, int warps) {
+  constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
+  const size_t values = (2 * 16 * warps + 2 * kStages * kSize) * tile_stride<T>(depth) +
+                        warps * kProductScratch<T, kSize / 8>;
+  return values * sizeof(T) + kStages * kTableRows * kSize * sizeof(Acc<T>);
+}
+
+template <typename T, int kOut>
+struct BackwardTiles {
+  static constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
+  static constexpr int kTiles = kSize / 8;
+  int stride, warps;
+  T *own, *inner, *scratch;
+  Acc<T>* tables;
+
+  __device__ BackwardTiles(unsigned char* memory, int depth)
+      : stride(tile_stride<T>(depth)), warps(static_cast<int>(blockDim.x) / kWarp) {
+    own = reinterpret_cast<T*>(memory);
+    inner = own + 2 * 16 * warps * stride;
+    scratch = inner + 2 * kStages * kSize * stride;
+    tables = reinterpret_cast<Acc<T>*>(scratch + warps * kProductScratch<T, kTiles>);
+  }
+  __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ T* block_rows(int which) const { return own + which * 16 * warps * stride; }
+  __device__ const T* rows(int which) const { return block_rows(which) + warp() * 16 * stride; }
+  __device__ T* tile(int which, int stage) const {
+    return inner + (2 * stage + which) * kSize * stride;
+  }
+  __device__ Acc<T>* table(int stage) const { return tables + stage * kTableRows * kSize; }
+  __device__ T* warp_scratch() const { return scratch + warp() * kProductScratch<T, kTiles>; }
+
+  // Tokens [first, first + rows) of a tensor; called by the whole block.
+  __device__ void load(T* to, const AttentionArgs& a, const View& view, int64_t image, int64_t head,
+                       int first, int rows) const {
+    load_tile(to, stride, origin<T>(view, image, head), view, a.tokens, a.dim, first, rows, 0,
+              a.depth, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+  }
+  // Calls f(tile, stage) for `count` inner tiles in order, each loaded by fill(tile, stage) before.
+  // At each call all warps are done with the call before.
+  template <typename Fill, typename F>
+  __device__ void each(int count, Fill&& fill, F&& f) const {
+    __syncthreads();
+    if (kStages == 2) fill(0, 0);
+    for (int i = 0; i < count; ++i) {
+      if (kStages == 1) {
+        __syncthreads();
+        fill(i, 0);
+      }
+      copy_async_wait();
+      __syncthreads();
+      if (kStages == 2 && i + 1 < count) fill(i + 1, (i + 1) % 2);
+      f(i, i % kStages);
+    }
+  }
+};
+
+// ---- dq ----------------------------------------------------------------------------------------
+
+template <typename T, int kOut, bool kStats>
+__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+    attention_query_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
+  using A = Acc<T>;
+  using Tiles = BackwardTiles<T, kOut>;
+  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const Tiles m(shared_memory, a.depth);
+  const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const Place place = place_of(a, pieces, tiles);
+  const int64_t image = place.image, head = place.head;
+  const int block_row = 16 * m.warps * place.tile, row0 = block_row + 16 * m.warp();
+  const int column0 = place.piece * kOut;
+  const bool active = row0 < a.tokens;
+  const int key_tiles = (a.tokens + kSize - 1) / kSize;
+  m.load(m.block_rows(0), a, a.q, image, head, block_row, 16 * m.warps);
+  m.load(m.block_rows(1), a, a.grad_out, image, head, block_row, 16 * m.warps);
+  QueryRows<A> rows = query_rows<T, kStats>(a, image, head, row0, kOwn);
+
+  A s[kTiles][4];
+  const auto map = [&](int key_tile, int stage) {
+    clear(s);
+    multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth,
+                           min(kSize, a.tokens - key_tile * kSize));
+    to_logits<T>(s, a, image, head, row0, key_tile * kSize, kSize, m.table(stage) + kHide * kSize);
+    each_element<kTiles>(kSize, [&](int n, int e, int, int) {
+      s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]);
+    });
+  };
+  const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
+  const auto from_statistics = [&](int key_tile, int stage, int e, int r, int c, A p) {
+    return statistic_gradient(p, inverse, rows.side[e / 2],
+                              side_at(m.table(stage), kSize, kKeyWeight, c),
+                              a.class_token && row0 + r == 0,
+                              a.class_token && key_tile == 0 && c == 0);
+  };
+
+  if constexpr (kStats) {
+    A extra[2] = {A(0), A(0)};
+    m.each(
+        key_tiles,
+        [&](int key_tile, int stage) {
+          m.load(m.tile(0, stage), a, a.k, image, head, key_tile * kSize, kSize);
+          fill_key_table<T, kStats>(m.table(stage), kSize, a, image, head, key_tile * kSize, thread,
+                                    threads);
+        },
+        [&](int key_tile, int stage) {
+          if (!active) return;
+          map(key_tile, stage);
+          each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+            extra[e / 2] += s[n][e] * from_statistics(key_tile, stage, e, r, c, s[n][e]);
+          });
+        });
+    if (active) {
+      A* delta = a.planes + ((kDelta * a.batch + image) * a.heads + head) * a.tokens;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rows.delta[r] += row_sum(extra[r]);
+        const int row = row0 + lane.g + 8 * r;
+        if (place.piece == 0 && lane.t == 0 && row < a.tokens) delta[row] = rows.delta[r];
+      }
+    }
+  }
+
+  A dq[kOut / 8][4];
+  clear(dq);
+  m.each(
+      key_tiles,
+      [&](int key_tile, int stage) {
+        m.load(m.tile(0, stage), a, a.k, image, head, key_tile * kSize, kSize);
+        m.load(m.tile(1, stage), a, a.v, image, head, key_tile * kSize, kSize);
+        fill_key_table<T, kStats>(m.table(stage), kSize, a, image, head, key_tile * kSize, thread,
+                                  threads);
+      },
+      [&](int key_tile, int stage) {
+        if (!active) return;
+        const int keys = min(kSize, a.tokens - key_tile * kSize);
+        map(key_tile, stage);
+        A d[kTiles][4];
+        clear(d);
+        multiply_transposed<T>(d, m.rows(1), m.tile(1, stage), m.stride, a.depth, keys);
+        each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+          A gradient = d[n][e] - rows.delta[e / 2];
+          if constexpr (kStats) gradient += from_statistics(key_tile, stage, e, r, c, s[n][e]);
+          s[n][e] *= gradient;
+        });
+        multiply<T>(dq, s, m.tile(0, stage) + column0, m.stride, keys, a.depth - column0,
+                    m.warp_scratch());
+      });
+  if (active)
+    write_gradient(a.dq, a, image, head, row0, column0, dq, static_cast<A>(a.scale));
+}
+
+// ---- dk, dv, keep ------------------------------------------------------------------------------
+
+// Rows are keys and columns are queries here.
+template <typename T, int kOut, bool kStats>
+__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+    attention_key_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
+  using A = Acc<T>;
+  using Tiles = BackwardTiles<T, kOut>;
+  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const Tiles m(shared_memory, a.depth);
+  const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const Place place = place_of(a, pieces, tiles);
+  const int64_t image = place.image, head = place.head;
+  const int block_row = 16 * m.warps * place.tile, row0 = block_row + 16 * m.warp();
+  const int column0 = place.piece * kOut;
+  const bool active = row0 < a.tokens;
+  const bool keep_wanted = a.keep_partial != nullptr && place.piece == 0;
+  m.load(m.block_rows(0), a, a.k, image, head, block_row, 16 * m.warps);
+  m.load(m.block_rows(1), a, a.v, image, head, block_row, 16 * m.warps);
+
+  A hide[2];
+  Side<A> side[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = row0 + lane.g + 8 * r, role = role_of(a, image, row);
+    hide[r] = hiding<A>(role);
+    if constexpr (kStats) {
+      const auto value = [&](Plane plane) {
+        return row < a.tokens ? plane_of(a, plane, image, head)[row] : A(0);
+      };
+      side[r] = {role == kPatch ? A(1) : A(0), value(kColShift), value(kColSlope), value(kClsOut)};
+    }
+  }
+  const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
+  const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
+  A dk[kOut / 8][4], dv[kOut / 8][4], dkeep[2] = {A(0), A(0)};
+  clear(dk);
+  clear(dv);
+  m.each(
+      (a.tokens + kSize - 1) / kSize,
+      [&](int query_tile, int stage) {
+        m.load(m.tile(0, stage), a, a.q, image, head, query_tile * kSize, kSize);
+        m.load(m.tile(1, stage), a, a.grad_out, image, head, query_tile * kSize, kSize);
+        fill_query_table<T, kStats>(m.table(stage), kSize, a, image, head, query_tile * kSize,
+                                    thread, threads);
+      },
+      [&](int query_tile, int stage) {
+        if (!active) return;
+        const int first = query_tile * kSize, queries = min(kSize, a.tokens - first);
+        const A* table = m.table(stage);
+        A s[kTiles][4], d[kTiles][4];
+        clear(s);
+        multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth, queries);
+        clear(d);
+        multiply_transposed<T>(d, m.rows(1), m.tile(1, stage), m.stride, a.depth, queries);
+        each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+          const bool self = row0 + r == first + c;
+          const bool seen = hide[e / 2] == A(0) || self;
+          A x = s[n][e] * scale - table[kQueryLse * kSize + c];
+          if (a.bias != nullptr)
+            x += kLogitUnit<T> * bias_at<A>(a, image, head, first + c, row0 + r);
+          const A p = seen ? exponential<T>(x) : A(0);
+          if (keep_wanted && !self) {
+            const A w = seen ? p : A(1) / (A(1) + exponential<T>(-x));
+            dkeep[e / 2] += w * (d[n][e] - table[kQueryOwn * kSize + c]);
+          }
+          A gradient = d[n][e] - table[kQueryDelta * kSize + c];
+          if constexpr (kStats)
+            gradient += statistic_gradient(
+                p, inverse, side_at(table, kSize, kQueryWeight, c), side[e / 2],
+                a.class_token && first + c == 0, a.class_token && row0 + r == 0);
+          s[n][e] = p;
+          d[n][e] = p * gradient;
+        });
+        multiply<T>(dv, s, m.tile(1, stage) + column0, m.stride, queries, a.depth - column0,
+                    m.warp_scratch());
+        multiply<T>(dk, d, m.tile(0, stage) + column0, m.stride, queries, a.depth - column0,
+                    m.warp_scratch());
+      });
+  if (!active) return;
+  write_gradient(a.dk, a, image, head, row0, column0, dk, static_cast<A>(a.scale));
+  write_gradient(a.dv, a, image, head, row0, column0, dv, A(1));
+  if (!keep_wanted) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const A total = row_sum(dkeep[r]);
+    const int row = row0 + lane.g + 8 * r;
+    if (lane.t == 0 && row < a.tokens)
+      a.keep_partial[(image * a.heads + head) * a.tokens + row] = total;
+  }
+}
+
+// dkeep [B, N-P]: heads in order; one thread per patch token.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    keep_gradient_kernel(const BackwardArgs<T> a, Acc<T>* dkeep, int64_t items) {
+  const int patches = a.tokens - a.prefix;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < items;
+       i += step) {
+    const int64_t image = i / patches, token = a.prefix + i % patches;
+    Acc<T> total = Acc<T>(0);
+    for (int64_t head = 0; head < a.heads; ++head)
+      total += a.keep_partial[(image * a.heads + head) * a.tokens + token];
+    dkeep[i] = total;
+  }
+}
+
+// ---- bias --------------------------------------------------------------------------------------
+
+// Place: tile = key tile + key tiles * query tile; image counts images of the bias.
+template <typename T, bool kStats>
+__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+    attention_bias_kernel(const BackwardArgs<T> a, int query_tiles, int key_tiles) {
+  using A = Acc<T>;
+  using Tiles = BackwardTiles<T, 64>;
+  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const Tiles m(shared_memory, a.depth);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const Place place = place_of(a, 1, query_tiles * key_tiles);
+  const int64_t head = place.head;
+  const int first = place.tile % key_tiles * kSize;
+  const int block_row = 16 * m.warps * (place.tile / key_tiles), row0 = block_row + 16 * m.warp();
+  const int keys = min(kSize, a.tokens - first);
+  const bool shared_bias = a.bias_images != a.batch;
+  const int64_t image_begin = shared_bias ? 0 : place.image;
+  const int64_t image_end = shared_bias ? a.batch : place.image + 1;
+
+  A total[kTiles][4];
+  clear(total);
+  for (int64_t image = image_begin; image < image_end; ++image) {
+    __syncthreads();
+    m.load(m.block_rows(0), a, a.q, image, head, block_row, 16 * m.warps);
+    m.load(m.block_rows(1), a, a.grad_out, image, head, block_row, 16 * m.warps);
+    m.load(m.tile(0, 0), a, a.k, image, head, first, kSize);
+    m.load(m.tile(1, 0), a, a.v, image, head, first, kSize);
+    fill_key_table<T, kStats>(m.table(0), kSize, a, image, head, first, thread, threads);
+    copy_async_wait();
+    __syncthreads();
+    if (row0 >= a.tokens) continue;
+    const QueryRows<A> rows =
+        query_rows<T, kStats>(a, image, head, row0, kStats ? kDelta : kOwn);
+    const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
+    A s[kTiles][4], d[kTiles][4];
+    clear(s);
+    multiply_transposed<T>(s, m.rows(0), m.tile(0, 0), m.stride, a.depth, keys);
+    to_logits<T>(s, a, image, head, row0, first, kSize, m.table(0) + kHide * kSize);
+    clear(d);
+    multiply_transposed<T>(d, m.rows(1), m.tile(1, 0), m.stride, a.depth, keys);
+    each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+      const A p = exponential<T>(s[n][e] - rows.lse[e / 2]);
+      A gradient = d[n][e] - rows.delta[e / 2];
+      if constexpr (kStats)
+        gradient += statistic_gradient(p, inverse, rows.side[e / 2],
+                                       side_at(m.table(0), kSize, kKeyWeight, c),
+                                       a.class_token && row0 + r == 0,
+                                       a.class_token && first + c == 0);
+      total[n][e] += p * gradient;
+    });
+  }
+  A* to = a.dbias + (place.image * a.heads + head) * a.tokens * a.tokens;
+  each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+    if (row0 + r < a.tokens && first + c < a.tokens)
+      to[static_cast<int64_t>(row0 + r) * a.tokens + first + c] = total[n][e];
+  });
+}
+
+}  // namespace spot

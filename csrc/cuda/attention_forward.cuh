@@ -1,0 +1,541 @@
+// Forward kernels of attention_stats. One warp works on 16 query rows.
+//
+// attention_rows_kernel (16-bit types, at most 256 tokens): one block per image and head holds all
+// keys and values in shared memory, a warp a complete 16 x N map in registers. Column sums stay in
+// the block. Reads q, k, v once and writes each result once; no scratch.
+//
+// attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles. With
+// statistics it does so twice: the first pass finds the maximum and sum of each row, the second has
+// final values of the map, from which it takes the product with v, row statistics and, per query
+// tile, column sums [B, H, tiles, 2, N], which column_statistics_kernel adds up in order. Without
+// statistics one pass with a running maximum is enough.
+//
+// Statistics are accumulated around 1/n: c = p - 1/n is small where E[p^2] - mean^2 would cancel.
+#pragma once
+
+#include "attention.cuh"
+
+namespace spot {
+
+template <typename T>
+struct ForwardArgs : AttentionArgs {
+  T* out;            // [B, N, H, D]
+  Acc<T>* stats;     // [B, N, H, 6]
+  Acc<T>* lse;       // [B, N, H]
+  Acc<T>* partial;   // [B, H, tiles, 2, N], loop with statistics
+};
+
+constexpr int kLoopWarps = 4;
+
+// Keys per tile of the loop kernel.
+template <typename T>
+constexpr int kForwardKeys = kTensorCores<T> ? 64 : 32;
+// Buffers for tiles: copies of the next tile run under the products of this one.
+template <typename T>
+constexpr int kStages = kTensorCores<T> ? 2 : 1;
+
+// Values and columns as statistics see them, of one warp's rows row0.. and one pair of result tiles
+// (16 columns). e: unnormalised map; per_row: 1 / row sum for kept patch rows, 0 for others; weight:
+// 1 for columns that are kept patches, 0 for others. Adds to the sums of c and c^2 of rows g and
+// g + 8, and returns those of one column over the 16 rows: lane (g, t) gets column
+// 8 (g / 4) + 2t + g % 2 of the pair, the sum of c where g / 2 % 2 == 0, of c^2 where it is 1.
+template <typename A>
+__device__ inline A pair_statistics(const A (&even)[4], const A (&odd)[4], const A (&per_row)[2],
+                                    const A (&shift)[2], const A* weight, A (&sum)[2],
+                                    A (&square)[2]) {
+  const int t = this_lane().t;
+  A v[8];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const A(&e)[4] = half ? odd : even;
+    const Pair<A> w = *reinterpret_cast<const Pair<A>*>(weight + 8 * half + 2 * t);
+    A c[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[i] = (e[i] * per_row[i / 2] - shift[i / 2]) * (i % 2 ? w.second : w.first);
+      sum[i / 2] += c[i];
+      square[i / 2] += c[i] * c[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      v[4 * half + i] = c[i] + c[2 + i];
+      v[4 * half + 2 + i] = c[i] * c[i] + c[2 + i] * c[2 + i];
+    }
+  }
+  return column_sums(v);
+}
+
+// Where the value that pair_statistics returned belongs among 32: 16 sums, then 16 squares.
+__device__ inline int statistic_slot() {
+  const Lane lane = this_lane();
+  return lane.g / 2 % 2 * 16 + lane.g / 4 * 8 + 2 * lane.t + lane.g % 2;
+}
+// Its inverse: slot of the sum of column c; the squares are 16 further.
+__device__ inline int column_slot(int column) { return column / 16 * 32 + column % 16; }
+
+// The statistics row of a token.
+template <typename T>
+__device__ inline Acc<T>* stats_row(const ForwardArgs<T>& a, int64_t image, int64_t head,
+                                    int token) {
+  return a.stats + ((image * a.tokens + token) * a.heads + head) * 6;
+}
+
+// From sums of c and c^2: mean and variance of p.
+template <typename A>
+__device__ inline void write_moments(A* mean_and_variance, bool counted, A sum, A square, A inverse) {
+  const A shift = sum * inverse;
+  mean_and_variance[0] = counted ? shift + inverse : A(0);
+  mean_and_variance[1] = counted ? not_below_zero(square * inverse - shift * shift) : A(0);
+}
+
+// Entries 0 to 3 of the statistics that a warp knows of the rows and columns it has seen.
+// cls_in and the moments of rows row0.. come from the four lanes of a row.
+template <typename T>
+__device__ inline void write_row_statistics(const ForwardArgs<T>& a, int64_t image, int64_t head,
+                                            int row0, const bool (&counted)[2],
+                                            const Acc<T> (&cls_in)[2], Acc<T> (&sum)[2],
+                                            Acc<T> (&square)[2], Acc<T> inverse) {
+  using A = Acc<T>;
+  const Lane lane = this_lane();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const A total = row_sum(sum[r]), squares = row_sum(square[r]);
+    const int row = row0 + lane.g + 8 * r;
+    if (lane.t != 0 || row >= a.tokens) continue;
+    A* to = stats_row(a, image, head, row);
+    to[1] = counted[r] && a.class_token ? cls_in[r] : A(0);
+    write_moments(to + 2, counted[r], total, squares, inverse);
+  }
+}
+
+// What the class token takes from the tokens of a tile: row 0, in the lanes with g == 0 of the warp
+// that has it. `weight` is per column of the tile.
+template <typename T, int kTiles>
+__device__ inline void write_cls_out(const ForwardArgs<T>& a, int64_t image, int64_t head,
+                                     int column0, const Acc<T> (&e)[kTiles][4], Acc<T> inverse_sum,
+                                     const Acc<T>* weight) {
+  using A = Acc<T>;
+  const Lane lane = this_lane();
+  if (lane.g != 0) return;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int c = 8 * n + 2 * lane.t + i;
+      if (column0 + c >= a.tokens) continue;
+      const bool counted = a.class_token && weight[c] != A(0);
+      stats_row(a, image, head, column0 + c)[0] = counted ? e[n][i] * inverse_sum : A(0);
+    }
+  }
+}
+
+// Columns [column0, column0 + size of o) of the rows row0.. of out.
+template <typename T, int kOutTiles>
+__device__ inline void write_out(const ForwardArgs<T>& a, int64_t image, int64_t head, int row0,
+                                 int column0, const Acc<T> (&o)[kOutTiles][4],
+                                 const Acc<T> (&inverse_sum)[2]) {
+  const Lane lane = this_lane();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = row0 + lane.g + 8 * r;
+    if (row >= a.tokens) continue;
+    T* to = a.out + ((image * a.tokens + row) * a.heads + head) * a.dim;
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n)
+      store_two(to, column0 + 8 * n + 2 * lane.t, a.dim, o[n][2 * r] * inverse_sum[r],
+                o[n][2 * r + 1] * inverse_sum[r]);
+  }
+}
+
+template <typename T>
+__device__ inline void write_lse(const ForwardArgs<T>& a, int64_t image, int64_t head, int row0,
+                                 const Acc<T> (&top)[2], const Acc<T> (&sum)[2]) {
+  const Lane lane = this_lane();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = row0 + lane.g + 8 * r;
+    if (lane.t == 0 && row < a.tokens)
+      a.lse[(image * a.tokens + row) * a.heads + head] =
+          (top[r] + logarithm<T>(sum[r])) / kLogitUnit<T>;
+  }
+}
+
+// ---- all keys in one block ---------------------------------------------------------------------
+
+// Shared memory: k, v [N16, stride], q [warps, 16, stride], hide, weight [kKeys], and with
+// statistics column sums [warps, 2 kKeys].
+template <typename T, int kKeys, bool kStats>
+size_t rows_shared(int tokens, int depth, int warps) {
+  const size_t tiles = (2 * round_up(tokens, 16) + 16 * warps) * tile_stride<T>(depth) * sizeof(T);
+  return tiles + (2 + (kStats ? 2 * warps : 0)) * kKeys * sizeof(float);
+}
+
+template <typename T, int kKeys, bool kStats>
+__global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T> a) {
+  static_assert(kTensorCores<T> && kKeys % 16 == 0);
+  constexpr int kTiles = kKeys / 8;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const Lane lane = this_lane();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int64_t image = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
+  const int keys = round_up(a.tokens, 16), stride = tile_stride<T>(a.depth);
+  T* k_tile = reinterpret_cast<T*>(shared_memory);
+  T* v_tile = k_tile + keys * stride;
+  T* q_tile = v_tile + keys * stride + warp * 16 * stride;
+  float* hide = reinterpret_cast<float*>(v_tile + (keys + 16 * warps) * stride);
+  float* weight = hide + kKeys;
+  float* sums = weight + kKeys;  // [warps, 2 kKeys]
+  float* own_sums = sums + warp * 2 * kKeys;
+
+  const T* q = origin<T>(a.q, image, head);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  load_tile(k_tile, stride, origin<T>(a.k, image, head), a.k, a.tokens, a.dim, 0, keys, 0, a.depth,
+            thread, threads);
+  load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, 16 * warp, 16, 0, a.depth, lane.index, kWarp);
+  load_tile(v_tile, stride, origin<T>(a.v, image, head), a.v, a.tokens, a.dim, 0, keys, 0, a.depth,
+            thread, threads);
+  for (int j = thread; j < kKeys; j += threads) {
+    const int role = role_of(a, image, j);
+    hide[j] = hiding<float>(role);
+    weight[j] = role == kPatch ? 1.0f : 0.0f;
+  }
+  if constexpr (kStats)
+    for (int j = thread; j < warps * 2 * kKeys; j += threads) sums[j] = 0.0f;
+  const float inverse = kStats ? inverse_count<float>(a, image) : 0.0f;
+  copy_async_wait();
+  __syncthreads();
+
+  for (int row0 = 16 * warp; row0 < a.tokens; row0 += 16 * warps) {
+    copy_async_wait();
+    __syncwarp();
+    float s[kTiles][4];
+    clear(s);
+    multiply_transposed<T>(s, q_tile, k_tile, stride, a.depth, keys);
+    __syncwarp();  // all lanes have read q: the next rows may come in
+    if (row0 + 16 * warps < a.tokens)
+      load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, row0 + 16 * warps, 16, 0, a.depth,
+                lane.index, kWarp);
+    to_logits<T>(s, a, image, head, row0, 0, keys, hide);
+
+    float top[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {0.0f, 0.0f};
+    each_element<kTiles>(keys, [&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[r] = finite_top(row_max(top[r]));
+    each_element<kTiles>(keys, [&](int n, int e, int, int) {
+      s[n][e] = exp2_fast(s[n][e] - top[e / 2]);
+      sum[e / 2] += s[n][e];
+    });
+    float inverse_sum[2];
+    bool counted[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = row0 + lane.g + 8 * r;
+      sum[r] = row_sum(sum[r]);
+      inverse_sum[r] = row < a.tokens ? 1.0f / sum[r] : 0.0f;
+      counted[r] = row < a.tokens && weight[row] != 0.0f;
+    }
+    write_lse(a, image, head, row0, top, sum);
+
+    if constexpr (kStats) {
+      float per_row[2], shift[2], c_sum[2] = {0.0f, 0.0f}, c_square[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        per_row[r] = counted[r] ? inverse_sum[r] : 0.0f;
+        shift[r] = counted[r] ? inverse : 0.0f;
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        if (8 * n >= keys) continue;
+        own_sums[8 * n * 2 + statistic_slot()] +=
+            pair_statistics(s[n], s[n + 1], per_row, shift, weight + 8 * n, c_sum, c_square);
+      }
+      const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
+      write_row_statistics(a, image, head, row0, counted, cls_in, c_sum, c_square, inverse);
+      if (row0 == 0) write_cls_out<T>(a, image, head, 0, s, inverse_sum[0], weight);
+    }
+
+    for (int column = 0; column < a.depth; column += 64) {
+      float o[8][4];
+      clear(o);
+      multiply<T>(o, s, v_tile + column, stride, keys, a.depth - column, static_cast<T*>(nullptr));
+      write_out(a, image, head, row0, column, o, inverse_sum);
+    }
+  }
+
+  if constexpr (kStats) {
+    __syncthreads();
+    for (int j = thread; j < a.tokens; j += threads) {
+      float c_sum = 0.0f, c_square = 0.0f;
+      for (int w = 0; w < warps; ++w) {
+        c_sum += sums[w * 2 * kKeys + column_slot(j)];
+        c_square += sums[w * 2 * kKeys + column_slot(j) + 16];
+      }
+      write_moments(stats_row(a, image, head, j) + 4, weight[j] != 0.0f, c_sum, c_square, inverse);
+    }
+  }
+}
+
+// ---- loop over keys ----------------------------------------------------------------------------
+
+// Shared memory: q [16 warps, stride]; per stage k [keys, stride] and v [keys, stride of kOut]; per
+// warp scratch of the product; per stage hide, weight [keys] and, with statistics, column sums
+// [warps, 2 keys].
+template <typename T, int kOut, bool kStats>
+size_t loop_shared(int depth, int warps) {
+  constexpr int kKeys = kForwardKeys<T>;
+  const size_t row = tile_stride<T>(depth), out_row = tile_stride<T>(kOut);
+  const size_t values = 16 * warps * row + kStages<T> * kKeys * (row + out_row) +
+                        warps * kProductScratch<T, kKeys / 8>;
+  const size_t tables = kStages<T> * kKeys * (2 + (kStats ? 2 * warps : 0));
+  return values * sizeof(T) + tables * sizeof(Acc<T>);
+}
+
+template <typename T, int kOut, bool kStats>
+__global__ void __launch_bounds__(kLoopWarps* kWarp)
+    attention_loop_kernel(const ForwardArgs<T> a, int tiles, int pieces) {
+  using A = Acc<T>;
+  constexpr int kKeys = kForwardKeys<T>, kTiles = kKeys / 8, kOutTiles = kOut / 8;
+  constexpr int kOutStride = tile_stride<T>(kOut);
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int warp = thread / kWarp, warps = threads / kWarp;
+  const Place place = place_of(a, pieces, tiles);
+  const int64_t image = place.image, head = place.head;
+  const int piece = place.piece, tile = place.tile;
+  const int stride = tile_stride<T>(a.depth);
+  const int column0 = piece * kOut, out_columns = min(kOut, a.depth - column0);
+  T* q_tile = reinterpret_cast<T*>(shared_memory);
+  T* k_tiles = q_tile + 16 * warps * stride;
+  T* v_tiles = k_tiles + kStages<T> * kKeys * stride;
+  T* scratch = v_tiles + kStages<T> * kKeys * kOutStride;
+  A* hides = reinterpret_cast<A*>(scratch + warps * kProductScratch<T, kTiles>);
+  A* weights = hides + kStages<T> * kKeys;
+  A* sums = weights + kStages<T> * kKeys;  // [stages, warps, 2 keys]
+  scratch += warp * kProductScratch<T, kTiles>;
+
+  const T* k = origin<T>(a.k, image, head);
+  const T* v = origin<T>(a.v, image, head);
+  const int key_tiles = (a.tokens + kKeys - 1) / kKeys;
+  const int row0 = 16 * (tile * warps + warp);
+  const bool active = row0 < a.tokens;  // others still load and meet at barriers
+
+  const auto load_stage = [&](int key_tile, bool with_values) {
+    const int stage = key_tile % kStages<T>, first = key_tile * kKeys;
+    load_tile(k_tiles + stage * kKeys * stride, stride, k, a.k, a.tokens, a.dim, first, kKeys, 0,
+              a.depth, thread, threads);
+    if (with_values)
+      load_tile(v_tiles + stage * kKeys * kOutStride, kOutStride, v, a.v, a.tokens, a.dim, first,
+                kKeys, column0, out_columns, thread, threads);
+    for (int j = thread; j < kKeys; j += threads) {
+      const int role = role_of(a, image, first + j);
+      hides[stage * kKeys + j] = hiding<A>(role);
+      weights[stage * kKeys + j] = role == kPatch ? A(1) : A(0);
+    }
+  };
+  // Calls f(key tile, stage) for all tiles in order. At each call the tile is there, and all warps
+  // are done with the call before.
+  const auto each_key_tile = [&](bool with_values, auto&& f) {
+    __syncthreads();
+    if (kStages<T> == 2) load_stage(0, with_values);
+    for (int key_tile = 0; key_tile < key_tiles; ++key_tile) {
+      if (kStages<T> == 1) {
+        __syncthreads();
+        load_stage(key_tile, with_values);
+      }
+      copy_async_wait();
+      __syncthreads();
+      if (kStages<T> == 2 && key_tile + 1 < key_tiles) load_stage(key_tile + 1, with_values);
+      f(key_tile, key_tile % kStages<T>);
+    }
+  };
+  A s[kTiles][4];
+  const auto logits = [&](int key_tile, int stage) {
+    const int columns = min(kKeys, a.tokens - key_tile * kKeys);
+    clear(s);
+    multiply_transposed<T>(s, q_tile + warp * 16 * stride, k_tiles + stage * kKeys * stride, stride,
+                           a.depth, columns);
+    to_logits<T>(s, a, image, head, row0, key_tile * kKeys, kKeys, hides + stage * kKeys);
+  };
+
+  load_tile(q_tile, stride, origin<T>(a.q, image, head), a.q, a.tokens, a.dim,
+            16 * tile * warps, 16 * warps, 0, a.depth, thread, threads);
+  A top[2] = {-infinity<A>(), -infinity<A>()}, sum[2] = {A(0), A(0)};
+  // Takes a tile of logits into the running maximum and sum (this lane's columns); returns in
+  // `factor` what earlier sums are to be multiplied with, and leaves exponentials in s.
+  const auto running = [&](A(&factor)[2]) {
+    A highest[2] = {top[0], top[1]};
+    each_element<kTiles>(kKeys,
+                         [&](int n, int e, int, int) { highest[e / 2] = max(highest[e / 2], s[n][e]); });
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      highest[r] = row_max(highest[r]);
+      factor[r] = exponential<T>(top[r] - finite_top(highest[r]));
+      top[r] = highest[r];
+      sum[r] *= factor[r];
+    }
+    each_element<kTiles>(kKeys, [&](int n, int e, int, int) {
+      s[n][e] = exponential<T>(s[n][e] - finite_top(top[e / 2]));
+      sum[e / 2] += s[n][e];
+    });
+  };
+  A inverse_sum[2] = {A(0), A(0)};
+  // The sums of whole rows, once all keys were seen.
+  const auto finish_rows = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = row_sum(sum[r]);
+      top[r] = finite_top(top[r]);
+      inverse_sum[r] = row0 + lane.g + 8 * r < a.tokens ? A(1) / sum[r] : A(0);
+    }
+    if (piece == 0) write_lse(a, image, head, row0, top, sum);
+  };
+
+  A o[kOutTiles][4];
+  clear(o);
+  const auto add_values = [&](int key_tile, int stage) {
+    multiply<T>(o, s, v_tiles + stage * kKeys * kOutStride, kOutStride,
+                min(kKeys, a.tokens - key_tile * kKeys), out_columns, scratch);
+  };
+
+  if constexpr (!kStats) {
+    each_key_tile(true, [&](int key_tile, int stage) {
+      if (!active) return;
+      logits(key_tile, stage);
+      A factor[2];
+      running(factor);
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[n][e] *= factor[e / 2];
+      add_values(key_tile, stage);
+    });
+    if (active) finish_rows();
+  } else {
+    each_key_tile(false, [&](int key_tile, int stage) {
+      if (!active) return;
+      logits(key_tile, stage);
+      A factor[2];
+      running(factor);
+    });
+    const A inverse = inverse_count<A>(a, image);
+    A per_row[2], shift[2], c_sum[2] = {A(0), A(0)}, c_square[2] = {A(0), A(0)};
+    A cls_in[2] = {A(0), A(0)};
+    bool counted[2] = {false, false};
+    if (active) {
+      finish_rows();
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        counted[r] = role_of(a, image, row0 + lane.g + 8 * r) == kPatch;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      per_row[r] = counted[r] ? inverse_sum[r] : A(0);
+      shift[r] = counted[r] ? inverse : A(0);
+    }
+    // Column sums of a key tile, over the warps in order; all warps have written theirs.
+    A* partial = a.partial + ((image * a.heads + head) * tiles + tile) * 2 * a.tokens;
+    const auto flush = [&](int key_tile) {
+      const A* from = sums + key_tile % kStages<T> * warps * 2 * kKeys;
+      for (int j = thread; j < 2 * kKeys; j += threads) {
+        const int column = j % kKeys, square = j / kKeys;
+        if (piece != 0 || key_tile * kKeys + column >= a.tokens) continue;
+        A total = A(0);
+        for (int w = 0; w < warps; ++w)
+          if (16 * (tile * warps + w) < a.tokens)
+            total += from[w * 2 * kKeys + column_slot(column) + 16 * square];
+        partial[square * static_cast<int64_t>(a.tokens) + key_tile * kKeys + column] = total;
+      }
+    };
+    each_key_tile(true, [&](int key_tile, int stage) {
+      // With two stages the sums of the tile before are complete, and this tile has its own.
+      if (kStages<T> == 2 && key_tile > 0) flush(key_tile - 1);
+      if (active) {
+        logits(key_tile, stage);
+        each_element<kTiles>(kKeys, [&](int n, int e, int, int) {
+          s[n][e] = exponential<T>(s[n][e] - top[e / 2]);
+        });
+        A* own_sums = sums + (stage * warps + warp) * 2 * kKeys;
+        const A* weight = weights + stage * kKeys;
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2)
+          own_sums[8 * n * 2 + statistic_slot()] =
+              pair_statistics(s[n], s[n + 1], per_row, shift, weight + 8 * n, c_sum, c_square);
+        if (piece == 0 && row0 == 0)
+          write_cls_out<T>(a, image, head, key_tile * kKeys, s, inverse_sum[0], weight);
+        if (key_tile == 0) {
+          cls_in[0] = s[0][0] * inverse_sum[0];  // where t == 0
+          cls_in[1] = s[0][2] * inverse_sum[1];
+        }
+        add_values(key_tile, stage);
+      }
+      if (kStages<T> == 1) {
+        __syncthreads();
+        flush(key_tile);
+      }
+    });
+    if (kStages<T> == 2) {
+      __syncthreads();
+      flush(key_tiles - 1);
+    }
+    if (active && piece == 0)
+      write_row_statistics(a, image, head, row0, counted, cls_in, c_sum, c_square, inverse);
+  }
+  if (active) write_out(a, image, head, row0, column0, o, inverse_sum);
+}
+
+// Entries 4 and 5 of the statistics from the sums of all query tiles; one thread per column.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    column_statistics_kernel(const ForwardArgs<T> a, int tiles, int64_t columns) {
+  using A = Acc<T>;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < columns;
+       i += step) {
+    const int64_t slice = i / a.tokens, image = slice / a.heads, head = slice % a.heads;
+    const int token = static_cast<int>(i % a.tokens);
+    const A* from = a.partial + slice * tiles * 2 * a.tokens + token;
+    A c_sum = A(0), c_square = A(0);
+    for (int tile = 0; tile < tiles; ++tile) {
+      c_sum += from[tile * 2 * static_cast<int64_t>(a.tokens)];
+      c_square += from[(tile * 2 + 1) * static_cast<int64_t>(a.tokens)];
+    }
+    write_moments(stats_row(a, image, head, token) + 4, role_of(a, image, token) == kPatch, c_sum,
+                  c_square, inverse_count<A>(a, image));
+  }
+}
+
+// ---- masks -------------------------------------------------------------------------------------
+
+// One block per image: roles [B, N] and the number of kept patch tokens; first_bad[b] is the first
+// position whose value is neither 0 nor 1, or the number of positions.
+template <typename M>
+__global__ void __launch_bounds__(256)
+    roles_kernel(const M* keep, int64_t batch_stride, int64_t stride, int tokens, int prefix,
+                 uint8_t* roles, int32_t* counts, int32_t* first_bad) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  int* partial = reinterpret_cast<int*>(shared_memory);  // [32]
+  keep += blockIdx.x * batch_stride;
+  roles += blockIdx.x * static_cast<int64_t>(tokens);
+  int count = 0, bad = tokens - prefix;
+  for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
+    if (i < prefix) {
+      roles[i] = kPrefix;
+      continue;
+    }
+    const Acc<M> value = load(keep[(i - prefix) * stride]);
+    const bool kept = value > Acc<M>(0.5);
+    if (value != Acc<M>(0) && value != Acc<M>(1)) bad = min(bad, i - prefix);
+    roles[i] = kept ? kPatch : kDropped;
+    count += kept ? 1 : 0;
+  }
+  count = block_sum(count, partial);
+  bad = -block_max(-bad, partial);
+  if (threadIdx.x == 0) {
+    counts[blockIdx.x] = count;
+    first_bad[blockIdx.x] = bad;
+  }
+}
+
+}  // namespace spot

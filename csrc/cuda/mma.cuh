@@ -1,0 +1,224 @@
+// Products of 16-row tiles, one warp each: tensor cores for 16-bit types, plain arithmetic for float
+// and double. Both leave results in the fragment layout of ptx.cuh, so kernels are written once:
+// lane = 4 g + t holds of tile n (8 columns) s[n][0], s[n][1] = (g, 8n + 2t), (g, 8n + 2t + 1) and
+// s[n][2], s[n][3] = the same columns of row g + 8.
+//
+// Tiles in shared memory are row-major. Rows are a multiple of 16 values (zero filled) plus 16 bytes
+// long: 16-byte aligned, and 8 consecutive rows start in different banks.
+#pragma once
+
+#include "block.cuh"
+#include "ptx.cuh"
+
+namespace spot {
+
+template <typename T>
+constexpr bool kTensorCores = sizeof(T) == 2;
+
+// Values in 16 bytes.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct alignas(16) Vector {
+  T at[kVector<T>];
+};
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
+// Row length of a shared tile of `columns` values (a multiple of 16).
+template <typename T>
+__host__ __device__ constexpr int tile_stride(int columns) {
+  return columns + kVector<T>;
+}
+
+struct Lane {
+  int index, g, t;
+};
+
+__device__ inline Lane this_lane() {
+  const int index = static_cast<int>(threadIdx.x) % kWarp;
+  return {index, index / 4, index % 4};
+}
+
+// Two values side by side in one register, the first in the lower half.
+template <typename T>
+__device__ inline uint32_t pack(float first, float second) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 both = __floats2half2_rn(first, second);
+    memcpy(&packed, &both, sizeof(packed));
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    memcpy(&packed, &both, sizeof(packed));
+  }
+  return packed;
+}
+
+template <int kTiles, typename A>
+__device__ inline void clear(A (&s)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = A(0);
+}
+
+// f(tile, element, row, column) for what this lane holds of the first `columns` columns.
+template <int kTiles, typename F>
+__device__ inline void each_element(int columns, F&& f) {
+  const Lane lane = this_lane();
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    if (8 * n >= columns) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) f(n, e, lane.g + 8 * (e / 2), 8 * n + 2 * lane.t + e % 2);
+  }
+}
+
+// s += a b^T over `depth` (a multiple of 16) columns. a: 16 rows; b: `rows` rows, one per column of
+// s; columns of s from the next multiple of 16 on are left alone.
+template <typename T, int kTiles>
+__device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
+                                           int stride, int depth, int rows) {
+  static_assert(kTiles % 2 == 0);
+  const Lane lane = this_lane();
+  if constexpr (kTensorCores<T>) {
+    // Matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15: the order of a[0..3].
+    a += (lane.index % 16) * stride + lane.index / 16 * 8;
+    // Matrices of b: rows 0-7, columns 0-7 and 8-15 (b0, b1 of the even tile), then rows 8-15.
+    b += (lane.index % 8 + lane.index / 16 * 8) * stride + lane.index / 8 % 2 * 8;
+    for (int k = 0; k < depth; k += 16) {
+      uint32_t af[4];
+      load_matrices(af, a + k);
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        if (8 * n >= rows) continue;
+        uint32_t bf[4];
+        load_matrices(bf, b + 8 * n * stride + k);
+        mma<T>(s[n], af, bf[0], bf[1]);
+        mma<T>(s[n + 1], af, bf[2], bf[3]);
+      }
+    }
+  } else {
+    using V = Vector<T>;
+    a += lane.g * stride;
+    b += 2 * lane.t * stride;
+    for (int k = 0; k < depth; k += kVector<T>) {
+      const V a0 = *reinterpret_cast<const V*>(a + k);
+      const V a1 = *reinterpret_cast<const V*>(a + 8 * stride + k);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        if (8 * n >= rows) continue;
+        const V b0 = *reinterpret_cast<const V*>(b + 8 * n * stride + k);
+        const V b1 = *reinterpret_cast<const V*>(b + (8 * n + 1) * stride + k);
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) {
+          s[n][0] += a0.at[i] * b0.at[i];
+          s[n][1] += a0.at[i] * b1.at[i];
+          s[n][2] += a1.at[i] * b0.at[i];
+          s[n][3] += a1.at[i] * b1.at[i];
+        }
+      }
+    }
+  }
+}
+
+// Values of scratch per warp that `multiply` needs (none with tensor cores).
+template <typename T, int kTiles>
+constexpr int kProductScratch = kTensorCores<T> ? 0 : 16 * tile_stride<T>(8 * kTiles);
+
+// o += p b, with p (16 x `rows`, rounded to T) in registers and b: `rows` rows of `columns` values.
+// With tensor cores p and b must be finite (zeros, say) up to the next multiple of 16 rows.
+template <typename T, int kTiles, int kOutTiles>
+__device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], const T* b,
+                                int stride, int rows, int columns, T* scratch) {
+  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0);
+  const Lane lane = this_lane();
+  if constexpr (kTensorCores<T>) {
+    // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0, b1 of the even
+    // tile), then of columns 8-15.
+    b += (lane.index % 16) * stride + lane.index / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < kTiles; k += 2) {
+      if (8 * k >= rows) continue;
+      // Two result tiles side by side are one operand: columns 2t of tile k are a[0], a[1].
+      const uint32_t af[4] = {pack<T>(p[k][0], p[k][1]), pack<T>(p[k][2], p[k][3]),
+                              pack<T>(p[k + 1][0], p[k + 1][1]), pack<T>(p[k + 1][2], p[k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < kOutTiles; n += 2) {
+        if (8 * n >= columns) continue;
+        uint32_t bf[4];
+        load_matrices_transposed(bf, b + 8 * k * stride + 8 * n);
+        mma<T>(o[n], af, bf[0], bf[1]);
+        mma<T>(o[n + 1], af, bf[2], bf[3]);
+      }
+    }
+  } else {
+    constexpr int kStride = tile_stride<T>(8 * kTiles);
+    __syncwarp();  // scratch may still be read from an earlier call
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        scratch[(lane.g + 8 * (e / 2)) * kStride + 8 * n + 2 * lane.t + e % 2] = p[n][e];
+    __syncwarp();
+    for (int k = 0; k < rows; ++k) {
+      const T p0 = scratch[lane.g * kStride + k], p1 = scratch[(lane.g + 8) * kStride + k];
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        if (8 * n >= columns) continue;
+        const Pair<T> v = *reinterpret_cast<const Pair<T>*>(b + k * stride + 8 * n + 2 * lane.t);
+        o[n][0] += p0 * v.first;
+        o[n][1] += p0 * v.second;
+        o[n][2] += p1 * v.first;
+        o[n][3] += p1 * v.second;
+      }
+    }
+  }
+}
+
+// Over the four lanes that share rows g and g + 8.
+template <typename A>
+__device__ inline A row_sum(A x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+template <typename A>
+__device__ inline A row_max(A x) {
+  x = max(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return max(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// Sums v[0..7] over the eight lanes that share t; the lane of row g gets the sum of v[g]. Each step
+// trades half of what is left with a lane of the other half.
+template <typename A>
+__device__ inline A column_sums(A (&v)[8]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = (lane & (4 * half)) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const A mine = upper ? v[i + half] : v[i], theirs = upper ? v[i] : v[i + half];
+      v[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, 4 * half);
+    }
+  }
+  return v[0];
+}
+
+// Stores columns `column` and `column + 1` of a dense row of `size` values, as far as they exist.
+template <typename T>
+__device__ inline void store_two(T* row, int column, int size, Acc<T> first, Acc<T> second) {
+  if (size % 2 == 0) {
+    if (column < size)
+      *reinterpret_cast<Pair<T>*>(row + column) = {store<T>(first), store<T>(second)};
+    return;
+  }
+  if (column < size) row[column] = store<T>(first);
+  if (column + 1 < size) row[column + 1] = store<T>(second);
+}
+
+}  // namespace spot
