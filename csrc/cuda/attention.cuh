@@ -49,6 +49,15 @@ __device__ inline Acc<T> logarithm(Acc<T> x) {
     return log(x);
 }
 
+// 1 ulp more with tensor cores; x / inf = 0.
+template <typename T>
+__device__ inline Acc<T> quotient(Acc<T> x, Acc<T> y) {
+  if constexpr (kTensorCores<T>)
+    return __fdividef(x, y);
+  else
+    return x / y;
+}
+
 template <typename A>
 __device__ inline A infinity() {
   return static_cast<A>(__int_as_float(0x7f800000));
@@ -140,31 +149,32 @@ __device__ inline A bias_at(const AttentionArgs& a, int64_t image, int64_t head,
 // one value per column of the tile. A row always sees itself.
 template <typename T, int kTiles>
 __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, int64_t image,
-                                 int64_t head, int row0, int column0, int columns,
-                                 const Acc<T>* hide) {
+                                 int64_t head, int row0, int column0, const Acc<T>* hide) {
   using A = Acc<T>;
   const Lane lane = this_lane();
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
+  const bool diagonal =
+      a.roles != nullptr && column0 < row0 + 16 && row0 < column0 + 8 * kTiles;
+  if (a.bias == nullptr && !diagonal) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + (e % 2 ? add.second : add.first);
+    }
+    return;
+  }
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    if (8 * n >= columns) continue;
-    const int column = column0 + 8 * n + 2 * lane.t;
     const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
-    A own[4] = {add.first, add.second, add.first, add.second};
-    if (a.roles != nullptr && column0 + 8 * n < row0 + 16 && row0 < column0 + 8 * n + 8) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (row0 + lane.g + 8 * (e / 2) == column + e % 2) own[e] = A(0);
+    for (int e = 0; e < 4; ++e) {
+      const int row = row0 + lane.g + 8 * (e / 2), column = column0 + 8 * n + 2 * lane.t + e % 2;
+      A own = row == column ? A(0) : e % 2 ? add.second : add.first;
+      if (a.bias != nullptr && own == A(0))
+        own = kLogitUnit<T> * bias_at<A>(a, image, head, row, column);
+      s[n][e] = s[n][e] * scale + own;
     }
-    if (a.bias != nullptr) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (own[e] == A(0))  // seen
-          own[e] = kLogitUnit<T> *
-                   bias_at<A>(a, image, head, row0 + lane.g + 8 * (e / 2), column + e % 2);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + own[e];
   }
 }
 

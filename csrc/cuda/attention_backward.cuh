@@ -56,7 +56,7 @@ __device__ inline const Acc<T>* plane_of(const BackwardArgs<T>& a, Plane plane, 
 // One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out. weight
 // is 1 for kept patches.
 template <typename A>
-struct Side {
+struct alignas(16) Side {
   A weight, shift, slope, cls;
 };
 
@@ -143,11 +143,26 @@ __device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, int64_t
   return rows;
 }
 
-// The same for the tokens of an inner tile, in shared memory: kTable rows of `size` values.
-enum KeyTable : int { kHide, kKeyWeight, kKeyShift, kKeySlope, kKeyCls };
-enum QueryTable : int { kQueryLse, kQueryDelta, kQueryOwn, kQueryWeight, kQueryShift, kQuerySlope,
-                        kQueryCls };
-constexpr int kTableRows = 7;
+// The same for the `size` tokens of an inner tile, in shared memory: one Side each, then for keys
+// what hides them, for queries a QueryEntry.
+template <typename A>
+struct alignas(16) QueryEntry {
+  A lse, delta, own, unused;
+};
+constexpr int kTableValues = 8;  // per token
+
+template <typename A>
+__device__ inline Side<A>* table_sides(A* table) {
+  return reinterpret_cast<Side<A>*>(table);
+}
+template <typename A>
+__device__ inline A* table_hide(A* table, int size) {
+  return table + 4 * size;
+}
+template <typename A>
+__device__ inline QueryEntry<A>* table_queries(A* table, int size) {
+  return reinterpret_cast<QueryEntry<A>*>(table + 4 * size);
+}
 
 template <typename T, bool kStats>
 __device__ inline void fill_key_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
@@ -156,15 +171,13 @@ __device__ inline void fill_key_table(Acc<T>* table, int size, const BackwardArg
   using A = Acc<T>;
   for (int j = thread; j < size; j += threads) {
     const int token = first + j, role = role_of(a, image, token);
-    table[kHide * size + j] = hiding<A>(role);
+    table_hide(table, size)[j] = hiding<A>(role);
     if constexpr (kStats) {
       const auto value = [&](Plane plane) {
         return token < a.tokens ? plane_of(a, plane, image, head)[token] : A(0);
       };
-      table[kKeyWeight * size + j] = role == kPatch ? A(1) : A(0);
-      table[kKeyShift * size + j] = value(kColShift);
-      table[kKeySlope * size + j] = value(kColSlope);
-      table[kKeyCls * size + j] = value(kClsOut);
+      table_sides(table)[j] = {role == kPatch ? A(1) : A(0), value(kColShift), value(kColSlope),
+                               value(kClsOut)};
     }
   }
 }
@@ -179,23 +192,13 @@ __device__ inline void fill_query_table(Acc<T>* table, int size, const BackwardA
     const auto value = [&](Plane plane, A otherwise) {
       return token < a.tokens ? plane_of(a, plane, image, head)[token] : otherwise;
     };
-    table[kQueryLse * size + i] = value(kLse, infinity<A>());
-    table[kQueryDelta * size + i] = value(kStats ? kDelta : kOwn, A(0));
-    table[kQueryOwn * size + i] = value(kOwn, A(0));
-    if constexpr (kStats) {
-      table[kQueryWeight * size + i] = role_of(a, image, token) == kPatch ? A(1) : A(0);
-      table[kQueryShift * size + i] = value(kRowShift, A(0));
-      table[kQuerySlope * size + i] = value(kRowSlope, A(0));
-      table[kQueryCls * size + i] = value(kClsIn, A(0));
-    }
+    table_queries(table, size)[i] = {value(kLse, infinity<A>()),
+                                     value(kStats ? kDelta : kOwn, A(0)), value(kOwn, A(0)), A(0)};
+    if constexpr (kStats)
+      table_sides(table)[i] = {role_of(a, image, token) == kPatch ? A(1) : A(0),
+                               value(kRowShift, A(0)), value(kRowSlope, A(0)),
+                               value(kClsIn, A(0))};
   }
-}
-
-// One side of T from a table whose four rows of it start at `first_row`.
-template <typename A>
-__device__ inline Side<A> side_at(const A* table, int size, int first_row, int at) {
-  const A* from = table + first_row * size + at;
-  return {from[0], from[size], from[2 * size], from[3 * size]};
 }
 
 // Columns [column0, ..) of the rows row0.. of a gradient.
@@ -225,7 +228,7 @@ size_t backward_shared(int depth, int warps) {
   constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
   const size_t values = (2 * 16 * warps + 2 * kStages * kSize) * tile_stride<T>(depth) +
                         warps * kProductScratch<T, kSize / 8>;
-  return values * sizeof(T) + kStages * kTableRows * kSize * sizeof(Acc<T>);
+  return values * sizeof(T) + kStages * kTableValues * kSize * sizeof(Acc<T>);
 }
 
 template <typename T, int kOut>
@@ -249,7 +252,11 @@ struct BackwardTiles {
   __device__ T* tile(int which, int stage) const {
     return inner + (2 * stage + which) * kSize * stride;
   }
-  __device__ Acc<T>* table(int stage) const { return tables + stage * kTableRows * kSize; }
+  __device__ Acc<T>* table(int stage) const { return tables + stage * kTableValues * kSize; }
+  __device__ const Acc<T>* hide(int stage) const { return table_hide(table(stage), kSize); }
+  __device__ const Side<Acc<T>>& side(int stage, int at) const {
+    return table_sides(table(stage))[at];
+  }
   __device__ T* warp_scratch() const { return scratch + warp() * kProductScratch<T, kTiles>; }
 
   // Tokens [first, first + rows) of a tensor; called by the whole block.
@@ -304,15 +311,14 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     clear(s);
     multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth,
                            min(kSize, a.tokens - key_tile * kSize));
-    to_logits<T>(s, a, image, head, row0, key_tile * kSize, kSize, m.table(stage) + kHide * kSize);
-    each_element<kTiles>(kSize, [&](int n, int e, int, int) {
+    to_logits<T>(s, a, image, head, row0, key_tile * kSize, m.hide(stage));
+    each_element<kTiles>([&](int n, int e, int, int) {
       s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]);
     });
   };
   const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
   const auto from_statistics = [&](int key_tile, int stage, int e, int r, int c, A p) {
-    return statistic_gradient(p, inverse, rows.side[e / 2],
-                              side_at(m.table(stage), kSize, kKeyWeight, c),
+    return statistic_gradient(p, inverse, rows.side[e / 2], m.side(stage, c),
                               a.class_token && row0 + r == 0,
                               a.class_token && key_tile == 0 && c == 0);
   };
@@ -329,7 +335,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
         [&](int key_tile, int stage) {
           if (!active) return;
           map(key_tile, stage);
-          each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+          each_element<kTiles>([&](int n, int e, int r, int c) {
             extra[e / 2] += s[n][e] * from_statistics(key_tile, stage, e, r, c, s[n][e]);
           });
         });
@@ -361,7 +367,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
         A d[kTiles][4];
         clear(d);
         multiply_transposed<T>(d, m.rows(1), m.tile(1, stage), m.stride, a.depth, keys);
-        each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+        each_element<kTiles>([&](int n, int e, int r, int c) {
           A gradient = d[n][e] - rows.delta[e / 2];
           if constexpr (kStats) gradient += from_statistics(key_tile, stage, e, r, c, s[n][e]);
           s[n][e] *= gradient;
@@ -424,30 +430,43 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
       [&](int query_tile, int stage) {
         if (!active) return;
         const int first = query_tile * kSize, queries = min(kSize, a.tokens - first);
-        const A* table = m.table(stage);
         A s[kTiles][4], d[kTiles][4];
         clear(s);
         multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth, queries);
         clear(d);
         multiply_transposed<T>(d, m.rows(1), m.tile(1, stage), m.stride, a.depth, queries);
-        each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
-          const bool self = row0 + r == first + c;
-          const bool seen = hide[e / 2] == A(0) || self;
-          A x = s[n][e] * scale - table[kQueryLse * kSize + c];
-          if (a.bias != nullptr)
-            x += kLogitUnit<T> * bias_at<A>(a, image, head, first + c, row0 + r);
-          const A p = seen ? exponential<T>(x) : A(0);
-          if (keep_wanted && !self) {
-            const A w = seen ? p : A(1) / (A(1) + exponential<T>(-x));
-            dkeep[e / 2] += w * (d[n][e] - table[kQueryOwn * kSize + c]);
-          }
-          A gradient = d[n][e] - table[kQueryDelta * kSize + c];
+        const QueryEntry<A>* entries = table_queries(m.table(stage), kSize);
+        // Scaled dot products to logits minus lse of the query.
+        each_element<kTiles>([&](int n, int e, int, int c) {
+          s[n][e] = s[n][e] * scale - entries[c].lse;
+        });
+        if (a.bias != nullptr)
+          each_element<kTiles>([&](int n, int e, int r, int c) {
+            s[n][e] += kLogitUnit<T> * bias_at<A>(a, image, head, first + c, row0 + r);
+          });
+        const bool diagonal = row0 < first + kSize && first < row0 + 16;
+        if (keep_wanted)
+          each_element<kTiles>([&](int n, int e, int r, int c) {
+            const bool kept = hide[e / 2] == A(0);
+            const A power = exponential<T>(kept ? s[n][e] : -s[n][e]);
+            const A w = kept ? power : quotient<T>(A(1), A(1) + power);
+            if (!(diagonal && row0 + r == first + c)) dkeep[e / 2] += w * (d[n][e] - entries[c].own);
+          });
+        if (diagonal) {
+          each_element<kTiles>([&](int n, int e, int r, int c) {
+            s[n][e] = exponential<T>(row0 + r == first + c ? s[n][e] : s[n][e] + hide[e / 2]);
+          });
+        } else {
+          each_element<kTiles>(
+              [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] + hide[e / 2]); });
+        }
+        each_element<kTiles>([&](int n, int e, int r, int c) {
+          A gradient = d[n][e] - entries[c].delta;
           if constexpr (kStats)
-            gradient += statistic_gradient(
-                p, inverse, side_at(table, kSize, kQueryWeight, c), side[e / 2],
-                a.class_token && first + c == 0, a.class_token && row0 + r == 0);
-          s[n][e] = p;
-          d[n][e] = p * gradient;
+            gradient += statistic_gradient(s[n][e], inverse, m.side(stage, c), side[e / 2],
+                                           a.class_token && first + c == 0,
+                                           a.class_token && row0 + r == 0);
+          d[n][e] = s[n][e] * gradient;
         });
         multiply<T>(dv, s, m.tile(1, stage) + column0, m.stride, queries, a.depth - column0,
                     m.warp_scratch());
@@ -522,22 +541,21 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     A s[kTiles][4], d[kTiles][4];
     clear(s);
     multiply_transposed<T>(s, m.rows(0), m.tile(0, 0), m.stride, a.depth, keys);
-    to_logits<T>(s, a, image, head, row0, first, kSize, m.table(0) + kHide * kSize);
+    to_logits<T>(s, a, image, head, row0, first, m.hide(0));
     clear(d);
     multiply_transposed<T>(d, m.rows(1), m.tile(1, 0), m.stride, a.depth, keys);
-    each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+    each_element<kTiles>([&](int n, int e, int r, int c) {
       const A p = exponential<T>(s[n][e] - rows.lse[e / 2]);
       A gradient = d[n][e] - rows.delta[e / 2];
       if constexpr (kStats)
-        gradient += statistic_gradient(p, inverse, rows.side[e / 2],
-                                       side_at(m.table(0), kSize, kKeyWeight, c),
+        gradient += statistic_gradient(p, inverse, rows.side[e / 2], m.side(0, c),
                                        a.class_token && row0 + r == 0,
                                        a.class_token && first + c == 0);
       total[n][e] += p * gradient;
     });
   }
   A* to = a.dbias + (place.image * a.heads + head) * a.tokens * a.tokens;
-  each_element<kTiles>(kSize, [&](int n, int e, int r, int c) {
+  each_element<kTiles>([&](int n, int e, int r, int c) {
     if (row0 + r < a.tokens && first + c < a.tokens)
       to[static_cast<int64_t>(row0 + r) * a.tokens + first + c] = total[n][e];
   });

@@ -1,7 +1,7 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// attention_rows_kernel (16-bit types, at most 256 tokens): one block per image and head holds all
-// keys and values in shared memory, a warp a complete 16 x N map in registers. Column sums stay in
+// attention_rows_kernel (16-bit types, at most 272 tokens): one block per image and head holds all
+// keys and values in shared memory, a warp complete rows of the map, 16 at a time, in registers. Column sums stay in
 // the block. Reads q, k, v once and writes each result once; no scratch.
 //
 // attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles. With
@@ -162,11 +162,11 @@ __device__ inline void write_lse(const ForwardArgs<T>& a, int64_t image, int64_t
 
 // ---- all keys in one block ---------------------------------------------------------------------
 
-// Shared memory: k, v [N16, stride], q [warps, 16, stride], hide, weight [kKeys], and with
+// Shared memory: k, v [kKeys, stride], q [warps, 16, stride], hide, weight [kKeys], and with
 // statistics column sums [warps, 2 kKeys].
 template <typename T, int kKeys, bool kStats>
-size_t rows_shared(int tokens, int depth, int warps) {
-  const size_t tiles = (2 * round_up(tokens, 16) + 16 * warps) * tile_stride<T>(depth) * sizeof(T);
+size_t rows_shared(int depth, int warps) {
+  const size_t tiles = (2 * kKeys + 16 * warps) * tile_stride<T>(depth) * sizeof(T);
   return tiles + (2 + (kStats ? 2 * warps : 0)) * kKeys * sizeof(float);
 }
 
@@ -179,21 +179,21 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int64_t image = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
-  const int keys = round_up(a.tokens, 16), stride = tile_stride<T>(a.depth);
+  const int stride = tile_stride<T>(a.depth);
   T* k_tile = reinterpret_cast<T*>(shared_memory);
-  T* v_tile = k_tile + keys * stride;
-  T* q_tile = v_tile + keys * stride + warp * 16 * stride;
-  float* hide = reinterpret_cast<float*>(v_tile + (keys + 16 * warps) * stride);
+  T* v_tile = k_tile + kKeys * stride;
+  T* q_tile = v_tile + kKeys * stride + warp * 16 * stride;
+  float* hide = reinterpret_cast<float*>(v_tile + (kKeys + 16 * warps) * stride);
   float* weight = hide + kKeys;
   float* sums = weight + kKeys;  // [warps, 2 kKeys]
   float* own_sums = sums + warp * 2 * kKeys;
 
   const T* q = origin<T>(a.q, image, head);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  load_tile(k_tile, stride, origin<T>(a.k, image, head), a.k, a.tokens, a.dim, 0, keys, 0, a.depth,
+  load_tile(k_tile, stride, origin<T>(a.k, image, head), a.k, a.tokens, a.dim, 0, kKeys, 0, a.depth,
             thread, threads);
   load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, 16 * warp, 16, 0, a.depth, lane.index, kWarp);
-  load_tile(v_tile, stride, origin<T>(a.v, image, head), a.v, a.tokens, a.dim, 0, keys, 0, a.depth,
+  load_tile(v_tile, stride, origin<T>(a.v, image, head), a.v, a.tokens, a.dim, 0, kKeys, 0, a.depth,
             thread, threads);
   for (int j = thread; j < kKeys; j += threads) {
     const int role = role_of(a, image, j);
@@ -211,18 +211,18 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T
     __syncwarp();
     float s[kTiles][4];
     clear(s);
-    multiply_transposed<T>(s, q_tile, k_tile, stride, a.depth, keys);
+    multiply_transposed<T>(s, q_tile, k_tile, stride, a.depth, kKeys);
     __syncwarp();  // all lanes have read q: the next rows may come in
     if (row0 + 16 * warps < a.tokens)
       load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, row0 + 16 * warps, 16, 0, a.depth,
                 lane.index, kWarp);
-    to_logits<T>(s, a, image, head, row0, 0, keys, hide);
+    to_logits<T>(s, a, image, head, row0, 0, hide);
 
     float top[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {0.0f, 0.0f};
-    each_element<kTiles>(keys, [&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
+    each_element<kTiles>([&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
 #pragma unroll
     for (int r = 0; r < 2; ++r) top[r] = finite_top(row_max(top[r]));
-    each_element<kTiles>(keys, [&](int n, int e, int, int) {
+    each_element<kTiles>([&](int n, int e, int, int) {
       s[n][e] = exp2_fast(s[n][e] - top[e / 2]);
       sum[e / 2] += s[n][e];
     });
@@ -245,11 +245,9 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T
         shift[r] = counted[r] ? inverse : 0.0f;
       }
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        if (8 * n >= keys) continue;
+      for (int n = 0; n < kTiles; n += 2)
         own_sums[8 * n * 2 + statistic_slot()] +=
             pair_statistics(s[n], s[n + 1], per_row, shift, weight + 8 * n, c_sum, c_square);
-      }
       const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
       write_row_statistics(a, image, head, row0, counted, cls_in, c_sum, c_square, inverse);
       if (row0 == 0) write_cls_out<T>(a, image, head, 0, s, inverse_sum[0], weight);
@@ -258,7 +256,7 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T
     for (int column = 0; column < a.depth; column += 64) {
       float o[8][4];
       clear(o);
-      multiply<T>(o, s, v_tile + column, stride, keys, a.depth - column, static_cast<T*>(nullptr));
+      multiply<T>(o, s, v_tile + column, stride, kKeys, a.depth - column, static_cast<T*>(nullptr));
       write_out(a, image, head, row0, column, o, inverse_sum);
     }
   }
@@ -356,7 +354,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
     clear(s);
     multiply_transposed<T>(s, q_tile + warp * 16 * stride, k_tiles + stage * kKeys * stride, stride,
                            a.depth, columns);
-    to_logits<T>(s, a, image, head, row0, key_tile * kKeys, kKeys, hides + stage * kKeys);
+    to_logits<T>(s, a, image, head, row0, key_tile * kKeys, hides + stage * kKeys);
   };
 
   load_tile(q_tile, stride, origin<T>(a.q, image, head), a.q, a.tokens, a.dim,
@@ -366,8 +364,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
   // `factor` what earlier sums are to be multiplied with, and leaves exponentials in s.
   const auto running = [&](A(&factor)[2]) {
     A highest[2] = {top[0], top[1]};
-    each_element<kTiles>(kKeys,
-                         [&](int n, int e, int, int) { highest[e / 2] = max(highest[e / 2], s[n][e]); });
+    each_element<kTiles>([&](int n, int e, int, int) { highest[e / 2] = max(highest[e / 2], s[n][e]); });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       highest[r] = row_max(highest[r]);
@@ -375,7 +372,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       top[r] = highest[r];
       sum[r] *= factor[r];
     }
-    each_element<kTiles>(kKeys, [&](int n, int e, int, int) {
+    each_element<kTiles>([&](int n, int e, int, int) {
       s[n][e] = exponential<T>(s[n][e] - finite_top(top[e / 2]));
       sum[e / 2] += s[n][e];
     });
@@ -453,7 +450,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       if (kStages<T> == 2 && key_tile > 0) flush(key_tile - 1);
       if (active) {
         logits(key_tile, stage);
-        each_element<kTiles>(kKeys, [&](int n, int e, int, int) {
+        each_element<kTiles>([&](int n, int e, int, int) {
           s[n][e] = exponential<T>(s[n][e] - top[e / 2]);
         });
         A* own_sums = sums + (stage * warps + warp) * 2 * kKeys;

@@ -66,24 +66,26 @@ __device__ inline void clear(A (&s)[kTiles][4]) {
     for (int e = 0; e < 4; ++e) s[n][e] = A(0);
 }
 
-// f(tile, element, row, column) for what this lane holds of the first `columns` columns.
+// f(tile, element, row, column) for what this lane holds.
 template <int kTiles, typename F>
-__device__ inline void each_element(int columns, F&& f) {
+__device__ inline void each_element(F&& f) {
   const Lane lane = this_lane();
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    if (8 * n >= columns) continue;
+  for (int n = 0; n < kTiles; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) f(n, e, lane.g + 8 * (e / 2), 8 * n + 2 * lane.t + e % 2);
-  }
 }
 
-// s += a b^T over `depth` (a multiple of 16) columns. a: 16 rows; b: `rows` rows, one per column of
-// s; columns of s from the next multiple of 16 on are left alone.
-template <typename T, int kTiles>
-__device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
-                                           int stride, int depth, int rows) {
-  static_assert(kTiles % 2 == 0);
+// Column tiles of a product are skipped in pairs of 16 columns. The check would split the code into
+// short pieces that cannot overlap loads and products, so it is compiled away where all are needed.
+template <bool kAll>
+__device__ inline bool skipped(int tile, int columns) {
+  return !kAll && 8 * tile >= columns;
+}
+
+template <typename T, bool kAll, int kTiles>
+__device__ inline void multiply_transposed_tiles(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
+                                                 int stride, int depth, int rows) {
   const Lane lane = this_lane();
   if constexpr (kTensorCores<T>) {
     // Matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15: the order of a[0..3].
@@ -95,7 +97,7 @@ __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, c
       load_matrices(af, a + k);
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
-        if (8 * n >= rows) continue;
+        if (skipped<kAll>(n, rows)) continue;
         uint32_t bf[4];
         load_matrices(bf, b + 8 * n * stride + k);
         mma<T>(s[n], af, bf[0], bf[1]);
@@ -111,7 +113,7 @@ __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, c
       const V a1 = *reinterpret_cast<const V*>(a + 8 * stride + k);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        if (8 * n >= rows) continue;
+        if (skipped<kAll>(n, rows)) continue;
         const V b0 = *reinterpret_cast<const V*>(b + 8 * n * stride + k);
         const V b1 = *reinterpret_cast<const V*>(b + (8 * n + 1) * stride + k);
 #pragma unroll
@@ -126,16 +128,25 @@ __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, c
   }
 }
 
+// s += a b^T over `depth` (a multiple of 16) columns. a: 16 rows; b: `rows` rows, one per column of
+// s; columns of s from the next multiple of 16 on are left alone.
+template <typename T, int kTiles>
+__device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
+                                           int stride, int depth, int rows) {
+  static_assert(kTiles % 2 == 0);
+  if (rows > 8 * kTiles - 16)
+    multiply_transposed_tiles<T, true>(s, a, b, stride, depth, rows);
+  else
+    multiply_transposed_tiles<T, false>(s, a, b, stride, depth, rows);
+}
+
 // Values of scratch per warp that `multiply` needs (none with tensor cores).
 template <typename T, int kTiles>
 constexpr int kProductScratch = kTensorCores<T> ? 0 : 16 * tile_stride<T>(8 * kTiles);
 
-// o += p b, with p (16 x `rows`, rounded to T) in registers and b: `rows` rows of `columns` values.
-// With tensor cores p and b must be finite (zeros, say) up to the next multiple of 16 rows.
-template <typename T, int kTiles, int kOutTiles>
-__device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], const T* b,
-                                int stride, int rows, int columns, T* scratch) {
-  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0);
+template <typename T, bool kAll, int kTiles, int kOutTiles>
+__device__ inline void multiply_tiles(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4],
+                                      const T* b, int stride, int rows, int columns, T* scratch) {
   const Lane lane = this_lane();
   if constexpr (kTensorCores<T>) {
     // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0, b1 of the even
@@ -143,13 +154,13 @@ __device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTi
     b += (lane.index % 16) * stride + lane.index / 16 * 8;
 #pragma unroll
     for (int k = 0; k < kTiles; k += 2) {
-      if (8 * k >= rows) continue;
+      if (skipped<kAll>(k, rows)) continue;
       // Two result tiles side by side are one operand: columns 2t of tile k are a[0], a[1].
       const uint32_t af[4] = {pack<T>(p[k][0], p[k][1]), pack<T>(p[k][2], p[k][3]),
                               pack<T>(p[k + 1][0], p[k + 1][1]), pack<T>(p[k + 1][2], p[k + 1][3])};
 #pragma unroll
       for (int n = 0; n < kOutTiles; n += 2) {
-        if (8 * n >= columns) continue;
+        if (skipped<kAll>(n, columns)) continue;
         uint32_t bf[4];
         load_matrices_transposed(bf, b + 8 * k * stride + 8 * n);
         mma<T>(o[n], af, bf[0], bf[1]);
@@ -169,7 +180,7 @@ __device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTi
       const T p0 = scratch[lane.g * kStride + k], p1 = scratch[(lane.g + 8) * kStride + k];
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
-        if (8 * n >= columns) continue;
+        if (skipped<kAll>(n, columns)) continue;
         const Pair<T> v = *reinterpret_cast<const Pair<T>*>(b + k * stride + 8 * n + 2 * lane.t);
         o[n][0] += p0 * v.first;
         o[n][1] += p0 * v.second;
@@ -178,6 +189,18 @@ __device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTi
       }
     }
   }
+}
+
+// o += p b, with p (16 x `rows`, rounded to T) in registers and b: `rows` rows of `columns` values.
+// With tensor cores p and b must be there, zero say, up to the next multiple of 16 rows.
+template <typename T, int kTiles, int kOutTiles>
+__device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], const T* b,
+                                int stride, int rows, int columns, T* scratch) {
+  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0);
+  if (rows > 8 * kTiles - 16 && columns >= 8 * kOutTiles)
+    multiply_tiles<T, true>(o, p, b, stride, rows, columns, scratch);
+  else
+    multiply_tiles<T, false>(o, p, b, stride, rows, columns, scratch);
 }
 
 // Over the four lanes that share rows g and g + 8.
