@@ -146,35 +146,33 @@ __device__ inline A bias_at(const AttentionArgs& a, int64_t image, int64_t head,
 }
 
 // Dot products of rows row0.. with columns column0.. -> logits; hidden entries are -inf. `hide` has
-// one value per column of the tile. A row always sees itself.
-template <typename T, int kTiles>
+// one value per column of the tile. A row always sees itself. kBias: whether there may be a bias.
+template <typename T, bool kBias, int kTiles>
 __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, int64_t image,
                                  int64_t head, int row0, int column0, const Acc<T>* hide) {
   using A = Acc<T>;
   const Lane lane = this_lane();
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
-  const bool diagonal =
-      a.roles != nullptr && column0 < row0 + 16 && row0 < column0 + 8 * kTiles;
-  if (a.bias == nullptr && !diagonal) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + (e % 2 ? add.second : add.first);
-    }
-    return;
-  }
+  const bool bias = kBias && a.bias != nullptr;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
+    A own[4] = {add.first, add.second, add.first, add.second};
+    const int from_diagonal = column0 + 8 * n - row0;
+    if (a.roles != nullptr && from_diagonal > -8 && from_diagonal < 16) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = row0 + lane.g + 8 * (e / 2), column = column0 + 8 * n + 2 * lane.t + e % 2;
-      A own = row == column ? A(0) : e % 2 ? add.second : add.first;
-      if (a.bias != nullptr && own == A(0))
-        own = kLogitUnit<T> * bias_at<A>(a, image, head, row, column);
-      s[n][e] = s[n][e] * scale + own;
+      for (int e = 0; e < 4; ++e)
+        if (from_diagonal + 2 * lane.t + e % 2 == lane.g + 8 * (e / 2)) own[e] = A(0);
     }
+    if constexpr (kBias) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (bias && own[e] == A(0))
+          own[e] = kLogitUnit<T> * bias_at<A>(a, image, head, row0 + lane.g + 8 * (e / 2),
+                                              column0 + 8 * n + 2 * lane.t + e % 2);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + own[e];
   }
 }
 

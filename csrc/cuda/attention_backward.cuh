@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     clear(s);
     multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth,
                            min(kSize, a.tokens - key_tile * kSize));
-    to_logits<T>(s, a, image, head, row0, key_tile * kSize, m.hide(stage));
+    to_logits<T, true>(s, a, image, head, row0, key_tile * kSize, m.hide(stage));
     each_element<kTiles>([&](int n, int e, int, int) {
       s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]);
     });
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     A s[kTiles][4], d[kTiles][4];
     clear(s);
     multiply_transposed<T>(s, m.rows(0), m.tile(0, 0), m.stride, a.depth, keys);
-    to_logits<T>(s, a, image, head, row0, first, m.hide(0));
+    to_logits<T, true>(s, a, image, head, row0, first, m.hide(0));
     clear(d);
     multiply_transposed<T>(d, m.rows(1), m.tile(1, 0), m.stride, a.depth, keys);
     each_element<kTiles>([&](int n, int e, int r, int c) {

@@ -1,6 +1,6 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// attention_rows_kernel (16-bit types, at most 272 tokens): one block per image and head holds all
+// attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head holds all
 // keys and values in shared memory, a warp complete rows of the map, 16 at a time, in registers. Column sums stay in
 // the block. Reads q, k, v once and writes each result once; no scratch.
 //
@@ -117,14 +117,15 @@ __device__ inline void write_cls_out(const ForwardArgs<T>& a, int64_t image, int
   using A = Acc<T>;
   const Lane lane = this_lane();
   if (lane.g != 0) return;
+  const int64_t step = a.heads * 6;
+  A* to = stats_row(a, image, head, column0 + 2 * lane.t);
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int n = 0; n < kTiles; ++n, to += 8 * step) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int c = 8 * n + 2 * lane.t + i;
-      if (column0 + c >= a.tokens) continue;
       const bool counted = a.class_token && weight[c] != A(0);
-      stats_row(a, image, head, column0 + c)[0] = counted ? e[n][i] * inverse_sum : A(0);
+      if (column0 + c < a.tokens) to[i * step] = counted ? e[n][i] * inverse_sum : A(0);
     }
   }
 }
@@ -170,8 +171,13 @@ size_t rows_shared(int depth, int warps) {
   return tiles + (2 + (kStats ? 2 * warps : 0)) * kKeys * sizeof(float);
 }
 
+// Most threads of a block; this bounds registers, so that at least two blocks of 4 warps (3 up to 208
+// keys, 4 up to 144) run side by side, one loading while another computes.
+template <int kKeys>
+constexpr int kRowsThreads = kKeys > 208 ? 256 : kKeys > 144 ? 384 : 512;
+
 template <typename T, int kKeys, bool kStats>
-__global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T> a) {
+__global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(const ForwardArgs<T> a) {
   static_assert(kTensorCores<T> && kKeys % 16 == 0);
   constexpr int kTiles = kKeys / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -216,7 +222,7 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T
     if (row0 + 16 * warps < a.tokens)
       load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, row0 + 16 * warps, 16, 0, a.depth,
                 lane.index, kWarp);
-    to_logits<T>(s, a, image, head, row0, 0, hide);
+    to_logits<T, false>(s, a, image, head, row0, 0, hide);
 
     float top[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {0.0f, 0.0f};
     each_element<kTiles>([&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
@@ -253,10 +259,12 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const ForwardArgs<T
       if (row0 == 0) write_cls_out<T>(a, image, head, 0, s, inverse_sum[0], weight);
     }
 
+    uint32_t packed[kTiles][2];
+    pack_tiles<T>(packed, s);
     for (int column = 0; column < a.depth; column += 64) {
       float o[8][4];
       clear(o);
-      multiply<T>(o, s, v_tile + column, stride, kKeys, a.depth - column, static_cast<T*>(nullptr));
+      multiply_packed(o, packed, v_tile + column, stride, kKeys, a.depth - column);
       write_out(a, image, head, row0, column, o, inverse_sum);
     }
   }
@@ -354,7 +362,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
     clear(s);
     multiply_transposed<T>(s, q_tile + warp * 16 * stride, k_tiles + stage * kKeys * stride, stride,
                            a.depth, columns);
-    to_logits<T>(s, a, image, head, row0, key_tile * kKeys, hides + stage * kKeys);
+    to_logits<T, true>(s, a, image, head, row0, key_tile * kKeys, hides + stage * kKeys);
   };
 
   load_tile(q_tile, stride, origin<T>(a.q, image, head), a.q, a.tokens, a.dim,

@@ -2,7 +2,7 @@
 // and float64 as plain arithmetic in the same kernels; sums are float32 (float64 for float64).
 // Nothing of N^2 numbers is stored but the gradient of a bias.
 //
-// Forward: up to 272 tokens of 16 bits, one block per image and head, one pass, no scratch.
+// Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no scratch.
 // Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with statistics; scratch
 // 2 N numbers per query tile (N^2 / 32 for 64 rows).
 // Backward: 7 products of N^2 D (8 with statistics) where an algorithm with atomics needs 5; scratch
@@ -158,7 +158,9 @@ template <typename T, bool kStats>
 void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
   if constexpr (kTensorCores<T>) {
     // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261.
-    if (a.tokens <= 80) {
+    if (a.bias != nullptr) {
+      // The rows kernel knows no bias.
+    } else if (a.tokens <= 80) {
       if (launch_rows<T, 80, kStats>(op, q, a, stream)) return;
     } else if (a.tokens <= 112) {
       if (launch_rows<T, 112, kStats>(op, q, a, stream)) return;

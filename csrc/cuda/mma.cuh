@@ -144,30 +144,62 @@ __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, c
 template <typename T, int kTiles>
 constexpr int kProductScratch = kTensorCores<T> ? 0 : 16 * tile_stride<T>(8 * kTiles);
 
+// Results as the left side of a product: two tiles side by side are one operand, since columns 2t,
+// 2t + 1 of tile k are a[0] (row g) and a[1] (row g + 8), and those of tile k + 1 are a[2] and a[3].
+template <typename T, int kTiles>
+__device__ inline void pack_tiles(uint32_t (&packed)[kTiles][2], const float (&p)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    packed[n][0] = pack<T>(p[n][0], p[n][1]);
+    packed[n][1] = pack<T>(p[n][2], p[n][3]);
+  }
+}
+
 template <typename T, bool kAll, int kTiles, int kOutTiles>
-__device__ inline void multiply_tiles(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4],
-                                      const T* b, int stride, int rows, int columns, T* scratch) {
+__device__ inline void multiply_packed_tiles(float (&o)[kOutTiles][4],
+                                             const uint32_t (&p)[kTiles][2], const T* b,
+                                             int stride, int rows, int columns) {
   const Lane lane = this_lane();
-  if constexpr (kTensorCores<T>) {
-    // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0, b1 of the even
-    // tile), then of columns 8-15.
-    b += (lane.index % 16) * stride + lane.index / 16 * 8;
+  // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0, b1 of the even
+  // tile), then of columns 8-15.
+  b += (lane.index % 16) * stride + lane.index / 16 * 8;
 #pragma unroll
-    for (int k = 0; k < kTiles; k += 2) {
-      if (skipped<kAll>(k, rows)) continue;
-      // Two result tiles side by side are one operand: columns 2t of tile k are a[0], a[1].
-      const uint32_t af[4] = {pack<T>(p[k][0], p[k][1]), pack<T>(p[k][2], p[k][3]),
-                              pack<T>(p[k + 1][0], p[k + 1][1]), pack<T>(p[k + 1][2], p[k + 1][3])};
+  for (int k = 0; k < kTiles; k += 2) {
+    if (skipped<kAll>(k, rows)) continue;
+    const uint32_t af[4] = {p[k][0], p[k][1], p[k + 1][0], p[k + 1][1]};
 #pragma unroll
-      for (int n = 0; n < kOutTiles; n += 2) {
-        if (skipped<kAll>(n, columns)) continue;
-        uint32_t bf[4];
-        load_matrices_transposed(bf, b + 8 * k * stride + 8 * n);
-        mma<T>(o[n], af, bf[0], bf[1]);
-        mma<T>(o[n + 1], af, bf[2], bf[3]);
-      }
+    for (int n = 0; n < kOutTiles; n += 2) {
+      if (skipped<kAll>(n, columns)) continue;
+      uint32_t bf[4];
+      load_matrices_transposed(bf, b + 8 * k * stride + 8 * n);
+      mma<T>(o[n], af, bf[0], bf[1]);
+      mma<T>(o[n + 1], af, bf[2], bf[3]);
     }
+  }
+}
+
+// o += p b, with p (16 x `rows`) packed and b: `rows` rows of `columns` values. p and b must be
+// there, zero say, up to the next multiple of 16 rows.
+template <typename T, int kTiles, int kOutTiles>
+__device__ inline void multiply_packed(float (&o)[kOutTiles][4], const uint32_t (&p)[kTiles][2],
+                                       const T* b, int stride, int rows, int columns) {
+  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0);
+  if (rows > 8 * kTiles - 16 && columns >= 8 * kOutTiles)
+    multiply_packed_tiles<T, true>(o, p, b, stride, rows, columns);
+  else
+    multiply_packed_tiles<T, false>(o, p, b, stride, rows, columns);
+}
+
+// The same with p as results, and for all types; tensor cores round it to T.
+template <typename T, int kTiles, int kOutTiles>
+__device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], const T* b,
+                                int stride, int rows, int columns, T* scratch) {
+  if constexpr (kTensorCores<T>) {
+    uint32_t packed[kTiles][2];
+    pack_tiles<T>(packed, p);
+    multiply_packed(o, packed, b, stride, rows, columns);
   } else {
+    const Lane lane = this_lane();
     constexpr int kStride = tile_stride<T>(8 * kTiles);
     __syncwarp();  // scratch may still be read from an earlier call
 #pragma unroll
@@ -180,7 +212,7 @@ __device__ inline void multiply_tiles(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&
       const T p0 = scratch[lane.g * kStride + k], p1 = scratch[(lane.g + 8) * kStride + k];
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
-        if (skipped<kAll>(n, columns)) continue;
+        if (8 * n >= columns) continue;
         const Pair<T> v = *reinterpret_cast<const Pair<T>*>(b + k * stride + 8 * n + 2 * lane.t);
         o[n][0] += p0 * v.first;
         o[n][1] += p0 * v.second;
@@ -189,18 +221,6 @@ __device__ inline void multiply_tiles(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&
       }
     }
   }
-}
-
-// o += p b, with p (16 x `rows`, rounded to T) in registers and b: `rows` rows of `columns` values.
-// With tensor cores p and b must be there, zero say, up to the next multiple of 16 rows.
-template <typename T, int kTiles, int kOutTiles>
-__device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], const T* b,
-                                int stride, int rows, int columns, T* scratch) {
-  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0);
-  if (rows > 8 * kTiles - 16 && columns >= 8 * kOutTiles)
-    multiply_tiles<T, true>(o, p, b, stride, rows, columns, scratch);
-  else
-    multiply_tiles<T, false>(o, p, b, stride, rows, columns, scratch);
 }
 
 // Over the four lanes that share rows g and g + 8.
