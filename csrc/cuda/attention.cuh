@@ -78,15 +78,31 @@ __device__ inline A finite_top(A top) {
 
 // ---- tokens ------------------------------------------------------------------------------------
 
-__device__ inline int role_of(const AttentionArgs& a, int64_t image, int token) {
+// One image and head. Slices, and tokens of slices, are numbered as [B, H] and [B, N, H].
+struct Slice {
+  int image, head;
+};
+
+__device__ inline Slice slice_at(const AttentionArgs& a, int64_t index) {
+  const int heads = static_cast<int>(a.heads);
+  return {static_cast<int>(index / heads), static_cast<int>(index % heads)};
+}
+__device__ inline int64_t slice_index(const AttentionArgs& a, Slice slice) {
+  return slice.image * a.heads + slice.head;
+}
+__device__ inline int64_t token_index(const AttentionArgs& a, Slice slice, int token) {
+  return (static_cast<int64_t>(slice.image) * a.tokens + token) * a.heads + slice.head;
+}
+
+__device__ inline int role_of(const AttentionArgs& a, Slice slice, int token) {
   if (token >= a.tokens) return kDropped;
-  if (a.roles != nullptr) return a.roles[image * a.tokens + token];
+  if (a.roles != nullptr) return a.roles[static_cast<int64_t>(slice.image) * a.tokens + token];
   return token < a.prefix ? kPrefix : kPatch;
 }
 
 template <typename A>
-__device__ inline A inverse_count(const AttentionArgs& a, int64_t image) {
-  const int count = a.counts != nullptr ? a.counts[image] : a.tokens - a.prefix;
+__device__ inline A inverse_count(const AttentionArgs& a, Slice slice) {
+  const int count = a.counts != nullptr ? a.counts[slice.image] : a.tokens - a.prefix;
   return A(1) / A(count > 1 ? count : 1);
 }
 
@@ -98,44 +114,46 @@ __device__ inline A hiding(int role) {
 
 // First element of one image and head.
 template <typename T>
-__device__ inline const T* origin(const View& view, int64_t image, int64_t head) {
-  return static_cast<const T*>(view.data) + image * view.batch + head * view.head;
+__device__ inline const T* origin(const View& view, Slice slice) {
+  return static_cast<const T*>(view.data) + slice.image * view.batch + slice.head * view.head;
 }
 
 // ---- tiles -------------------------------------------------------------------------------------
 
-// Tokens [first, first + rows) of one image and head, columns [column, column + columns), into a
-// tile; zeros beyond the tensor. `columns` is a multiple of 16. Called by `threads` threads, this
-// one being `thread`; complete after copy_async_wait and a barrier.
-template <typename T>
-__device__ inline void load_tile(T* tile, int stride, const T* source, const View& view, int tokens,
-                                 int dim, int first, int rows, int column, int columns, int thread,
-                                 int threads) {
-  if (view.wide) {
-    const int pieces = columns / kVector<T>;
-    for (int i = thread; i < rows * pieces; i += threads) {
-      const int r = i / pieces, c = (i - r * pieces) * kVector<T>;
-      const bool there = first + r < tokens && column + c < dim;
-      const T* from = source + (there ? (first + r) * view.token + column + c : 0);
-      copy_async(tile + r * stride + c, from, there);
-    }
-    return;
-  }
-  for (int i = thread; i < rows * columns; i += threads) {
-    const int r = i / columns, c = i - r * columns;
-    const bool there = first + r < tokens && column + c < dim;
-    tile[r * stride + c] =
-        there ? source[(first + r) * view.token + (column + c) * view.dim] : store<T>(0);
+// Tokens [first, first + kRows) of one image and head, columns [column, column + columns), into a
+// tile; zeros beyond the tensor. Called by `threads` threads, this one being `thread`; complete
+// after copy_async_wait and a barrier.
+template <int kRows, typename T>
+__device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& view, Slice slice,
+                                 int first, int column, int columns, int thread, int threads) {
+  const T* source = origin<T>(view, slice);
+  for (int panel = 0; panel < columns; panel += kPanel, tile += kRows * kStride<T>) {
+    const auto each = [&](auto width, auto&& copy) {
+      constexpr unsigned kPieces = kPanel / decltype(width)::value;
+      for (unsigned i = thread; i < kRows * kPieces; i += threads) {
+        const int r = static_cast<int>(i / kPieces);
+        const int c = static_cast<int>(i % kPieces) * decltype(width)::value;
+        const int from = column + panel + c;
+        copy(tile + r * kStride<T> + c, first + r, from, first + r < a.tokens && from < a.dim);
+      }
+    };
+    if (view.wide)
+      each(std::integral_constant<int, kVector<T>>{}, [&](T* to, int token, int from, bool there) {
+        copy_async(to, there ? source + token * view.token + from : source, there);
+      });
+    else
+      each(std::integral_constant<int, 1>{}, [&](T* to, int token, int from, bool there) {
+        *to = there ? source[token * view.token + from * view.dim] : store<T>(0);
+      });
   }
 }
 
 // ---- logits ------------------------------------------------------------------------------------
 
 template <typename A>
-__device__ inline A bias_at(const AttentionArgs& a, int64_t image, int64_t head, int row,
-                            int column) {
+__device__ inline A bias_at(const AttentionArgs& a, Slice slice, int row, int column) {
   if (row >= a.tokens || column >= a.tokens) return A(0);
-  const int64_t at = image * a.bias_batch + head * a.bias_head + row * a.bias_row +
+  const int64_t at = slice.image * a.bias_batch + slice.head * a.bias_head + row * a.bias_row +
                      column * a.bias_column;
   switch (a.bias_type) {
     case 0: return static_cast<A>(static_cast<const float*>(a.bias)[at]);
@@ -148,8 +166,8 @@ __device__ inline A bias_at(const AttentionArgs& a, int64_t image, int64_t head,
 // Dot products of rows row0.. with columns column0.. -> logits; hidden entries are -inf. `hide` has
 // one value per column of the tile. A row always sees itself. kBias: whether there may be a bias.
 template <typename T, bool kBias, int kTiles>
-__device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, int64_t image,
-                                 int64_t head, int row0, int column0, const Acc<T>* hide) {
+__device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, Slice slice,
+                                 int row0, int column0, const Acc<T>* hide) {
   using A = Acc<T>;
   const Lane lane = this_lane();
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
@@ -168,7 +186,7 @@ __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a,
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (bias && own[e] == A(0))
-          own[e] = kLogitUnit<T> * bias_at<A>(a, image, head, row0 + lane.g + 8 * (e / 2),
+          own[e] = kLogitUnit<T> * bias_at<A>(a, slice, row0 + lane.g + 8 * (e / 2),
                                               column0 + 8 * n + 2 * lane.t + e % 2);
     }
 #pragma unroll
@@ -178,22 +196,15 @@ __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a,
 
 // ---- blocks ------------------------------------------------------------------------------------
 
-// Blocks are numbered tile first, then piece of the head dim, head, image.
+// Blocks are numbered tile first, then piece of the head dim, then slice.
 struct Place {
-  int64_t image, head;
+  Slice slice;
   int piece, tile;
 };
 
 __device__ inline Place place_of(const AttentionArgs& a, int pieces, int tiles) {
-  int64_t rest = blockIdx.x;
-  Place place;
-  place.tile = static_cast<int>(rest % tiles);
-  rest /= tiles;
-  place.piece = static_cast<int>(rest % pieces);
-  rest /= pieces;
-  place.head = rest % a.heads;
-  place.image = rest / a.heads;
-  return place;
+  const int rest = static_cast<int>(blockIdx.x) / tiles;
+  return {slice_at(a, rest / pieces), rest % pieces, static_cast<int>(blockIdx.x) % tiles};
 }
 
 __host__ __device__ inline int round_up(int x, int multiple) {

@@ -1,12 +1,15 @@
-// Backward kernels of attention_stats. With dP_ij = dO_i . v_j + T_ij, where T is what the statistics
-// add, dS = p (dP - delta) and delta_i = sum_j p_ij dP_ij = dO_i . out_i + sum_j p_ij T_ij.
+// Backward kernels of attention_stats. With dP_ij = dO_i . v_j + T_ij, where T is what the
+// statistics add, dS = p (dP - delta) and delta_i = sum_j p_ij dP_ij = dO_i . out_i + sum_j p_ij
+// T_ij.
 //
 // prepare_kernel         per token and head: lse, dO . out, and the factors of T (below)
-// attention_query_kernel per query tile, a loop over key tiles: delta (with statistics a pass of its
+// attention_query_kernel per query tile, a loop over key tiles: delta (with statistics a pass of
+// its
 //                        own, which needs scores only) and dq = scale dS k
 // attention_key_kernel   per key tile, a loop over query tiles: dk = scale dS^T q, dv = p^T dO, and
 //                        the gradient of keep per head, which keep_gradient_kernel adds up in order
-// attention_bias_kernel  per tile of the bias: dS, summed over the batch in order where it is shared
+// attention_bias_kernel  per tile of the bias: dS, summed over the batch in order where it is
+// shared
 //
 // Scratch: at most 8 numbers per token and head, and one for keep. One warp works on 16 rows.
 //
@@ -21,7 +24,17 @@
 namespace spot {
 
 // What a row of the map needs to know of its query, and a column of its key: planes [B, H, N].
-enum Plane : int { kLse, kOwn, kDelta, kRowShift, kRowSlope, kClsIn, kColShift, kColSlope, kClsOut };
+enum Plane : int {
+  kLse,
+  kOwn,
+  kDelta,
+  kRowShift,
+  kRowSlope,
+  kClsIn,
+  kColShift,
+  kColSlope,
+  kClsOut
+};
 constexpr int kPlanes = 9;
 constexpr int kPlanesWithoutStats = 2;  // delta is dO . out then
 
@@ -48,13 +61,12 @@ template <typename T>
 constexpr int kBackwardStages = kTensorCores<T> ? 2 : 1;
 
 template <typename T>
-__device__ inline const Acc<T>* plane_of(const BackwardArgs<T>& a, Plane plane, int64_t image,
-                                         int64_t head) {
-  return a.planes + ((plane * a.batch + image) * a.heads + head) * a.tokens;
+__device__ inline const Acc<T>* plane_of(const BackwardArgs<T>& a, Plane plane, Slice slice) {
+  return a.planes + (plane * a.batch * a.heads + slice_index(a, slice)) * a.tokens;
 }
 
-// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out. weight
-// is 1 for kept patches.
+// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out.
+// weight is 1 for kept patches.
 template <typename A>
 struct alignas(16) Side {
   A weight, shift, slope, cls;
@@ -80,25 +92,25 @@ __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, i
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
   for (int64_t item = blockIdx.x * static_cast<int64_t>(blockDim.x / kWarp) + threadIdx.x / kWarp;
        item < items; item += warps) {
-    const int64_t head = item % a.heads, row = item / a.heads;
-    const int64_t image = row / a.tokens;
+    const int64_t row = item / a.heads;
+    const Slice slice{static_cast<int>(row / a.tokens), static_cast<int>(item % a.heads)};
     const int token = static_cast<int>(row % a.tokens);
-    const T* grad = origin<T>(a.grad_out, image, head) + token * a.grad_out.token;
-    const T* out = origin<T>(a.out, image, head) + token * a.out.token;
+    const T* grad = origin<T>(a.grad_out, slice) + token * a.grad_out.token;
+    const T* out = origin<T>(a.out, slice) + token * a.out.token;
     A own = A(0);
     for (int d = lane.index; d < a.dim; d += kWarp)
       own += load(grad[d * a.grad_out.dim]) * load(out[d * a.out.dim]);
     own = warp_sum(own);
     if (lane.index != 0) continue;
-    const int64_t at = (image * a.heads + head) * a.tokens + token;
+    const int64_t at = slice_index(a, slice) * a.tokens + token;
     const int64_t plane = a.batch * a.heads * a.tokens;
     a.planes[kLse * plane + at] = a.lse[item] * kLogitUnit<T>;
     a.planes[kOwn * plane + at] = own;
     if (a.grad_stats == nullptr) continue;
-    const bool kept = role_of(a, image, token) == kPatch;
-    const A inverse = inverse_count<A>(a, image);
-    const A* g = a.grad_stats + image * a.grad_stats_batch + token * a.grad_stats_token +
-                 head * a.grad_stats_head;
+    const bool kept = role_of(a, slice, token) == kPatch;
+    const A inverse = inverse_count<A>(a, slice);
+    const A* g = a.grad_stats + slice.image * a.grad_stats_batch + token * a.grad_stats_token +
+                 slice.head * a.grad_stats_head;
     const auto gradient = [&](int entry) { return kept ? g[entry * a.grad_stats_entry] : A(0); };
     const auto mean = [&](int entry) { return kept ? a.stats[item * 6 + entry] : A(0); };
     const A row_slope = A(2) * gradient(3) * inverse, col_slope = A(2) * gradient(5) * inverse;
@@ -122,8 +134,8 @@ struct QueryRows {
 };
 
 template <typename T, bool kStats>
-__device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, int64_t image,
-                                               int64_t head, int row0, Plane delta) {
+__device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, Slice slice, int row0,
+                                               Plane delta) {
   using A = Acc<T>;
   QueryRows<A> rows{};
 #pragma unroll
@@ -131,13 +143,13 @@ __device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, int64_t
     const int row = row0 + this_lane().g + 8 * r;
     const bool there = row < a.tokens;
     const auto value = [&](Plane plane, A otherwise) {
-      return there ? plane_of(a, plane, image, head)[row] : otherwise;
+      return there ? plane_of(a, plane, slice)[row] : otherwise;
     };
     rows.lse[r] = value(kLse, infinity<A>());
     rows.own[r] = value(kOwn, A(0));
     rows.delta[r] = value(delta, A(0));
     if constexpr (kStats)
-      rows.side[r] = {role_of(a, image, row) == kPatch ? A(1) : A(0), value(kRowShift, A(0)),
+      rows.side[r] = {role_of(a, slice, row) == kPatch ? A(1) : A(0), value(kRowShift, A(0)),
                       value(kRowSlope, A(0)), value(kClsIn, A(0))};
   }
   return rows;
@@ -166,15 +178,14 @@ __device__ inline QueryEntry<A>* table_queries(A* table, int size) {
 
 template <typename T, bool kStats>
 __device__ inline void fill_key_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
-                                      int64_t image, int64_t head, int first, int thread,
-                                      int threads) {
+                                      Slice slice, int first, int thread, int threads) {
   using A = Acc<T>;
   for (int j = thread; j < size; j += threads) {
-    const int token = first + j, role = role_of(a, image, token);
+    const int token = first + j, role = role_of(a, slice, token);
     table_hide(table, size)[j] = hiding<A>(role);
     if constexpr (kStats) {
       const auto value = [&](Plane plane) {
-        return token < a.tokens ? plane_of(a, plane, image, head)[token] : A(0);
+        return token < a.tokens ? plane_of(a, plane, slice)[token] : A(0);
       };
       table_sides(table)[j] = {role == kPatch ? A(1) : A(0), value(kColShift), value(kColSlope),
                                value(kClsOut)};
@@ -184,34 +195,31 @@ __device__ inline void fill_key_table(Acc<T>* table, int size, const BackwardArg
 
 template <typename T, bool kStats>
 __device__ inline void fill_query_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
-                                        int64_t image, int64_t head, int first, int thread,
-                                        int threads) {
+                                        Slice slice, int first, int thread, int threads) {
   using A = Acc<T>;
   for (int i = thread; i < size; i += threads) {
     const int token = first + i;
     const auto value = [&](Plane plane, A otherwise) {
-      return token < a.tokens ? plane_of(a, plane, image, head)[token] : otherwise;
+      return token < a.tokens ? plane_of(a, plane, slice)[token] : otherwise;
     };
     table_queries(table, size)[i] = {value(kLse, infinity<A>()),
                                      value(kStats ? kDelta : kOwn, A(0)), value(kOwn, A(0)), A(0)};
     if constexpr (kStats)
-      table_sides(table)[i] = {role_of(a, image, token) == kPatch ? A(1) : A(0),
-                               value(kRowShift, A(0)), value(kRowSlope, A(0)),
-                               value(kClsIn, A(0))};
+      table_sides(table)[i] = {role_of(a, slice, token) == kPatch ? A(1) : A(0),
+                               value(kRowShift, A(0)), value(kRowSlope, A(0)), value(kClsIn, A(0))};
   }
 }
 
 // Columns [column0, ..) of the rows row0.. of a gradient.
 template <typename T, int kOutTiles>
-__device__ inline void write_gradient(T* to, const AttentionArgs& a, int64_t image, int64_t head,
-                                      int row0, int column0, const Acc<T> (&o)[kOutTiles][4],
-                                      Acc<T> factor) {
+__device__ inline void write_gradient(T* to, const AttentionArgs& a, Slice slice, int row0,
+                                      int column0, const Acc<T> (&o)[kOutTiles][4], Acc<T> factor) {
   const Lane lane = this_lane();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row0 + lane.g + 8 * r;
     if (row >= a.tokens) continue;
-    T* row_to = to + ((image * a.tokens + row) * a.heads + head) * a.dim;
+    T* row_to = to + token_index(a, slice, row) * a.dim;
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n)
       store_two(row_to, column0 + 8 * n + 2 * lane.t, a.dim, o[n][2 * r] * factor,
@@ -221,12 +229,12 @@ __device__ inline void write_gradient(T* to, const AttentionArgs& a, int64_t ima
 
 // ---- shared memory -----------------------------------------------------------------------------
 
-// Two tiles of the block's own rows [16 warps, stride], per stage two inner tiles [inner, stride],
-// per warp scratch of the product, per stage a table.
+// Per warp two tiles of its own rows; per stage two inner tiles; per warp scratch of the product;
+// per stage a table.
 template <typename T, int kOut>
 size_t backward_shared(int depth, int warps) {
   constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
-  const size_t values = (2 * 16 * warps + 2 * kStages * kSize) * tile_stride<T>(depth) +
+  const size_t values = tile_values<T>(2 * 16 * warps + 2 * kStages * kSize, depth) +
                         warps * kProductScratch<T, kSize / 8>;
   return values * sizeof(T) + kStages * kTableValues * kSize * sizeof(Acc<T>);
 }
@@ -235,36 +243,52 @@ template <typename T, int kOut>
 struct BackwardTiles {
   static constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
   static constexpr int kTiles = kSize / 8;
-  int stride, warps;
+  int depth;
   T *own, *inner, *scratch;
   Acc<T>* tables;
 
-  __device__ BackwardTiles(unsigned char* memory, int depth)
-      : stride(tile_stride<T>(depth)), warps(static_cast<int>(blockDim.x) / kWarp) {
-    own = reinterpret_cast<T*>(memory);
-    inner = own + 2 * 16 * warps * stride;
-    scratch = inner + 2 * kStages * kSize * stride;
+  __device__ BackwardTiles(unsigned char* memory, int depth) : depth(depth) {
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    inner = reinterpret_cast<T*>(memory);
+    own = inner + tile_values<T>(2 * kStages * kSize + 2 * 16 * warp, depth);
+    scratch = inner + tile_values<T>(2 * kStages * kSize + 2 * 16 * warps, depth);
     tables = reinterpret_cast<Acc<T>*>(scratch + warps * kProductScratch<T, kTiles>);
+    scratch += warp * kProductScratch<T, kTiles>;
   }
-  __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
-  __device__ T* block_rows(int which) const { return own + which * 16 * warps * stride; }
-  __device__ const T* rows(int which) const { return block_rows(which) + warp() * 16 * stride; }
+  __device__ T* rows(int which) const { return own + tile_values<T>(16 * which, depth); }
   __device__ T* tile(int which, int stage) const {
-    return inner + (2 * stage + which) * kSize * stride;
+    return inner + tile_values<T>((2 * stage + which) * kSize, depth);
   }
   __device__ Acc<T>* table(int stage) const { return tables + stage * kTableValues * kSize; }
   __device__ const Acc<T>* hide(int stage) const { return table_hide(table(stage), kSize); }
   __device__ const Side<Acc<T>>& side(int stage, int at) const {
     return table_sides(table(stage))[at];
   }
-  __device__ T* warp_scratch() const { return scratch + warp() * kProductScratch<T, kTiles>; }
 
-  // Tokens [first, first + rows) of a tensor; called by the whole block.
-  __device__ void load(T* to, const AttentionArgs& a, const View& view, int64_t image, int64_t head,
-                       int first, int rows) const {
-    load_tile(to, stride, origin<T>(view, image, head), view, a.tokens, a.dim, first, rows, 0,
-              a.depth, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+  // Tokens row0.. of a tensor into this warp's rows; called by all its lanes.
+  __device__ void load_rows(int which, const AttentionArgs& a, const View& view, Slice slice,
+                            int row0) const {
+    load_tile<16>(rows(which), a, view, slice, row0, 0, depth, this_lane().index, kWarp);
   }
+  // Tokens first.. of a tensor into an inner tile; called by the whole block.
+  __device__ void load_inner(int which, int stage, const AttentionArgs& a, const View& view,
+                             Slice slice, int first) const {
+    load_tile<kSize>(tile(which, stage), a, view, slice, first, 0, depth,
+                     static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+  }
+  // s += rows b^T, with an inner tile of which `count` tokens are there.
+  __device__ void scores(Acc<T> (&s)[kTiles][4], int which, int stage, int count) const {
+    multiply_transposed<T, kSize>(s, rows(which), tile(which, stage), depth, count);
+  }
+  // o += p b, with the columns column0.. of an inner tile.
+  template <int kOutTiles>
+  __device__ void product(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], int which,
+                          int stage, int column0, int count) const {
+    multiply<T, kSize>(o, p, tile(which, stage) + tile_values<T>(kSize, column0), count,
+                       depth - column0, scratch);
+  }
+
   // Calls f(tile, stage) for `count` inner tiles in order, each loaded by fill(tile, stage) before.
   // At each call all warps are done with the call before.
   template <typename Fill, typename F>
@@ -297,26 +321,24 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, pieces, tiles);
-  const int64_t image = place.image, head = place.head;
-  const int block_row = 16 * m.warps * place.tile, row0 = block_row + 16 * m.warp();
+  const Slice slice = place.slice;
+  const int row0 = 16 * (place.tile * (threads / kWarp) + thread / kWarp);
   const int column0 = place.piece * kOut;
   const bool active = row0 < a.tokens;
   const int key_tiles = (a.tokens + kSize - 1) / kSize;
-  m.load(m.block_rows(0), a, a.q, image, head, block_row, 16 * m.warps);
-  m.load(m.block_rows(1), a, a.grad_out, image, head, block_row, 16 * m.warps);
-  QueryRows<A> rows = query_rows<T, kStats>(a, image, head, row0, kOwn);
+  m.load_rows(0, a, a.q, slice, row0);
+  m.load_rows(1, a, a.grad_out, slice, row0);
+  QueryRows<A> rows = query_rows<T, kStats>(a, slice, row0, kOwn);
 
   A s[kTiles][4];
   const auto map = [&](int key_tile, int stage) {
     clear(s);
-    multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth,
-                           min(kSize, a.tokens - key_tile * kSize));
-    to_logits<T, true>(s, a, image, head, row0, key_tile * kSize, m.hide(stage));
-    each_element<kTiles>([&](int n, int e, int, int) {
-      s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]);
-    });
+    m.scores(s, 0, stage, min(kSize, a.tokens - key_tile * kSize));
+    to_logits<T, true>(s, a, slice, row0, key_tile * kSize, m.hide(stage));
+    each_element<kTiles>(
+        [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]); });
   };
-  const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
+  const A inverse = kStats ? inverse_count<A>(a, slice) : A(0);
   const auto from_statistics = [&](int key_tile, int stage, int e, int r, int c, A p) {
     return statistic_gradient(p, inverse, rows.side[e / 2], m.side(stage, c),
                               a.class_token && row0 + r == 0,
@@ -328,8 +350,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     m.each(
         key_tiles,
         [&](int key_tile, int stage) {
-          m.load(m.tile(0, stage), a, a.k, image, head, key_tile * kSize, kSize);
-          fill_key_table<T, kStats>(m.table(stage), kSize, a, image, head, key_tile * kSize, thread,
+          m.load_inner(0, stage, a, a.k, slice, key_tile * kSize);
+          fill_key_table<T, kStats>(m.table(stage), kSize, a, slice, key_tile * kSize, thread,
                                     threads);
         },
         [&](int key_tile, int stage) {
@@ -340,7 +362,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
           });
         });
     if (active) {
-      A* delta = a.planes + ((kDelta * a.batch + image) * a.heads + head) * a.tokens;
+      A* delta = a.planes + (kDelta * a.batch * a.heads + slice_index(a, slice)) * a.tokens;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         rows.delta[r] += row_sum(extra[r]);
@@ -355,9 +377,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   m.each(
       key_tiles,
       [&](int key_tile, int stage) {
-        m.load(m.tile(0, stage), a, a.k, image, head, key_tile * kSize, kSize);
-        m.load(m.tile(1, stage), a, a.v, image, head, key_tile * kSize, kSize);
-        fill_key_table<T, kStats>(m.table(stage), kSize, a, image, head, key_tile * kSize, thread,
+        m.load_inner(0, stage, a, a.k, slice, key_tile * kSize);
+        m.load_inner(1, stage, a, a.v, slice, key_tile * kSize);
+        fill_key_table<T, kStats>(m.table(stage), kSize, a, slice, key_tile * kSize, thread,
                                   threads);
       },
       [&](int key_tile, int stage) {
@@ -366,17 +388,15 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
         map(key_tile, stage);
         A d[kTiles][4];
         clear(d);
-        multiply_transposed<T>(d, m.rows(1), m.tile(1, stage), m.stride, a.depth, keys);
+        m.scores(d, 1, stage, keys);
         each_element<kTiles>([&](int n, int e, int r, int c) {
           A gradient = d[n][e] - rows.delta[e / 2];
           if constexpr (kStats) gradient += from_statistics(key_tile, stage, e, r, c, s[n][e]);
           s[n][e] *= gradient;
         });
-        multiply<T>(dq, s, m.tile(0, stage) + column0, m.stride, keys, a.depth - column0,
-                    m.warp_scratch());
+        m.product(dq, s, 0, stage, column0, keys);
       });
-  if (active)
-    write_gradient(a.dq, a, image, head, row0, column0, dq, static_cast<A>(a.scale));
+  if (active) write_gradient(a.dq, a, slice, row0, column0, dq, static_cast<A>(a.scale));
 }
 
 // ---- dk, dv, keep ------------------------------------------------------------------------------
@@ -393,96 +413,93 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, pieces, tiles);
-  const int64_t image = place.image, head = place.head;
-  const int block_row = 16 * m.warps * place.tile, row0 = block_row + 16 * m.warp();
+  const Slice slice = place.slice;
+  const int row0 = 16 * (place.tile * (threads / kWarp) + thread / kWarp);
   const int column0 = place.piece * kOut;
   const bool active = row0 < a.tokens;
   const bool keep_wanted = a.keep_partial != nullptr && place.piece == 0;
-  m.load(m.block_rows(0), a, a.k, image, head, block_row, 16 * m.warps);
-  m.load(m.block_rows(1), a, a.v, image, head, block_row, 16 * m.warps);
+  m.load_rows(0, a, a.k, slice, row0);
+  m.load_rows(1, a, a.v, slice, row0);
 
   A hide[2];
   Side<A> side[2] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = row0 + lane.g + 8 * r, role = role_of(a, image, row);
+    const int row = row0 + lane.g + 8 * r, role = role_of(a, slice, row);
     hide[r] = hiding<A>(role);
     if constexpr (kStats) {
       const auto value = [&](Plane plane) {
-        return row < a.tokens ? plane_of(a, plane, image, head)[row] : A(0);
+        return row < a.tokens ? plane_of(a, plane, slice)[row] : A(0);
       };
       side[r] = {role == kPatch ? A(1) : A(0), value(kColShift), value(kColSlope), value(kClsOut)};
     }
   }
-  const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
+  const A inverse = kStats ? inverse_count<A>(a, slice) : A(0);
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
   A dk[kOut / 8][4], dv[kOut / 8][4], dkeep[2] = {A(0), A(0)};
   clear(dk);
   clear(dv);
-  m.each(
-      (a.tokens + kSize - 1) / kSize,
-      [&](int query_tile, int stage) {
-        m.load(m.tile(0, stage), a, a.q, image, head, query_tile * kSize, kSize);
-        m.load(m.tile(1, stage), a, a.grad_out, image, head, query_tile * kSize, kSize);
-        fill_query_table<T, kStats>(m.table(stage), kSize, a, image, head, query_tile * kSize,
-                                    thread, threads);
-      },
-      [&](int query_tile, int stage) {
-        if (!active) return;
-        const int first = query_tile * kSize, queries = min(kSize, a.tokens - first);
-        A s[kTiles][4], d[kTiles][4];
-        clear(s);
-        multiply_transposed<T>(s, m.rows(0), m.tile(0, stage), m.stride, a.depth, queries);
-        clear(d);
-        multiply_transposed<T>(d, m.rows(1), m.tile(1, stage), m.stride, a.depth, queries);
-        const QueryEntry<A>* entries = table_queries(m.table(stage), kSize);
-        // Scaled dot products to logits minus lse of the query.
-        each_element<kTiles>([&](int n, int e, int, int c) {
-          s[n][e] = s[n][e] * scale - entries[c].lse;
-        });
-        if (a.bias != nullptr)
-          each_element<kTiles>([&](int n, int e, int r, int c) {
-            s[n][e] += kLogitUnit<T> * bias_at<A>(a, image, head, first + c, row0 + r);
-          });
-        const bool diagonal = row0 < first + kSize && first < row0 + 16;
-        if (keep_wanted)
-          each_element<kTiles>([&](int n, int e, int r, int c) {
-            const bool kept = hide[e / 2] == A(0);
-            const A power = exponential<T>(kept ? s[n][e] : -s[n][e]);
-            const A w = kept ? power : quotient<T>(A(1), A(1) + power);
-            if (!(diagonal && row0 + r == first + c)) dkeep[e / 2] += w * (d[n][e] - entries[c].own);
-          });
-        if (diagonal) {
-          each_element<kTiles>([&](int n, int e, int r, int c) {
-            s[n][e] = exponential<T>(row0 + r == first + c ? s[n][e] : s[n][e] + hide[e / 2]);
-          });
-        } else {
-          each_element<kTiles>(
-              [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] + hide[e / 2]); });
-        }
-        each_element<kTiles>([&](int n, int e, int r, int c) {
-          A gradient = d[n][e] - entries[c].delta;
-          if constexpr (kStats)
-            gradient += statistic_gradient(s[n][e], inverse, m.side(stage, c), side[e / 2],
-                                           a.class_token && first + c == 0,
-                                           a.class_token && row0 + r == 0);
-          d[n][e] = s[n][e] * gradient;
-        });
-        multiply<T>(dv, s, m.tile(1, stage) + column0, m.stride, queries, a.depth - column0,
-                    m.warp_scratch());
-        multiply<T>(dk, d, m.tile(0, stage) + column0, m.stride, queries, a.depth - column0,
-                    m.warp_scratch());
-      });
+  m.each((a.tokens + kSize - 1) / kSize,
+         [&](int query_tile, int stage) {
+           m.load_inner(0, stage, a, a.q, slice, query_tile * kSize);
+           m.load_inner(1, stage, a, a.grad_out, slice, query_tile * kSize);
+           fill_query_table<T, kStats>(m.table(stage), kSize, a, slice, query_tile * kSize, thread,
+                                       threads);
+         },
+         [&](int query_tile, int stage) {
+           if (!active) return;
+           const int first = query_tile * kSize, queries = min(kSize, a.tokens - first);
+           A s[kTiles][4], d[kTiles][4];
+           clear(s);
+           m.scores(s, 0, stage, queries);
+           clear(d);
+           m.scores(d, 1, stage, queries);
+           const QueryEntry<A>* entries = table_queries(m.table(stage), kSize);
+           // Scaled dot products to logits minus lse of the query.
+           each_element<kTiles>(
+               [&](int n, int e, int, int c) { s[n][e] = s[n][e] * scale - entries[c].lse; });
+           if (a.bias != nullptr)
+             each_element<kTiles>([&](int n, int e, int r, int c) {
+               s[n][e] += kLogitUnit<T> * bias_at<A>(a, slice, first + c, row0 + r);
+             });
+           const bool diagonal = row0 < first + kSize && first < row0 + 16;
+           if (keep_wanted)
+             each_element<kTiles>([&](int n, int e, int r, int c) {
+               const bool kept = hide[e / 2] == A(0);
+               const A power = exponential<T>(kept ? s[n][e] : -s[n][e]);
+               const A w = kept ? power : quotient<T>(A(1), A(1) + power);
+               if (!(diagonal && row0 + r == first + c))
+                 dkeep[e / 2] += w * (d[n][e] - entries[c].own);
+             });
+           if (diagonal) {
+             each_element<kTiles>([&](int n, int e, int r, int c) {
+               s[n][e] = exponential<T>(row0 + r == first + c ? s[n][e] : s[n][e] + hide[e / 2]);
+             });
+           } else {
+             each_element<kTiles>(
+                 [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] + hide[e / 2]); });
+           }
+           each_element<kTiles>([&](int n, int e, int r, int c) {
+             A gradient = d[n][e] - entries[c].delta;
+             if constexpr (kStats)
+               gradient += statistic_gradient(s[n][e], inverse, m.side(stage, c), side[e / 2],
+                                              a.class_token && first + c == 0,
+                                              a.class_token && row0 + r == 0);
+             d[n][e] = s[n][e] * gradient;
+           });
+           m.product(dv, s, 1, stage, column0, queries);
+           m.product(dk, d, 0, stage, column0, queries);
+         });
   if (!active) return;
-  write_gradient(a.dk, a, image, head, row0, column0, dk, static_cast<A>(a.scale));
-  write_gradient(a.dv, a, image, head, row0, column0, dv, A(1));
+  write_gradient(a.dk, a, slice, row0, column0, dk, static_cast<A>(a.scale));
+  write_gradient(a.dv, a, slice, row0, column0, dv, A(1));
   if (!keep_wanted) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const A total = row_sum(dkeep[r]);
     const int row = row0 + lane.g + 8 * r;
     if (lane.t == 0 && row < a.tokens)
-      a.keep_partial[(image * a.heads + head) * a.tokens + row] = total;
+      a.keep_partial[slice_index(a, slice) * a.tokens + row] = total;
   }
 }
 
@@ -495,9 +512,9 @@ __global__ void __launch_bounds__(256)
   for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < items;
        i += step) {
     const int64_t image = i / patches, token = a.prefix + i % patches;
+    const Acc<T>* from = a.keep_partial + image * a.heads * a.tokens + token;
     Acc<T> total = Acc<T>(0);
-    for (int64_t head = 0; head < a.heads; ++head)
-      total += a.keep_partial[(image * a.heads + head) * a.tokens + token];
+    for (int64_t head = 0; head < a.heads; ++head) total += from[head * a.tokens];
     dkeep[i] = total;
   }
 }
@@ -515,46 +532,44 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   const Tiles m(shared_memory, a.depth);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, 1, query_tiles * key_tiles);
-  const int64_t head = place.head;
   const int first = place.tile % key_tiles * kSize;
-  const int block_row = 16 * m.warps * (place.tile / key_tiles), row0 = block_row + 16 * m.warp();
+  const int row0 = 16 * (place.tile / key_tiles * (threads / kWarp) + thread / kWarp);
   const int keys = min(kSize, a.tokens - first);
   const bool shared_bias = a.bias_images != a.batch;
-  const int64_t image_begin = shared_bias ? 0 : place.image;
-  const int64_t image_end = shared_bias ? a.batch : place.image + 1;
+  Slice slice{shared_bias ? 0 : place.slice.image, place.slice.head};
+  const int64_t images = shared_bias ? a.batch : 1;
 
   A total[kTiles][4];
   clear(total);
-  for (int64_t image = image_begin; image < image_end; ++image) {
+  for (int64_t i = 0; i < images; ++i, ++slice.image) {
     __syncthreads();
-    m.load(m.block_rows(0), a, a.q, image, head, block_row, 16 * m.warps);
-    m.load(m.block_rows(1), a, a.grad_out, image, head, block_row, 16 * m.warps);
-    m.load(m.tile(0, 0), a, a.k, image, head, first, kSize);
-    m.load(m.tile(1, 0), a, a.v, image, head, first, kSize);
-    fill_key_table<T, kStats>(m.table(0), kSize, a, image, head, first, thread, threads);
+    m.load_rows(0, a, a.q, slice, row0);
+    m.load_rows(1, a, a.grad_out, slice, row0);
+    m.load_inner(0, 0, a, a.k, slice, first);
+    m.load_inner(1, 0, a, a.v, slice, first);
+    fill_key_table<T, kStats>(m.table(0), kSize, a, slice, first, thread, threads);
     copy_async_wait();
     __syncthreads();
     if (row0 >= a.tokens) continue;
-    const QueryRows<A> rows =
-        query_rows<T, kStats>(a, image, head, row0, kStats ? kDelta : kOwn);
-    const A inverse = kStats ? inverse_count<A>(a, image) : A(0);
+    const QueryRows<A> rows = query_rows<T, kStats>(a, slice, row0, kStats ? kDelta : kOwn);
+    const A inverse = kStats ? inverse_count<A>(a, slice) : A(0);
     A s[kTiles][4], d[kTiles][4];
     clear(s);
-    multiply_transposed<T>(s, m.rows(0), m.tile(0, 0), m.stride, a.depth, keys);
-    to_logits<T, true>(s, a, image, head, row0, first, m.hide(0));
+    m.scores(s, 0, 0, keys);
+    to_logits<T, true>(s, a, slice, row0, first, m.hide(0));
     clear(d);
-    multiply_transposed<T>(d, m.rows(1), m.tile(1, 0), m.stride, a.depth, keys);
+    m.scores(d, 1, 0, keys);
     each_element<kTiles>([&](int n, int e, int r, int c) {
       const A p = exponential<T>(s[n][e] - rows.lse[e / 2]);
       A gradient = d[n][e] - rows.delta[e / 2];
       if constexpr (kStats)
-        gradient += statistic_gradient(p, inverse, rows.side[e / 2], m.side(0, c),
-                                       a.class_token && row0 + r == 0,
-                                       a.class_token && first + c == 0);
+        gradient +=
+            statistic_gradient(p, inverse, rows.side[e / 2], m.side(0, c),
+                               a.class_token && row0 + r == 0, a.class_token && first + c == 0);
       total[n][e] += p * gradient;
     });
   }
-  A* to = a.dbias + (place.image * a.heads + head) * a.tokens * a.tokens;
+  A* to = a.dbias + slice_index(a, place.slice) * a.tokens * a.tokens;
   each_element<kTiles>([&](int n, int e, int r, int c) {
     if (row0 + r < a.tokens && first + c < a.tokens)
       to[static_cast<int64_t>(row0 + r) * a.tokens + first + c] = total[n][e];

@@ -1,14 +1,15 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head holds all
-// keys and values in shared memory, a warp complete rows of the map, 16 at a time, in registers. Column sums stay in
-// the block. Reads q, k, v once and writes each result once; no scratch.
+// attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head
+// holds all keys and values in shared memory, a warp complete rows of the map, 16 at a time, in
+// registers. Column sums stay in the block. Reads q, k, v once and writes each result once; no
+// scratch.
 //
-// attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles. With
-// statistics it does so twice: the first pass finds the maximum and sum of each row, the second has
-// final values of the map, from which it takes the product with v, row statistics and, per query
-// tile, column sums [B, H, tiles, 2, N], which column_statistics_kernel adds up in order. Without
-// statistics one pass with a running maximum is enough.
+// attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles.
+// With statistics it does so twice: the first pass finds the maximum and sum of each row, the
+// second has final values of the map, from which it takes the product with v, row statistics and,
+// per query tile, column sums [B, H, tiles, 2, N], which column_statistics_kernel adds up in order.
+// Without statistics one pass with a running maximum is enough.
 //
 // Statistics are accumulated around 1/n: c = p - 1/n is small where E[p^2] - mean^2 would cancel.
 #pragma once
@@ -19,10 +20,10 @@ namespace spot {
 
 template <typename T>
 struct ForwardArgs : AttentionArgs {
-  T* out;            // [B, N, H, D]
-  Acc<T>* stats;     // [B, N, H, 6]
-  Acc<T>* lse;       // [B, N, H]
-  Acc<T>* partial;   // [B, H, tiles, 2, N], loop with statistics
+  T* out;           // [B, N, H, D]
+  Acc<T>* stats;    // [B, N, H, 6]
+  Acc<T>* lse;      // [B, N, H]
+  Acc<T>* partial;  // [B, H, tiles, 2, N], loop with statistics
 };
 
 constexpr int kLoopWarps = 4;
@@ -35,10 +36,10 @@ template <typename T>
 constexpr int kStages = kTensorCores<T> ? 2 : 1;
 
 // Values and columns as statistics see them, of one warp's rows row0.. and one pair of result tiles
-// (16 columns). e: unnormalised map; per_row: 1 / row sum for kept patch rows, 0 for others; weight:
-// 1 for columns that are kept patches, 0 for others. Adds to the sums of c and c^2 of rows g and
-// g + 8, and returns those of one column over the 16 rows: lane (g, t) gets column
-// 8 (g / 4) + 2t + g % 2 of the pair, the sum of c where g / 2 % 2 == 0, of c^2 where it is 1.
+// (16 columns). e: unnormalised map; per_row: 1 / row sum for kept patch rows, 0 for others;
+// weight: 1 for columns that are kept patches, 0 for others. Adds to the sums of c and c^2 of rows
+// g and g + 8, and returns those of one column over the 16 rows: lane (g, t) gets column 8 (g / 4)
+// + 2t + g % 2 of the pair, the sum of c where g / 2 % 2 == 0, of c^2 where it is 1.
 template <typename A>
 __device__ inline A pair_statistics(const A (&even)[4], const A (&odd)[4], const A (&per_row)[2],
                                     const A (&shift)[2], const A* weight, A (&sum)[2],
@@ -75,14 +76,14 @@ __device__ inline int column_slot(int column) { return column / 16 * 32 + column
 
 // The statistics row of a token.
 template <typename T>
-__device__ inline Acc<T>* stats_row(const ForwardArgs<T>& a, int64_t image, int64_t head,
-                                    int token) {
-  return a.stats + ((image * a.tokens + token) * a.heads + head) * 6;
+__device__ inline Acc<T>* stats_row(const ForwardArgs<T>& a, Slice slice, int token) {
+  return a.stats + token_index(a, slice, token) * 6;
 }
 
 // From sums of c and c^2: mean and variance of p.
 template <typename A>
-__device__ inline void write_moments(A* mean_and_variance, bool counted, A sum, A square, A inverse) {
+__device__ inline void write_moments(A* mean_and_variance, bool counted, A sum, A square,
+                                     A inverse) {
   const A shift = sum * inverse;
   mean_and_variance[0] = counted ? shift + inverse : A(0);
   mean_and_variance[1] = counted ? not_below_zero(square * inverse - shift * shift) : A(0);
@@ -91,10 +92,9 @@ __device__ inline void write_moments(A* mean_and_variance, bool counted, A sum, 
 // Entries 0 to 3 of the statistics that a warp knows of the rows and columns it has seen.
 // cls_in and the moments of rows row0.. come from the four lanes of a row.
 template <typename T>
-__device__ inline void write_row_statistics(const ForwardArgs<T>& a, int64_t image, int64_t head,
-                                            int row0, const bool (&counted)[2],
-                                            const Acc<T> (&cls_in)[2], Acc<T> (&sum)[2],
-                                            Acc<T> (&square)[2], Acc<T> inverse) {
+__device__ inline void write_row_statistics(const ForwardArgs<T>& a, Slice slice, int row0,
+                                            const bool (&counted)[2], const Acc<T> (&cls_in)[2],
+                                            Acc<T> (&sum)[2], Acc<T> (&square)[2], Acc<T> inverse) {
   using A = Acc<T>;
   const Lane lane = this_lane();
 #pragma unroll
@@ -102,7 +102,7 @@ __device__ inline void write_row_statistics(const ForwardArgs<T>& a, int64_t ima
     const A total = row_sum(sum[r]), squares = row_sum(square[r]);
     const int row = row0 + lane.g + 8 * r;
     if (lane.t != 0 || row >= a.tokens) continue;
-    A* to = stats_row(a, image, head, row);
+    A* to = stats_row(a, slice, row);
     to[1] = counted[r] && a.class_token ? cls_in[r] : A(0);
     write_moments(to + 2, counted[r], total, squares, inverse);
   }
@@ -111,14 +111,14 @@ __device__ inline void write_row_statistics(const ForwardArgs<T>& a, int64_t ima
 // What the class token takes from the tokens of a tile: row 0, in the lanes with g == 0 of the warp
 // that has it. `weight` is per column of the tile.
 template <typename T, int kTiles>
-__device__ inline void write_cls_out(const ForwardArgs<T>& a, int64_t image, int64_t head,
-                                     int column0, const Acc<T> (&e)[kTiles][4], Acc<T> inverse_sum,
+__device__ inline void write_cls_out(const ForwardArgs<T>& a, Slice slice, int column0,
+                                     const Acc<T> (&e)[kTiles][4], Acc<T> inverse_sum,
                                      const Acc<T>* weight) {
   using A = Acc<T>;
   const Lane lane = this_lane();
   if (lane.g != 0) return;
   const int64_t step = a.heads * 6;
-  A* to = stats_row(a, image, head, column0 + 2 * lane.t);
+  A* to = stats_row(a, slice, column0 + 2 * lane.t);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n, to += 8 * step) {
 #pragma unroll
@@ -132,15 +132,14 @@ __device__ inline void write_cls_out(const ForwardArgs<T>& a, int64_t image, int
 
 // Columns [column0, column0 + size of o) of the rows row0.. of out.
 template <typename T, int kOutTiles>
-__device__ inline void write_out(const ForwardArgs<T>& a, int64_t image, int64_t head, int row0,
-                                 int column0, const Acc<T> (&o)[kOutTiles][4],
-                                 const Acc<T> (&inverse_sum)[2]) {
+__device__ inline void write_out(const ForwardArgs<T>& a, Slice slice, int row0, int column0,
+                                 const Acc<T> (&o)[kOutTiles][4], const Acc<T> (&inverse_sum)[2]) {
   const Lane lane = this_lane();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row0 + lane.g + 8 * r;
     if (row >= a.tokens) continue;
-    T* to = a.out + ((image * a.tokens + row) * a.heads + head) * a.dim;
+    T* to = a.out + token_index(a, slice, row) * a.dim;
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n)
       store_two(to, column0 + 8 * n + 2 * lane.t, a.dim, o[n][2 * r] * inverse_sum[r],
@@ -149,66 +148,64 @@ __device__ inline void write_out(const ForwardArgs<T>& a, int64_t image, int64_t
 }
 
 template <typename T>
-__device__ inline void write_lse(const ForwardArgs<T>& a, int64_t image, int64_t head, int row0,
+__device__ inline void write_lse(const ForwardArgs<T>& a, Slice slice, int row0,
                                  const Acc<T> (&top)[2], const Acc<T> (&sum)[2]) {
   const Lane lane = this_lane();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row0 + lane.g + 8 * r;
     if (lane.t == 0 && row < a.tokens)
-      a.lse[(image * a.tokens + row) * a.heads + head] =
-          (top[r] + logarithm<T>(sum[r])) / kLogitUnit<T>;
+      a.lse[token_index(a, slice, row)] = (top[r] + logarithm<T>(sum[r])) / kLogitUnit<T>;
   }
 }
 
 // ---- all keys in one block ---------------------------------------------------------------------
 
-// Shared memory: k, v [kKeys, stride], q [warps, 16, stride], hide, weight [kKeys], and with
-// statistics column sums [warps, 2 kKeys].
+// Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], and with statistics
+// column sums [warps, 2 kKeys].
 template <typename T, int kKeys, bool kStats>
 size_t rows_shared(int depth, int warps) {
-  const size_t tiles = (2 * kKeys + 16 * warps) * tile_stride<T>(depth) * sizeof(T);
-  return tiles + (2 + (kStats ? 2 * warps : 0)) * kKeys * sizeof(float);
+  const size_t values = tile_values<T>(2 * kKeys + 16 * warps, depth);
+  return values * sizeof(T) + (2 + (kStats ? 2 * warps : 0)) * kKeys * sizeof(float);
 }
 
-// Most threads of a block; this bounds registers, so that at least two blocks of 4 warps (3 up to 208
-// keys, 4 up to 144) run side by side, one loading while another computes.
+// Most threads of a block; this bounds registers, so that at least two blocks of 4 warps (3 up to
+// 208 keys, 4 up to 112) run side by side, one loading while another computes.
 template <int kKeys>
-constexpr int kRowsThreads = kKeys > 208 ? 256 : kKeys > 144 ? 384 : 512;
+constexpr int kRowsThreads = kKeys > 208   ? 256
+                             : kKeys > 112 ? 384
+                                           : 512;
 
 template <typename T, int kKeys, bool kStats>
-__global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(const ForwardArgs<T> a) {
+__global__ void __launch_bounds__(kRowsThreads<kKeys>)
+    attention_rows_kernel(const ForwardArgs<T> a) {
   static_assert(kTensorCores<T> && kKeys % 16 == 0);
   constexpr int kTiles = kKeys / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Lane lane = this_lane();
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  const int64_t image = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
-  const int stride = tile_stride<T>(a.depth);
+  const Slice slice = slice_at(a, blockIdx.x);
   T* k_tile = reinterpret_cast<T*>(shared_memory);
-  T* v_tile = k_tile + kKeys * stride;
-  T* q_tile = v_tile + kKeys * stride + warp * 16 * stride;
-  float* hide = reinterpret_cast<float*>(v_tile + (kKeys + 16 * warps) * stride);
+  T* v_tile = k_tile + tile_values<T>(kKeys, a.depth);
+  T* q_tile = v_tile + tile_values<T>(kKeys + 16 * warp, a.depth);
+  float* hide = reinterpret_cast<float*>(v_tile + tile_values<T>(kKeys + 16 * warps, a.depth));
   float* weight = hide + kKeys;
   float* sums = weight + kKeys;  // [warps, 2 kKeys]
   float* own_sums = sums + warp * 2 * kKeys;
 
-  const T* q = origin<T>(a.q, image, head);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  load_tile(k_tile, stride, origin<T>(a.k, image, head), a.k, a.tokens, a.dim, 0, kKeys, 0, a.depth,
-            thread, threads);
-  load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, 16 * warp, 16, 0, a.depth, lane.index, kWarp);
-  load_tile(v_tile, stride, origin<T>(a.v, image, head), a.v, a.tokens, a.dim, 0, kKeys, 0, a.depth,
-            thread, threads);
+  load_tile<kKeys>(k_tile, a, a.k, slice, 0, 0, a.depth, thread, threads);
+  load_tile<16>(q_tile, a, a.q, slice, 16 * warp, 0, a.depth, lane.index, kWarp);
+  load_tile<kKeys>(v_tile, a, a.v, slice, 0, 0, a.depth, thread, threads);
   for (int j = thread; j < kKeys; j += threads) {
-    const int role = role_of(a, image, j);
+    const int role = role_of(a, slice, j);
     hide[j] = hiding<float>(role);
     weight[j] = role == kPatch ? 1.0f : 0.0f;
   }
   if constexpr (kStats)
     for (int j = thread; j < warps * 2 * kKeys; j += threads) sums[j] = 0.0f;
-  const float inverse = kStats ? inverse_count<float>(a, image) : 0.0f;
+  const float inverse = kStats ? inverse_count<float>(a, slice) : 0.0f;
   copy_async_wait();
   __syncthreads();
 
@@ -217,12 +214,11 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(con
     __syncwarp();
     float s[kTiles][4];
     clear(s);
-    multiply_transposed<T>(s, q_tile, k_tile, stride, a.depth, kKeys);
+    multiply_transposed<T, kKeys>(s, q_tile, k_tile, a.depth, kKeys);
     __syncwarp();  // all lanes have read q: the next rows may come in
     if (row0 + 16 * warps < a.tokens)
-      load_tile(q_tile, stride, q, a.q, a.tokens, a.dim, row0 + 16 * warps, 16, 0, a.depth,
-                lane.index, kWarp);
-    to_logits<T, false>(s, a, image, head, row0, 0, hide);
+      load_tile<16>(q_tile, a, a.q, slice, row0 + 16 * warps, 0, a.depth, lane.index, kWarp);
+    to_logits<T, false>(s, a, slice, row0, 0, hide);
 
     float top[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {0.0f, 0.0f};
     each_element<kTiles>([&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
@@ -241,7 +237,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(con
       inverse_sum[r] = row < a.tokens ? 1.0f / sum[r] : 0.0f;
       counted[r] = row < a.tokens && weight[row] != 0.0f;
     }
-    write_lse(a, image, head, row0, top, sum);
+    write_lse(a, slice, row0, top, sum);
 
     if constexpr (kStats) {
       float per_row[2], shift[2], c_sum[2] = {0.0f, 0.0f}, c_square[2] = {0.0f, 0.0f};
@@ -255,8 +251,8 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(con
         own_sums[8 * n * 2 + statistic_slot()] +=
             pair_statistics(s[n], s[n + 1], per_row, shift, weight + 8 * n, c_sum, c_square);
       const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
-      write_row_statistics(a, image, head, row0, counted, cls_in, c_sum, c_square, inverse);
-      if (row0 == 0) write_cls_out<T>(a, image, head, 0, s, inverse_sum[0], weight);
+      write_row_statistics(a, slice, row0, counted, cls_in, c_sum, c_square, inverse);
+      if (row0 == 0) write_cls_out<T>(a, slice, 0, s, inverse_sum[0], weight);
     }
 
     uint32_t packed[kTiles][2];
@@ -264,8 +260,9 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(con
     for (int column = 0; column < a.depth; column += 64) {
       float o[8][4];
       clear(o);
-      multiply_packed(o, packed, v_tile + column, stride, kKeys, a.depth - column);
-      write_out(a, image, head, row0, column, o, inverse_sum);
+      multiply_packed<T, kKeys>(o, packed, v_tile + tile_values<T>(kKeys, column), kKeys,
+                                a.depth - column);
+      write_out(a, slice, row0, column, o, inverse_sum);
     }
   }
 
@@ -277,21 +274,21 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>) attention_rows_kernel(con
         c_sum += sums[w * 2 * kKeys + column_slot(j)];
         c_square += sums[w * 2 * kKeys + column_slot(j) + 16];
       }
-      write_moments(stats_row(a, image, head, j) + 4, weight[j] != 0.0f, c_sum, c_square, inverse);
+      write_moments(stats_row(a, slice, j) + 4, weight[j] != 0.0f, c_sum, c_square, inverse);
     }
   }
 }
 
 // ---- loop over keys ----------------------------------------------------------------------------
 
-// Shared memory: q [16 warps, stride]; per stage k [keys, stride] and v [keys, stride of kOut]; per
+// Shared memory: a tile of q per warp; per stage a tile of k and one of v, kOut columns wide; per
 // warp scratch of the product; per stage hide, weight [keys] and, with statistics, column sums
 // [warps, 2 keys].
 template <typename T, int kOut, bool kStats>
 size_t loop_shared(int depth, int warps) {
   constexpr int kKeys = kForwardKeys<T>;
-  const size_t row = tile_stride<T>(depth), out_row = tile_stride<T>(kOut);
-  const size_t values = 16 * warps * row + kStages<T> * kKeys * (row + out_row) +
+  const size_t values = tile_values<T>(16 * warps + kStages<T> * kKeys, depth) +
+                        tile_values<T>(kStages<T> * kKeys, kOut) +
                         warps * kProductScratch<T, kKeys / 8>;
   const size_t tables = kStages<T> * kKeys * (2 + (kStats ? 2 * warps : 0));
   return values * sizeof(T) + tables * sizeof(Acc<T>);
@@ -302,40 +299,37 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
     attention_loop_kernel(const ForwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
   constexpr int kKeys = kForwardKeys<T>, kTiles = kKeys / 8, kOutTiles = kOut / 8;
-  constexpr int kOutStride = tile_stride<T>(kOut);
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int warp = thread / kWarp, warps = threads / kWarp;
   const Place place = place_of(a, pieces, tiles);
-  const int64_t image = place.image, head = place.head;
+  const Slice slice = place.slice;
   const int piece = place.piece, tile = place.tile;
-  const int stride = tile_stride<T>(a.depth);
   const int column0 = piece * kOut, out_columns = min(kOut, a.depth - column0);
-  T* q_tile = reinterpret_cast<T*>(shared_memory);
-  T* k_tiles = q_tile + 16 * warps * stride;
-  T* v_tiles = k_tiles + kStages<T> * kKeys * stride;
-  T* scratch = v_tiles + kStages<T> * kKeys * kOutStride;
+  const int k_values = tile_values<T>(kKeys, a.depth);
+  constexpr int kValues = tile_values<T>(kKeys, kOut);
+  T* k_tiles = reinterpret_cast<T*>(shared_memory);
+  T* v_tiles = k_tiles + kStages<T> * k_values;
+  T* q_tile = v_tiles + kStages<T> * kValues + tile_values<T>(16 * warp, a.depth);
+  T* scratch = v_tiles + kStages<T> * kValues + tile_values<T>(16 * warps, a.depth);
   A* hides = reinterpret_cast<A*>(scratch + warps * kProductScratch<T, kTiles>);
   A* weights = hides + kStages<T> * kKeys;
   A* sums = weights + kStages<T> * kKeys;  // [stages, warps, 2 keys]
   scratch += warp * kProductScratch<T, kTiles>;
 
-  const T* k = origin<T>(a.k, image, head);
-  const T* v = origin<T>(a.v, image, head);
   const int key_tiles = (a.tokens + kKeys - 1) / kKeys;
   const int row0 = 16 * (tile * warps + warp);
   const bool active = row0 < a.tokens;  // others still load and meet at barriers
 
   const auto load_stage = [&](int key_tile, bool with_values) {
     const int stage = key_tile % kStages<T>, first = key_tile * kKeys;
-    load_tile(k_tiles + stage * kKeys * stride, stride, k, a.k, a.tokens, a.dim, first, kKeys, 0,
-              a.depth, thread, threads);
+    load_tile<kKeys>(k_tiles + stage * k_values, a, a.k, slice, first, 0, a.depth, thread, threads);
     if (with_values)
-      load_tile(v_tiles + stage * kKeys * kOutStride, kOutStride, v, a.v, a.tokens, a.dim, first,
-                kKeys, column0, out_columns, thread, threads);
+      load_tile<kKeys>(v_tiles + stage * kValues, a, a.v, slice, first, column0, out_columns,
+                       thread, threads);
     for (int j = thread; j < kKeys; j += threads) {
-      const int role = role_of(a, image, first + j);
+      const int role = role_of(a, slice, first + j);
       hides[stage * kKeys + j] = hiding<A>(role);
       weights[stage * kKeys + j] = role == kPatch ? A(1) : A(0);
     }
@@ -360,19 +354,18 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
   const auto logits = [&](int key_tile, int stage) {
     const int columns = min(kKeys, a.tokens - key_tile * kKeys);
     clear(s);
-    multiply_transposed<T>(s, q_tile + warp * 16 * stride, k_tiles + stage * kKeys * stride, stride,
-                           a.depth, columns);
-    to_logits<T, true>(s, a, image, head, row0, key_tile * kKeys, hides + stage * kKeys);
+    multiply_transposed<T, kKeys>(s, q_tile, k_tiles + stage * k_values, a.depth, columns);
+    to_logits<T, true>(s, a, slice, row0, key_tile * kKeys, hides + stage * kKeys);
   };
 
-  load_tile(q_tile, stride, origin<T>(a.q, image, head), a.q, a.tokens, a.dim,
-            16 * tile * warps, 16 * warps, 0, a.depth, thread, threads);
+  load_tile<16>(q_tile, a, a.q, slice, row0, 0, a.depth, lane.index, kWarp);
   A top[2] = {-infinity<A>(), -infinity<A>()}, sum[2] = {A(0), A(0)};
   // Takes a tile of logits into the running maximum and sum (this lane's columns); returns in
   // `factor` what earlier sums are to be multiplied with, and leaves exponentials in s.
   const auto running = [&](A(&factor)[2]) {
     A highest[2] = {top[0], top[1]};
-    each_element<kTiles>([&](int n, int e, int, int) { highest[e / 2] = max(highest[e / 2], s[n][e]); });
+    each_element<kTiles>(
+        [&](int n, int e, int, int) { highest[e / 2] = max(highest[e / 2], s[n][e]); });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       highest[r] = row_max(highest[r]);
@@ -394,14 +387,14 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       top[r] = finite_top(top[r]);
       inverse_sum[r] = row0 + lane.g + 8 * r < a.tokens ? A(1) / sum[r] : A(0);
     }
-    if (piece == 0) write_lse(a, image, head, row0, top, sum);
+    if (piece == 0) write_lse(a, slice, row0, top, sum);
   };
 
   A o[kOutTiles][4];
   clear(o);
   const auto add_values = [&](int key_tile, int stage) {
-    multiply<T>(o, s, v_tiles + stage * kKeys * kOutStride, kOutStride,
-                min(kKeys, a.tokens - key_tile * kKeys), out_columns, scratch);
+    multiply<T, kKeys>(o, s, v_tiles + stage * kValues, min(kKeys, a.tokens - key_tile * kKeys),
+                       out_columns, scratch);
   };
 
   if constexpr (!kStats) {
@@ -424,15 +417,14 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       A factor[2];
       running(factor);
     });
-    const A inverse = inverse_count<A>(a, image);
+    const A inverse = inverse_count<A>(a, slice);
     A per_row[2], shift[2], c_sum[2] = {A(0), A(0)}, c_square[2] = {A(0), A(0)};
     A cls_in[2] = {A(0), A(0)};
     bool counted[2] = {false, false};
     if (active) {
       finish_rows();
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        counted[r] = role_of(a, image, row0 + lane.g + 8 * r) == kPatch;
+      for (int r = 0; r < 2; ++r) counted[r] = role_of(a, slice, row0 + lane.g + 8 * r) == kPatch;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -440,7 +432,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       shift[r] = counted[r] ? inverse : A(0);
     }
     // Column sums of a key tile, over the warps in order; all warps have written theirs.
-    A* partial = a.partial + ((image * a.heads + head) * tiles + tile) * 2 * a.tokens;
+    A* partial = a.partial + (slice_index(a, slice) * tiles + tile) * 2 * a.tokens;
     const auto flush = [&](int key_tile) {
       const A* from = sums + key_tile % kStages<T> * warps * 2 * kKeys;
       for (int j = thread; j < 2 * kKeys; j += threads) {
@@ -458,9 +450,8 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       if (kStages<T> == 2 && key_tile > 0) flush(key_tile - 1);
       if (active) {
         logits(key_tile, stage);
-        each_element<kTiles>([&](int n, int e, int, int) {
-          s[n][e] = exponential<T>(s[n][e] - top[e / 2]);
-        });
+        each_element<kTiles>(
+            [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] - top[e / 2]); });
         A* own_sums = sums + (stage * warps + warp) * 2 * kKeys;
         const A* weight = weights + stage * kKeys;
 #pragma unroll
@@ -468,7 +459,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
           own_sums[8 * n * 2 + statistic_slot()] =
               pair_statistics(s[n], s[n + 1], per_row, shift, weight + 8 * n, c_sum, c_square);
         if (piece == 0 && row0 == 0)
-          write_cls_out<T>(a, image, head, key_tile * kKeys, s, inverse_sum[0], weight);
+          write_cls_out<T>(a, slice, key_tile * kKeys, s, inverse_sum[0], weight);
         if (key_tile == 0) {
           cls_in[0] = s[0][0] * inverse_sum[0];  // where t == 0
           cls_in[1] = s[0][2] * inverse_sum[1];
@@ -485,9 +476,9 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
       flush(key_tiles - 1);
     }
     if (active && piece == 0)
-      write_row_statistics(a, image, head, row0, counted, cls_in, c_sum, c_square, inverse);
+      write_row_statistics(a, slice, row0, counted, cls_in, c_sum, c_square, inverse);
   }
-  if (active) write_out(a, image, head, row0, column0, o, inverse_sum);
+  if (active) write_out(a, slice, row0, column0, o, inverse_sum);
 }
 
 // Entries 4 and 5 of the statistics from the sums of all query tiles; one thread per column.
@@ -498,16 +489,17 @@ __global__ void __launch_bounds__(256)
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < columns;
        i += step) {
-    const int64_t slice = i / a.tokens, image = slice / a.heads, head = slice % a.heads;
+    const int64_t index = i / a.tokens;
+    const Slice slice = slice_at(a, index);
     const int token = static_cast<int>(i % a.tokens);
-    const A* from = a.partial + slice * tiles * 2 * a.tokens + token;
+    const A* from = a.partial + index * tiles * 2 * a.tokens + token;
     A c_sum = A(0), c_square = A(0);
     for (int tile = 0; tile < tiles; ++tile) {
       c_sum += from[tile * 2 * static_cast<int64_t>(a.tokens)];
       c_square += from[(tile * 2 + 1) * static_cast<int64_t>(a.tokens)];
     }
-    write_moments(stats_row(a, image, head, token) + 4, role_of(a, image, token) == kPatch, c_sum,
-                  c_square, inverse_count<A>(a, image));
+    write_moments(stats_row(a, slice, token) + 4, role_of(a, slice, token) == kPatch, c_sum,
+                  c_square, inverse_count<A>(a, slice));
   }
 }
 

@@ -2,13 +2,13 @@
 // and float64 as plain arithmetic in the same kernels; sums are float32 (float64 for float64).
 // Nothing of N^2 numbers is stored but the gradient of a bias.
 //
-// Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no scratch.
-// Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with statistics; scratch
-// 2 N numbers per query tile (N^2 / 32 for 64 rows).
-// Backward: 7 products of N^2 D (8 with statistics) where an algorithm with atomics needs 5; scratch
-// at most 10 numbers per token and head.
-// float32 and float64, and D > 128, take a block per 64 (128) columns of the results, each with its
-// own products q k^T. Shared memory grows with D: float64 with D > 128 needs up to 150 KiB a block.
+// Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no
+// scratch. Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with statistics;
+// scratch 2 N numbers per query tile (N^2 / 32 for 64 rows). Backward: 7 products of N^2 D (8 with
+// statistics) where an algorithm with atomics needs 5; scratch at most 10 numbers per token and
+// head. float32 and float64, and D > 128, take a block per 64 (128) columns of the results, each
+// with its own products q k^T. Shared memory grows with D: float64 with D > 128 needs up to 150 KiB
+// a block.
 #include "../common/attention_stats.h"
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
@@ -136,8 +136,8 @@ bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaS
 
 template <typename T, int kOut, bool kStats>
 void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
-  const int warps = fitting_warps(
-      op, q, kLoopWarps, [&](int w) { return loop_shared<T, kOut, kStats>(a.depth, w); });
+  const int warps = fitting_warps(op, q, kLoopWarps,
+                                  [&](int w) { return loop_shared<T, kOut, kStats>(a.depth, w); });
   const int tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
   const int pieces = static_cast<int>(ceil_div(a.depth, kOut));
   std::optional<Tensor> partial;
@@ -183,14 +183,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
                                                    bool class_token, bool need_stats) {
   const char* op = "attention_stats";
   check_cuda(op, "q", q);
-  const AttentionShape s =
-      check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
+  const AttentionShape s = check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   Tensor out = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor stats = need_stats ? empty_on(q, {s.batch, s.num_tokens, s.num_heads, kNumStats},
-                                       wide_type(q))
-                            : empty_on(q, {0}, wide_type(q));
+  Tensor stats = need_stats
+                     ? empty_on(q, {s.batch, s.num_tokens, s.num_heads, kNumStats}, wide_type(q))
+                     : empty_on(q, {0}, wide_type(q));
   Tensor lse = empty_on(q, {s.batch, s.num_tokens, s.num_heads}, wide_type(q));
   const Mask mask = read_mask(op, keep, s, stream);
   if (lse.numel() == 0) return {out, stats, lse};
@@ -201,9 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
     a.out = mutable_data<T>(out);
     a.stats = mutable_data<Acc<T>>(stats);
     a.lse = mutable_data<Acc<T>>(lse);
-    dispatch(need_stats, [&](auto wanted) {
-      launch_forward<T, decltype(wanted)::value>(op, q, a, stream);
-    });
+    dispatch(need_stats,
+             [&](auto wanted) { launch_forward<T, decltype(wanted)::value>(op, q, a, stream); });
   });
   return {out, stats, lse};
 }
@@ -242,8 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
     bool class_token, bool keep_grad, bool bias_grad) {
   const char* op = "attention_stats_backward";
   check_cuda(op, "q", q);
-  const AttentionShape s =
-      check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
+  const AttentionShape s = check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
   check_attention_grad(op, grad_out, grad_stats, q, out, stats, lse);
   SPOT_CHECK(!keep_grad || keep, op, "keep_grad=True needs keep");
   SPOT_CHECK(!bias_grad || bias, op, "bias_grad=True needs bias");
@@ -261,8 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
       grad_stats ? std::optional<Tensor>(dense(stats)) : std::nullopt;
   const int64_t rows = s.batch * s.num_tokens * s.num_heads;
   const int planes = grad_stats ? kPlanes : kPlanesWithoutStats;
-  const Tensor scratch =
-      empty_on(q, {planes, s.batch, s.num_heads, s.num_tokens}, wide);
+  const Tensor scratch = empty_on(q, {planes, s.batch, s.num_heads, s.num_tokens}, wide);
   const Tensor keep_partial =
       empty_on(q, {keep_grad ? s.batch : 0, s.num_heads, s.num_tokens}, wide);
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {

@@ -62,7 +62,8 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads,
             size_t shared, cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return;
-  SPOT_CHECK(blocks <= INT32_MAX, op, "the arguments need ", blocks, " blocks; a grid has 2^31 - 1");
+  SPOT_CHECK(blocks <= INT32_MAX, op, "the arguments need ", blocks,
+             " blocks; a grid has 2^31 - 1");
   if (shared > 48 * 1024)
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,

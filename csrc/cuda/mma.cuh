@@ -1,10 +1,11 @@
-// Products of 16-row tiles, one warp each: tensor cores for 16-bit types, plain arithmetic for float
-// and double. Both leave results in the fragment layout of ptx.cuh, so kernels are written once:
-// lane = 4 g + t holds of tile n (8 columns) s[n][0], s[n][1] = (g, 8n + 2t), (g, 8n + 2t + 1) and
-// s[n][2], s[n][3] = the same columns of row g + 8.
+// Products of 16-row tiles, one warp each: tensor cores for 16-bit types, plain arithmetic for
+// float and double. Both leave results in the fragment layout of ptx.cuh, so kernels are written
+// once: lane = 4 g + t holds of tile n (8 columns) s[n][0], s[n][1] = (g, 8n + 2t), (g, 8n + 2t +
+// 1) and s[n][2], s[n][3] = the same columns of row g + 8.
 //
-// Tiles in shared memory are row-major. Rows are a multiple of 16 values (zero filled) plus 16 bytes
-// long: 16-byte aligned, and 8 consecutive rows start in different banks.
+// A tile in shared memory is a number of rows, cut into panels of 32 columns (zero filled), one
+// after the other. Rows of a panel are padded by 16 bytes, so that 8 consecutive ones start in
+// different banks; their distance is a constant for all head dims, so addresses are too.
 #pragma once
 
 #include "block.cuh"
@@ -29,10 +30,16 @@ struct alignas(2 * sizeof(T)) Pair {
   T first, second;
 };
 
-// Row length of a shared tile of `columns` values (a multiple of 16).
+constexpr int kPanel = 32;
+
+// From row to row of a panel.
 template <typename T>
-__host__ __device__ constexpr int tile_stride(int columns) {
-  return columns + kVector<T>;
+constexpr int kStride = kPanel + kVector<T>;
+
+// Values of a tile of `columns` (a multiple of 32) columns.
+template <typename T>
+__host__ __device__ constexpr int tile_values(int rows, int columns) {
+  return rows * (columns / kPanel) * kStride<T>;
 }
 
 struct Lane {
@@ -83,69 +90,80 @@ __device__ inline bool skipped(int tile, int columns) {
   return !kAll && 8 * tile >= columns;
 }
 
-template <typename T, bool kAll, int kTiles>
+template <typename T, int kRows, bool kAll, int kTiles>
 __device__ inline void multiply_transposed_tiles(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
-                                                 int stride, int depth, int rows) {
+                                                 int depth, int rows) {
   const Lane lane = this_lane();
   if constexpr (kTensorCores<T>) {
     // Matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15: the order of a[0..3].
-    a += (lane.index % 16) * stride + lane.index / 16 * 8;
+    a += (lane.index % 16) * kStride<T> + lane.index / 16 * 8;
     // Matrices of b: rows 0-7, columns 0-7 and 8-15 (b0, b1 of the even tile), then rows 8-15.
-    b += (lane.index % 8 + lane.index / 16 * 8) * stride + lane.index / 8 % 2 * 8;
-    for (int k = 0; k < depth; k += 16) {
-      uint32_t af[4];
-      load_matrices(af, a + k);
+    b += (lane.index % 8 + lane.index / 16 * 8) * kStride<T> + lane.index / 8 % 2 * 8;
+    for (int panel = 0; panel < depth; panel += kPanel) {
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        if (skipped<kAll>(n, rows)) continue;
-        uint32_t bf[4];
-        load_matrices(bf, b + 8 * n * stride + k);
-        mma<T>(s[n], af, bf[0], bf[1]);
-        mma<T>(s[n + 1], af, bf[2], bf[3]);
+      for (int k = 0; k < kPanel; k += 16) {
+        uint32_t af[4];
+        load_matrices(af, a + k);
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+          if (skipped<kAll>(n, rows)) continue;
+          uint32_t bf[4];
+          load_matrices(bf, b + 8 * n * kStride<T> + k);
+          mma<T>(s[n], af, bf[0], bf[1]);
+          mma<T>(s[n + 1], af, bf[2], bf[3]);
+        }
       }
+      a += 16 * kStride<T>;
+      b += kRows * kStride<T>;
     }
   } else {
     using V = Vector<T>;
-    a += lane.g * stride;
-    b += 2 * lane.t * stride;
-    for (int k = 0; k < depth; k += kVector<T>) {
-      const V a0 = *reinterpret_cast<const V*>(a + k);
-      const V a1 = *reinterpret_cast<const V*>(a + 8 * stride + k);
+    a += lane.g * kStride<T>;
+    b += 2 * lane.t * kStride<T>;
+    for (int panel = 0; panel < depth; panel += kPanel) {
+      for (int k = 0; k < kPanel; k += kVector<T>) {
+        const V a0 = *reinterpret_cast<const V*>(a + k);
+        const V a1 = *reinterpret_cast<const V*>(a + 8 * kStride<T> + k);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if (skipped<kAll>(n, rows)) continue;
-        const V b0 = *reinterpret_cast<const V*>(b + 8 * n * stride + k);
-        const V b1 = *reinterpret_cast<const V*>(b + (8 * n + 1) * stride + k);
+        for (int n = 0; n < kTiles; ++n) {
+          if (skipped<kAll>(n, rows)) continue;
+          const V b0 = *reinterpret_cast<const V*>(b + 8 * n * kStride<T> + k);
+          const V b1 = *reinterpret_cast<const V*>(b + (8 * n + 1) * kStride<T> + k);
 #pragma unroll
-        for (int i = 0; i < kVector<T>; ++i) {
-          s[n][0] += a0.at[i] * b0.at[i];
-          s[n][1] += a0.at[i] * b1.at[i];
-          s[n][2] += a1.at[i] * b0.at[i];
-          s[n][3] += a1.at[i] * b1.at[i];
+          for (int i = 0; i < kVector<T>; ++i) {
+            s[n][0] += a0.at[i] * b0.at[i];
+            s[n][1] += a0.at[i] * b1.at[i];
+            s[n][2] += a1.at[i] * b0.at[i];
+            s[n][3] += a1.at[i] * b1.at[i];
+          }
         }
       }
+      a += 16 * kStride<T>;
+      b += kRows * kStride<T>;
     }
   }
 }
 
-// s += a b^T over `depth` (a multiple of 16) columns. a: 16 rows; b: `rows` rows, one per column of
-// s; columns of s from the next multiple of 16 on are left alone.
-template <typename T, int kTiles>
+// s += a b^T over `depth` (a multiple of 32) columns. a: a tile of 16 rows; b: a tile of kRows
+// rows, the first `rows` of them being the columns of s; others from the next multiple of 16 on are
+// left alone.
+template <typename T, int kRows, int kTiles>
 __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
-                                           int stride, int depth, int rows) {
-  static_assert(kTiles % 2 == 0);
+                                           int depth, int rows) {
+  static_assert(kTiles % 2 == 0 && 8 * kTiles <= kRows);
   if (rows > 8 * kTiles - 16)
-    multiply_transposed_tiles<T, true>(s, a, b, stride, depth, rows);
+    multiply_transposed_tiles<T, kRows, true>(s, a, b, depth, rows);
   else
-    multiply_transposed_tiles<T, false>(s, a, b, stride, depth, rows);
+    multiply_transposed_tiles<T, kRows, false>(s, a, b, depth, rows);
 }
 
 // Values of scratch per warp that `multiply` needs (none with tensor cores).
 template <typename T, int kTiles>
-constexpr int kProductScratch = kTensorCores<T> ? 0 : 16 * tile_stride<T>(8 * kTiles);
+constexpr int kProductScratch = kTensorCores<T> ? 0 : 16 * (8 * kTiles + kVector<T>);
 
 // Results as the left side of a product: two tiles side by side are one operand, since columns 2t,
-// 2t + 1 of tile k are a[0] (row g) and a[1] (row g + 8), and those of tile k + 1 are a[2] and a[3].
+// 2t + 1 of tile k are a[0] (row g) and a[1] (row g + 8), and those of tile k + 1 are a[2] and
+// a[3].
 template <typename T, int kTiles>
 __device__ inline void pack_tiles(uint32_t (&packed)[kTiles][2], const float (&p)[kTiles][4]) {
 #pragma unroll
@@ -155,14 +173,14 @@ __device__ inline void pack_tiles(uint32_t (&packed)[kTiles][2], const float (&p
   }
 }
 
-template <typename T, bool kAll, int kTiles, int kOutTiles>
+template <typename T, int kRows, bool kAll, int kTiles, int kOutTiles>
 __device__ inline void multiply_packed_tiles(float (&o)[kOutTiles][4],
-                                             const uint32_t (&p)[kTiles][2], const T* b,
-                                             int stride, int rows, int columns) {
+                                             const uint32_t (&p)[kTiles][2], const T* b, int rows,
+                                             int columns) {
   const Lane lane = this_lane();
   // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0, b1 of the even
   // tile), then of columns 8-15.
-  b += (lane.index % 16) * stride + lane.index / 16 * 8;
+  b += (lane.index % 16) * kStride<T> + lane.index / 16 * 8;
 #pragma unroll
   for (int k = 0; k < kTiles; k += 2) {
     if (skipped<kAll>(k, rows)) continue;
@@ -171,49 +189,51 @@ __device__ inline void multiply_packed_tiles(float (&o)[kOutTiles][4],
     for (int n = 0; n < kOutTiles; n += 2) {
       if (skipped<kAll>(n, columns)) continue;
       uint32_t bf[4];
-      load_matrices_transposed(bf, b + 8 * k * stride + 8 * n);
+      load_matrices_transposed(bf,
+                               b + (8 * n / kPanel * kRows + 8 * k) * kStride<T> + 8 * n % kPanel);
       mma<T>(o[n], af, bf[0], bf[1]);
       mma<T>(o[n + 1], af, bf[2], bf[3]);
     }
   }
 }
 
-// o += p b, with p (16 x `rows`) packed and b: `rows` rows of `columns` values. p and b must be
-// there, zero say, up to the next multiple of 16 rows.
-template <typename T, int kTiles, int kOutTiles>
+// o += p b, with p (16 x `rows`) packed and b: the first `rows` rows and `columns` columns of a
+// tile of kRows rows. p and b must be there, zero say, up to the next multiple of 16 rows.
+template <typename T, int kRows, int kTiles, int kOutTiles>
 __device__ inline void multiply_packed(float (&o)[kOutTiles][4], const uint32_t (&p)[kTiles][2],
-                                       const T* b, int stride, int rows, int columns) {
-  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0);
+                                       const T* b, int rows, int columns) {
+  static_assert(kTiles % 2 == 0 && kOutTiles % 2 == 0 && 8 * kTiles <= kRows);
   if (rows > 8 * kTiles - 16 && columns >= 8 * kOutTiles)
-    multiply_packed_tiles<T, true>(o, p, b, stride, rows, columns);
+    multiply_packed_tiles<T, kRows, true>(o, p, b, rows, columns);
   else
-    multiply_packed_tiles<T, false>(o, p, b, stride, rows, columns);
+    multiply_packed_tiles<T, kRows, false>(o, p, b, rows, columns);
 }
 
 // The same with p as results, and for all types; tensor cores round it to T.
-template <typename T, int kTiles, int kOutTiles>
+template <typename T, int kRows, int kTiles, int kOutTiles>
 __device__ inline void multiply(Acc<T> (&o)[kOutTiles][4], const Acc<T> (&p)[kTiles][4], const T* b,
-                                int stride, int rows, int columns, T* scratch) {
+                                int rows, int columns, T* scratch) {
   if constexpr (kTensorCores<T>) {
     uint32_t packed[kTiles][2];
     pack_tiles<T>(packed, p);
-    multiply_packed(o, packed, b, stride, rows, columns);
+    multiply_packed<T, kRows>(o, packed, b, rows, columns);
   } else {
     const Lane lane = this_lane();
-    constexpr int kStride = tile_stride<T>(8 * kTiles);
+    constexpr int kLength = 8 * kTiles + kVector<T>;
     __syncwarp();  // scratch may still be read from an earlier call
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        scratch[(lane.g + 8 * (e / 2)) * kStride + 8 * n + 2 * lane.t + e % 2] = p[n][e];
+        scratch[(lane.g + 8 * (e / 2)) * kLength + 8 * n + 2 * lane.t + e % 2] = p[n][e];
     __syncwarp();
     for (int k = 0; k < rows; ++k) {
-      const T p0 = scratch[lane.g * kStride + k], p1 = scratch[(lane.g + 8) * kStride + k];
+      const T p0 = scratch[lane.g * kLength + k], p1 = scratch[(lane.g + 8) * kLength + k];
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         if (8 * n >= columns) continue;
-        const Pair<T> v = *reinterpret_cast<const Pair<T>*>(b + k * stride + 8 * n + 2 * lane.t);
+        const Pair<T> v = *reinterpret_cast<const Pair<T>*>(
+            b + (8 * n / kPanel * kRows + k) * kStride<T> + 8 * n % kPanel + 2 * lane.t);
         o[n][0] += p0 * v.first;
         o[n][1] += p0 * v.second;
         o[n][2] += p1 * v.first;
