@@ -150,44 +150,60 @@ __device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& vi
 
 // ---- logits ------------------------------------------------------------------------------------
 
-template <typename A>
-__device__ inline A bias_at(const AttentionArgs& a, Slice slice, int row, int column) {
-  if (row >= a.tokens || column >= a.tokens) return A(0);
-  const int64_t at = slice.image * a.bias_batch + slice.head * a.bias_head + row * a.bias_row +
-                     column * a.bias_column;
+// s += bias, in the unit of the logits, where an entry is not hidden. Rows of s are queries row0..
+// and columns keys column0.., or the other way round with kTransposed. One loop for each type of
+// the bias, so that loads overlap.
+template <typename T, bool kTransposed, int kTiles>
+__device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, Slice slice,
+                                int row0, int column0) {
+  using A = Acc<T>;
+  const int64_t start = slice.image * a.bias_batch + slice.head * a.bias_head;
+  const auto add = [&](const auto* bias) {
+    each_element<kTiles>([&](int n, int e, int r, int c) {
+      // Loads what is there in any case, so that nothing branches; entries beyond the last key are
+      // hidden, and rows beyond the last are not used.
+      const int64_t row = min(row0 + r, a.tokens - 1), column = min(column0 + c, a.tokens - 1);
+      const int64_t at = kTransposed ? column * a.bias_row + row * a.bias_column
+                                     : row * a.bias_row + column * a.bias_column;
+      const A value = kLogitUnit<T> * static_cast<A>(load(bias[start + at]));
+      s[n][e] += s[n][e] == -infinity<A>() ? A(0) : value;
+    });
+  };
   switch (a.bias_type) {
-    case 0: return static_cast<A>(static_cast<const float*>(a.bias)[at]);
-    case 1: return static_cast<A>(static_cast<const double*>(a.bias)[at]);
-    case 2: return static_cast<A>(load(static_cast<const __half*>(a.bias)[at]));
-    default: return static_cast<A>(load(static_cast<const __nv_bfloat16*>(a.bias)[at]));
+    case 0: return add(static_cast<const float*>(a.bias));
+    case 1: return add(static_cast<const double*>(a.bias));
+    case 2: return add(static_cast<const __half*>(a.bias));
+    default: return add(static_cast<const __nv_bfloat16*>(a.bias));
   }
 }
 
-// Dot products of rows row0.. with columns column0.. -> logits; hidden entries are -inf. `hide` has
-// one value per column of the tile. A row always sees itself. kBias: whether there may be a bias.
-template <typename T, bool kBias, int kTiles>
-__device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, Slice slice,
-                                 int row0, int column0, const Acc<T>* hide) {
+// Dot products of rows row0.. with columns column0.. -> logits without bias; hidden entries are
+// -inf. `hide` has one value per column of the tile. A row always sees itself.
+template <typename T, int kTiles>
+__device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, int row0,
+                                 int column0, const Acc<T>* hide) {
   using A = Acc<T>;
   const Lane lane = this_lane();
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
-  const bool bias = kBias && a.bias != nullptr;
+  const bool diagonal = a.roles != nullptr && column0 < row0 + 16 && row0 < column0 + 8 * kTiles;
+  if (!diagonal) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + (e % 2 ? add.second : add.first);
+    }
+    return;
+  }
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
     A own[4] = {add.first, add.second, add.first, add.second};
     const int from_diagonal = column0 + 8 * n - row0;
-    if (a.roles != nullptr && from_diagonal > -8 && from_diagonal < 16) {
+    if (from_diagonal == 0 || from_diagonal == 8) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (from_diagonal + 2 * lane.t + e % 2 == lane.g + 8 * (e / 2)) own[e] = A(0);
-    }
-    if constexpr (kBias) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (bias && own[e] == A(0))
-          own[e] = kLogitUnit<T> * bias_at<A>(a, slice, row0 + lane.g + 8 * (e / 2),
-                                              column0 + 8 * n + 2 * lane.t + e % 2);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + own[e];

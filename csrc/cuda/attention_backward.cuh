@@ -54,6 +54,12 @@ struct BackwardArgs : AttentionArgs {
 
 constexpr int kBackwardWarps = 4;
 
+// Blocks that are to run side by side, which bounds registers: what shared memory has room for up
+// to D = 64. The kernel for keys has twice the sums.
+template <typename T, int kOut>
+constexpr int kQueryBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
+constexpr int kKeyBlocks = 2;
+
 // Tokens per tile of the inner loop.
 template <typename T, int kOut>
 constexpr int kInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
@@ -311,7 +317,7 @@ struct BackwardTiles {
 // ---- dq ----------------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>))
     attention_query_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
   using Tiles = BackwardTiles<T, kOut>;
@@ -334,7 +340,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   const auto map = [&](int key_tile, int stage) {
     clear(s);
     m.scores(s, 0, stage, min(kSize, a.tokens - key_tile * kSize));
-    to_logits<T, true>(s, a, slice, row0, key_tile * kSize, m.hide(stage));
+    to_logits<T>(s, a, row0, key_tile * kSize, m.hide(stage));
+    if (a.bias != nullptr) add_bias<T, false>(s, a, slice, row0, key_tile * kSize);
     each_element<kTiles>(
         [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]); });
   };
@@ -403,7 +410,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
 
 // Rows are keys and columns are queries here.
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
     attention_key_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
   using Tiles = BackwardTiles<T, kOut>;
@@ -458,10 +465,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
            // Scaled dot products to logits minus lse of the query.
            each_element<kTiles>(
                [&](int n, int e, int, int c) { s[n][e] = s[n][e] * scale - entries[c].lse; });
-           if (a.bias != nullptr)
-             each_element<kTiles>([&](int n, int e, int r, int c) {
-               s[n][e] += kLogitUnit<T> * bias_at<A>(a, slice, first + c, row0 + r);
-             });
+           if (a.bias != nullptr) add_bias<T, true>(s, a, slice, row0, first);
            const bool diagonal = row0 < first + kSize && first < row0 + 16;
            if (keep_wanted)
              each_element<kTiles>([&](int n, int e, int r, int c) {
@@ -523,7 +527,7 @@ __global__ void __launch_bounds__(256)
 
 // Place: tile = key tile + key tiles * query tile; image counts images of the bias.
 template <typename T, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
     attention_bias_kernel(const BackwardArgs<T> a, int query_tiles, int key_tiles) {
   using A = Acc<T>;
   using Tiles = BackwardTiles<T, 64>;
@@ -556,7 +560,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     A s[kTiles][4], d[kTiles][4];
     clear(s);
     m.scores(s, 0, 0, keys);
-    to_logits<T, true>(s, a, slice, row0, first, m.hide(0));
+    to_logits<T>(s, a, row0, first, m.hide(0));
+    if (a.bias != nullptr) add_bias<T, false>(s, a, slice, row0, first);
     clear(d);
     m.scores(d, 1, 0, keys);
     each_element<kTiles>([&](int n, int e, int r, int c) {

@@ -27,6 +27,9 @@ struct ForwardArgs : AttentionArgs {
 };
 
 constexpr int kLoopWarps = 4;
+// Blocks that are to run side by side, which bounds registers.
+template <typename T, int kOut>
+constexpr int kLoopBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
 
 // Keys per tile of the loop kernel.
 template <typename T>
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     __syncwarp();  // all lanes have read q: the next rows may come in
     if (row0 + 16 * warps < a.tokens)
       load_tile<16>(q_tile, a, a.q, slice, row0 + 16 * warps, 0, a.depth, lane.index, kWarp);
-    to_logits<T, false>(s, a, slice, row0, 0, hide);
+    to_logits<T>(s, a, row0, 0, hide);
 
     float top[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {0.0f, 0.0f};
     each_element<kTiles>([&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
@@ -295,7 +298,7 @@ size_t loop_shared(int depth, int warps) {
 }
 
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kLoopWarps* kWarp)
+__global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut>))
     attention_loop_kernel(const ForwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
   constexpr int kKeys = kForwardKeys<T>, kTiles = kKeys / 8, kOutTiles = kOut / 8;
@@ -355,7 +358,8 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp)
     const int columns = min(kKeys, a.tokens - key_tile * kKeys);
     clear(s);
     multiply_transposed<T, kKeys>(s, q_tile, k_tiles + stage * k_values, a.depth, columns);
-    to_logits<T, true>(s, a, slice, row0, key_tile * kKeys, hides + stage * kKeys);
+    to_logits<T>(s, a, row0, key_tile * kKeys, hides + stage * kKeys);
+    if (a.bias != nullptr) add_bias<T, false>(s, a, slice, row0, key_tile * kKeys);
   };
 
   load_tile<16>(q_tile, a, a.q, slice, row0, 0, a.depth, lane.index, kWarp);
