@@ -11,7 +11,8 @@
 // attention_bias_kernel  per tile of the bias: dS, summed over the batch in order where it is
 // shared
 //
-// Scratch: at most 8 numbers per token and head, and one for keep. One warp works on 16 rows.
+// Scratch: 5 numbers per token and head, 13 with statistics, and one for keep. One warp works on 16
+// rows.
 //
 // For kept patches i and j: T_ij = A_i + C_j + c_ij (R_i + Q_j), c_ij = p_ij - 1/n, with
 //   R_i = 2 g_row_var / n   A_i = g_row_mean / n - R_i (row_mean_i - 1/n)
@@ -23,20 +24,25 @@
 
 namespace spot {
 
-// What a row of the map needs to know of its query, and a column of its key: planes [B, H, N].
-enum Plane : int {
-  kLse,
-  kOwn,
-  kDelta,
-  kRowShift,
-  kRowSlope,
-  kClsIn,
-  kColShift,
-  kColSlope,
-  kClsOut
+// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out.
+// weight is 1 for kept patches.
+template <typename A>
+struct alignas(16) Side {
+  A weight, shift, slope, cls;
 };
-constexpr int kPlanes = 9;
-constexpr int kPlanesWithoutStats = 2;  // delta is dO . out then
+
+// lse in the unit of the logits; own = dO . out.
+template <typename A>
+struct alignas(16) QueryEntry {
+  A lse, delta, own, unused;
+};
+
+// Tables [B, H, M] of M = tokens rounded up to kTableTokens, so that tiles of them are whole. A
+// token beyond the last has lse = inf, is hidden, and is 0 elsewhere: its row and column of the map
+// are 0.
+constexpr int kTableTokens = 64;
+constexpr int kEntryValues = 5;  // a QueryEntry and what hides a key
+constexpr int kSideValues = 8;   // with statistics
 
 template <typename T>
 struct BackwardArgs : AttentionArgs {
@@ -45,12 +51,20 @@ struct BackwardArgs : AttentionArgs {
   const Acc<T>* stats;       // [B, N, H, 6], with statistics
   const Acc<T>* grad_stats;  // [B, N, H, 6] with strides, null without statistics
   int64_t grad_stats_batch, grad_stats_token, grad_stats_head, grad_stats_entry;
-  Acc<T>* planes;        // [planes, B, H, N]; lse in the unit of the logits
+  int table_tokens;  // M
+  QueryEntry<Acc<T>>* entries;
+  Acc<T>* hides;  // added to the logits of a key
+  Side<Acc<T>>*query_sides, *key_sides;
   T *dq, *dk, *dv;       // [B, N, H, D]
   Acc<T>* keep_partial;  // [B, H, N] or null
   Acc<T>* dbias;         // [bias_images, H, N, N]
   int64_t bias_images;
 };
+
+template <typename T>
+__device__ inline int64_t table_index(const BackwardArgs<T>& a, Slice slice, int token) {
+  return slice_index(a, slice) * a.table_tokens + token;
+}
 
 constexpr int kBackwardWarps = 4;
 
@@ -66,18 +80,6 @@ constexpr int kInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8
 template <typename T>
 constexpr int kBackwardStages = kTensorCores<T> ? 2 : 1;
 
-template <typename T>
-__device__ inline const Acc<T>* plane_of(const BackwardArgs<T>& a, Plane plane, Slice slice) {
-  return a.planes + (plane * a.batch * a.heads + slice_index(a, slice)) * a.tokens;
-}
-
-// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out.
-// weight is 1 for kept patches.
-template <typename A>
-struct alignas(16) Side {
-  A weight, shift, slope, cls;
-};
-
 template <typename A>
 __device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, const Side<A>& key,
                                        bool class_row, bool class_column) {
@@ -90,7 +92,7 @@ __device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, con
 
 // ---- per token and head ------------------------------------------------------------------------
 
-// One warp per token and head.
+// One warp per entry of the tables.
 template <typename T>
 __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, int64_t items) {
   using A = Acc<T>;
@@ -98,75 +100,66 @@ __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, i
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
   for (int64_t item = blockIdx.x * static_cast<int64_t>(blockDim.x / kWarp) + threadIdx.x / kWarp;
        item < items; item += warps) {
-    const int64_t row = item / a.heads;
-    const Slice slice{static_cast<int>(row / a.tokens), static_cast<int>(item % a.heads)};
-    const int token = static_cast<int>(row % a.tokens);
-    const T* grad = origin<T>(a.grad_out, slice) + token * a.grad_out.token;
-    const T* out = origin<T>(a.out, slice) + token * a.out.token;
+    const Slice slice = slice_at(a, item / a.table_tokens);
+    const int token = static_cast<int>(item % a.table_tokens);
+    const bool there = token < a.tokens;
+    const int role = role_of(a, slice, token);
     A own = A(0);
-    for (int d = lane.index; d < a.dim; d += kWarp)
-      own += load(grad[d * a.grad_out.dim]) * load(out[d * a.out.dim]);
+    if (there) {
+      const T* grad = origin<T>(a.grad_out, slice) + token * a.grad_out.token;
+      const T* out = origin<T>(a.out, slice) + token * a.out.token;
+      for (int d = lane.index; d < a.dim; d += kWarp)
+        own += load(grad[d * a.grad_out.dim]) * load(out[d * a.out.dim]);
+    }
     own = warp_sum(own);
     if (lane.index != 0) continue;
-    const int64_t at = slice_index(a, slice) * a.tokens + token;
-    const int64_t plane = a.batch * a.heads * a.tokens;
-    a.planes[kLse * plane + at] = a.lse[item] * kLogitUnit<T>;
-    a.planes[kOwn * plane + at] = own;
+    const A lse = there ? a.lse[token_index(a, slice, token)] * kLogitUnit<T> : infinity<A>();
+    a.entries[item] = {lse, own, own, A(0)};
+    a.hides[item] = hiding<A>(role);
     if (a.grad_stats == nullptr) continue;
-    const bool kept = role_of(a, slice, token) == kPatch;
-    const A inverse = inverse_count<A>(a, slice);
-    const A* g = a.grad_stats + slice.image * a.grad_stats_batch + token * a.grad_stats_token +
-                 slice.head * a.grad_stats_head;
-    const auto gradient = [&](int entry) { return kept ? g[entry * a.grad_stats_entry] : A(0); };
-    const auto mean = [&](int entry) { return kept ? a.stats[item * 6 + entry] : A(0); };
-    const A row_slope = A(2) * gradient(3) * inverse, col_slope = A(2) * gradient(5) * inverse;
-    a.planes[kRowSlope * plane + at] = row_slope;
-    a.planes[kColSlope * plane + at] = col_slope;
-    a.planes[kRowShift * plane + at] = gradient(2) * inverse - row_slope * (mean(2) - inverse);
-    a.planes[kColShift * plane + at] = gradient(4) * inverse - col_slope * (mean(4) - inverse);
-    a.planes[kClsOut * plane + at] = a.class_token ? gradient(0) : A(0);
-    a.planes[kClsIn * plane + at] = a.class_token ? gradient(1) : A(0);
+    Side<A> query{A(0), A(0), A(0), A(0)}, key = query;
+    if (role == kPatch) {
+      const A inverse = inverse_count<A>(a, slice);
+      const A* mean = a.stats + token_index(a, slice, token) * 6;
+      const A* from = a.grad_stats + slice.image * a.grad_stats_batch + token * a.grad_stats_token +
+                      slice.head * a.grad_stats_head;
+      const auto gradient = [&](int entry) { return from[entry * a.grad_stats_entry]; };
+      const auto side = [&](int moments, int cls) {
+        const A slope = A(2) * gradient(moments + 1) * inverse;
+        return Side<A>{A(1), gradient(moments) * inverse - slope * (mean[moments] - inverse), slope,
+                       a.class_token ? gradient(cls) : A(0)};
+      };
+      query = side(2, 1);
+      key = side(4, 0);
+    }
+    a.query_sides[item] = query;
+    a.key_sides[item] = key;
   }
 }
 
 // ---- what a block knows of its tokens ----------------------------------------------------------
 
-// Both sides of a row, for the two rows of a lane; tokens beyond the last have lse = inf, so that
-// their map is 0.
+// The two rows of a lane, where rows are queries.
 template <typename A>
 struct QueryRows {
-  A lse[2], own[2], delta[2];
+  QueryEntry<A> entry[2];
   Side<A> side[2];
 };
 
 template <typename T, bool kStats>
-__device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, Slice slice, int row0,
-                                               Plane delta) {
-  using A = Acc<T>;
-  QueryRows<A> rows{};
+__device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, Slice slice, int row0) {
+  QueryRows<Acc<T>> rows{};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = row0 + this_lane().g + 8 * r;
-    const bool there = row < a.tokens;
-    const auto value = [&](Plane plane, A otherwise) {
-      return there ? plane_of(a, plane, slice)[row] : otherwise;
-    };
-    rows.lse[r] = value(kLse, infinity<A>());
-    rows.own[r] = value(kOwn, A(0));
-    rows.delta[r] = value(delta, A(0));
-    if constexpr (kStats)
-      rows.side[r] = {role_of(a, slice, row) == kPatch ? A(1) : A(0), value(kRowShift, A(0)),
-                      value(kRowSlope, A(0)), value(kClsIn, A(0))};
+    const int64_t at = table_index(a, slice, row0 + this_lane().g + 8 * r);
+    rows.entry[r] = a.entries[at];
+    if constexpr (kStats) rows.side[r] = a.query_sides[at];
   }
   return rows;
 }
 
-// The same for the `size` tokens of an inner tile, in shared memory: one Side each, then for keys
-// what hides them, for queries a QueryEntry.
-template <typename A>
-struct alignas(16) QueryEntry {
-  A lse, delta, own, unused;
-};
+// The tables of an inner tile, in shared memory: sides first, then what hides keys, or the entries
+// of queries.
 constexpr int kTableValues = 8;  // per token
 
 template <typename A>
@@ -174,46 +167,37 @@ __device__ inline Side<A>* table_sides(A* table) {
   return reinterpret_cast<Side<A>*>(table);
 }
 template <typename A>
-__device__ inline A* table_hide(A* table, int size) {
+__device__ inline A* table_hides(A* table, int size) {
   return table + 4 * size;
 }
 template <typename A>
-__device__ inline QueryEntry<A>* table_queries(A* table, int size) {
+__device__ inline QueryEntry<A>* table_entries(A* table, int size) {
   return reinterpret_cast<QueryEntry<A>*>(table + 4 * size);
 }
 
-template <typename T, bool kStats>
-__device__ inline void fill_key_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
-                                      Slice slice, int first, int thread, int threads) {
-  using A = Acc<T>;
-  for (int j = thread; j < size; j += threads) {
-    const int token = first + j, role = role_of(a, slice, token);
-    table_hide(table, size)[j] = hiding<A>(role);
-    if constexpr (kStats) {
-      const auto value = [&](Plane plane) {
-        return token < a.tokens ? plane_of(a, plane, slice)[token] : A(0);
-      };
-      table_sides(table)[j] = {role == kPatch ? A(1) : A(0), value(kColShift), value(kColSlope),
-                               value(kClsOut)};
-    }
-  }
+// Part of a table to shared memory; bytes are a multiple of 16. Complete as load_tile.
+__device__ inline void load_table(void* to, const void* from, int bytes) {
+  for (int i = 16 * static_cast<int>(threadIdx.x); i < bytes;
+       i += 16 * static_cast<int>(blockDim.x))
+    copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
 }
 
-template <typename T, bool kStats>
-__device__ inline void fill_query_table(Acc<T>* table, int size, const BackwardArgs<T>& a,
-                                        Slice slice, int first, int thread, int threads) {
+template <typename T, bool kStats, int kSize>
+__device__ inline void load_key_table(Acc<T>* table, const BackwardArgs<T>& a, Slice slice,
+                                      int first) {
   using A = Acc<T>;
-  for (int i = thread; i < size; i += threads) {
-    const int token = first + i;
-    const auto value = [&](Plane plane, A otherwise) {
-      return token < a.tokens ? plane_of(a, plane, slice)[token] : otherwise;
-    };
-    table_queries(table, size)[i] = {value(kLse, infinity<A>()),
-                                     value(kStats ? kDelta : kOwn, A(0)), value(kOwn, A(0)), A(0)};
-    if constexpr (kStats)
-      table_sides(table)[i] = {role_of(a, slice, token) == kPatch ? A(1) : A(0),
-                               value(kRowShift, A(0)), value(kRowSlope, A(0)), value(kClsIn, A(0))};
-  }
+  const int64_t at = table_index(a, slice, first);
+  load_table(table_hides(table, kSize), a.hides + at, kSize * sizeof(A));
+  if constexpr (kStats) load_table(table_sides(table), a.key_sides + at, kSize * sizeof(Side<A>));
+}
+
+template <typename T, bool kStats, int kSize>
+__device__ inline void load_query_table(Acc<T>* table, const BackwardArgs<T>& a, Slice slice,
+                                        int first) {
+  using A = Acc<T>;
+  const int64_t at = table_index(a, slice, first);
+  load_table(table_entries(table, kSize), a.entries + at, kSize * sizeof(QueryEntry<A>));
+  if constexpr (kStats) load_table(table_sides(table), a.query_sides + at, kSize * sizeof(Side<A>));
 }
 
 // Columns [column0, ..) of the rows row0.. of a gradient.
@@ -267,7 +251,7 @@ struct BackwardTiles {
     return inner + tile_values<T>((2 * stage + which) * kSize, depth);
   }
   __device__ Acc<T>* table(int stage) const { return tables + stage * kTableValues * kSize; }
-  __device__ const Acc<T>* hide(int stage) const { return table_hide(table(stage), kSize); }
+  __device__ const Acc<T>* hide(int stage) const { return table_hides(table(stage), kSize); }
   __device__ const Side<Acc<T>>& side(int stage, int at) const {
     return table_sides(table(stage))[at];
   }
@@ -334,7 +318,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
   const int key_tiles = (a.tokens + kSize - 1) / kSize;
   m.load_rows(0, a, a.q, slice, row0);
   m.load_rows(1, a, a.grad_out, slice, row0);
-  QueryRows<A> rows = query_rows<T, kStats>(a, slice, row0, kOwn);
+  QueryRows<A> rows = query_rows<T, kStats>(a, slice, row0);
 
   A s[kTiles][4];
   const auto map = [&](int key_tile, int stage) {
@@ -343,7 +327,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
     to_logits<T>(s, a, row0, key_tile * kSize, m.hide(stage));
     if (a.bias != nullptr) add_bias<T, false>(s, a, slice, row0, key_tile * kSize);
     each_element<kTiles>(
-        [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] - rows.lse[e / 2]); });
+        [&](int n, int e, int, int) { s[n][e] = exponential<T>(s[n][e] - rows.entry[e / 2].lse); });
   };
   const A inverse = kStats ? inverse_count<A>(a, slice) : A(0);
   const auto from_statistics = [&](int key_tile, int stage, int e, int r, int c, A p) {
@@ -358,8 +342,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
         key_tiles,
         [&](int key_tile, int stage) {
           m.load_inner(0, stage, a, a.k, slice, key_tile * kSize);
-          fill_key_table<T, kStats>(m.table(stage), kSize, a, slice, key_tile * kSize, thread,
-                                    threads);
+          load_key_table<T, kStats, kSize>(m.table(stage), a, slice, key_tile * kSize);
         },
         [&](int key_tile, int stage) {
           if (!active) return;
@@ -369,12 +352,13 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
           });
         });
     if (active) {
-      A* delta = a.planes + (kDelta * a.batch * a.heads + slice_index(a, slice)) * a.tokens;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rows.delta[r] += row_sum(extra[r]);
+        // Not what is in the table: blocks of other pieces of the head dim write it too.
+        rows.entry[r].delta = rows.entry[r].own + row_sum(extra[r]);
         const int row = row0 + lane.g + 8 * r;
-        if (place.piece == 0 && lane.t == 0 && row < a.tokens) delta[row] = rows.delta[r];
+        if (place.piece == 0 && lane.t == 0 && row < a.tokens)
+          a.entries[table_index(a, slice, row)].delta = rows.entry[r].delta;
       }
     }
   }
@@ -386,8 +370,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
       [&](int key_tile, int stage) {
         m.load_inner(0, stage, a, a.k, slice, key_tile * kSize);
         m.load_inner(1, stage, a, a.v, slice, key_tile * kSize);
-        fill_key_table<T, kStats>(m.table(stage), kSize, a, slice, key_tile * kSize, thread,
-                                  threads);
+        load_key_table<T, kStats, kSize>(m.table(stage), a, slice, key_tile * kSize);
       },
       [&](int key_tile, int stage) {
         if (!active) return;
@@ -397,7 +380,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
         clear(d);
         m.scores(d, 1, stage, keys);
         each_element<kTiles>([&](int n, int e, int r, int c) {
-          A gradient = d[n][e] - rows.delta[e / 2];
+          A gradient = d[n][e] - rows.entry[e / 2].delta;
           if constexpr (kStats) gradient += from_statistics(key_tile, stage, e, r, c, s[n][e]);
           s[n][e] *= gradient;
         });
@@ -432,14 +415,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
   Side<A> side[2] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = row0 + lane.g + 8 * r, role = role_of(a, slice, row);
-    hide[r] = hiding<A>(role);
-    if constexpr (kStats) {
-      const auto value = [&](Plane plane) {
-        return row < a.tokens ? plane_of(a, plane, slice)[row] : A(0);
-      };
-      side[r] = {role == kPatch ? A(1) : A(0), value(kColShift), value(kColSlope), value(kClsOut)};
-    }
+    const int64_t at = table_index(a, slice, row0 + lane.g + 8 * r);
+    hide[r] = a.hides[at];
+    if constexpr (kStats) side[r] = a.key_sides[at];
   }
   const A inverse = kStats ? inverse_count<A>(a, slice) : A(0);
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
@@ -450,8 +428,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
          [&](int query_tile, int stage) {
            m.load_inner(0, stage, a, a.q, slice, query_tile * kSize);
            m.load_inner(1, stage, a, a.grad_out, slice, query_tile * kSize);
-           fill_query_table<T, kStats>(m.table(stage), kSize, a, slice, query_tile * kSize, thread,
-                                       threads);
+           load_query_table<T, kStats, kSize>(m.table(stage), a, slice, query_tile * kSize);
          },
          [&](int query_tile, int stage) {
            if (!active) return;
@@ -461,7 +438,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
            m.scores(s, 0, stage, queries);
            clear(d);
            m.scores(d, 1, stage, queries);
-           const QueryEntry<A>* entries = table_queries(m.table(stage), kSize);
+           const QueryEntry<A>* entries = table_entries(m.table(stage), kSize);
            // Scaled dot products to logits minus lse of the query.
            each_element<kTiles>(
                [&](int n, int e, int, int c) { s[n][e] = s[n][e] * scale - entries[c].lse; });
@@ -551,11 +528,11 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
     m.load_rows(1, a, a.grad_out, slice, row0);
     m.load_inner(0, 0, a, a.k, slice, first);
     m.load_inner(1, 0, a, a.v, slice, first);
-    fill_key_table<T, kStats>(m.table(0), kSize, a, slice, first, thread, threads);
+    load_key_table<T, kStats, kSize>(m.table(0), a, slice, first);
     copy_async_wait();
     __syncthreads();
     if (row0 >= a.tokens) continue;
-    const QueryRows<A> rows = query_rows<T, kStats>(a, slice, row0, kStats ? kDelta : kOwn);
+    const QueryRows<A> rows = query_rows<T, kStats>(a, slice, row0);
     const A inverse = kStats ? inverse_count<A>(a, slice) : A(0);
     A s[kTiles][4], d[kTiles][4];
     clear(s);
@@ -565,8 +542,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
     clear(d);
     m.scores(d, 1, 0, keys);
     each_element<kTiles>([&](int n, int e, int r, int c) {
-      const A p = exponential<T>(s[n][e] - rows.lse[e / 2]);
-      A gradient = d[n][e] - rows.delta[e / 2];
+      const A p = exponential<T>(s[n][e] - rows.entry[e / 2].lse);
+      A gradient = d[n][e] - rows.entry[e / 2].delta;
       if constexpr (kStats)
         gradient +=
             statistic_gradient(p, inverse, rows.side[e / 2], m.side(0, c),

@@ -257,8 +257,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   const std::optional<Tensor> dense_stats =
       grad_stats ? std::optional<Tensor>(dense(stats)) : std::nullopt;
   const int64_t rows = s.batch * s.num_tokens * s.num_heads;
-  const int planes = grad_stats ? kPlanes : kPlanesWithoutStats;
-  const Tensor scratch = empty_on(q, {planes, s.batch, s.num_heads, s.num_tokens}, wide);
+  const int64_t entries =
+      s.batch * s.num_heads * round_up(static_cast<int>(s.num_tokens), kTableTokens);
+  const Tensor scratch =
+      empty_on(q, {entries * (kEntryValues + (grad_stats ? kSideValues : 0))}, wide);
   const Tensor keep_partial =
       empty_on(q, {keep_grad ? s.batch : 0, s.num_heads, s.num_tokens}, wide);
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
@@ -276,12 +278,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
       a.grad_stats_head = grad_stats->stride(2);
       a.grad_stats_entry = grad_stats->stride(3);
     }
-    a.planes = mutable_data<Acc<T>>(scratch);
+    using A = Acc<T>;
+    A* const tables = mutable_data<A>(scratch);
+    a.table_tokens = round_up(a.tokens, kTableTokens);
+    a.entries = reinterpret_cast<QueryEntry<A>*>(tables);
+    a.hides = tables + 4 * entries;
+    a.query_sides = reinterpret_cast<Side<A>*>(tables + 5 * entries);
+    a.key_sides = reinterpret_cast<Side<A>*>(tables + 9 * entries);
     a.dq = mutable_data<T>(dq);
     a.dk = mutable_data<T>(dk);
     a.dv = mutable_data<T>(dv);
     a.keep_partial = keep_grad ? mutable_data<Acc<T>>(keep_partial) : nullptr;
-    launch(op, prepare_kernel<T>, grid_for(rows, kThreads / kWarp), kThreads, 0, stream, a, rows);
+    launch(op, prepare_kernel<T>, grid_for(entries, kThreads / kWarp), kThreads, 0, stream, a,
+           entries);
     dispatch(grad_stats.has_value(), [&](auto wanted) {
       constexpr bool kStats = decltype(wanted)::value;
       if (rows > 0) {
