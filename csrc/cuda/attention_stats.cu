@@ -142,7 +142,7 @@ void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_
   const int pieces = static_cast<int>(ceil_div(a.depth, kOut));
   std::optional<Tensor> partial;
   if constexpr (kStats) {
-    partial = empty_on(q, {a.batch, a.heads, tiles, 2, a.tokens}, wide_type(q));
+    partial = empty_on(q, {a.batch, a.heads, tiles, 2 * a.tokens + 1}, wide_type(q));
     a.partial = mutable_data<Acc<T>>(*partial);
   }
   launch(op, attention_loop_kernel<T, kOut, kStats>, a.batch * a.heads * tiles * pieces,
@@ -173,7 +173,8 @@ void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStre
     }
     if (a.dim > 64) return launch_loop<T, 128, kStats>(op, q, a, stream);
   }
-  launch_loop<T, 64, kStats>(op, q, a, stream);
+  // float64 has no registers for more.
+  launch_loop<T, sizeof(T) == 8 ? 32 : 64, kStats>(op, q, a, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor& k,
