@@ -151,23 +151,29 @@ __device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& vi
 // ---- logits ------------------------------------------------------------------------------------
 
 // s += bias, in the unit of the logits, where an entry is not hidden. Rows of s are queries row0..
-// and columns keys column0.., or the other way round with kTransposed. One loop for each type of
-// the bias, so that loads overlap.
+// and columns keys column0.., or the other way round with kTransposed.
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, Slice slice,
                                 int row0, int column0) {
   using A = Acc<T>;
+  const Lane lane = this_lane();
   const int64_t start = slice.image * a.bias_batch + slice.head * a.bias_head;
   const auto add = [&](const auto* bias) {
-    each_element<kTiles>([&](int n, int e, int r, int c) {
-      // Loads what is there in any case, so that nothing branches; entries beyond the last key are
-      // hidden, and rows beyond the last are not used.
-      const int64_t row = min(row0 + r, a.tokens - 1), column = min(column0 + c, a.tokens - 1);
-      const int64_t at = kTransposed ? column * a.bias_row + row * a.bias_column
-                                     : row * a.bias_row + column * a.bias_column;
-      const A value = kLogitUnit<T> * static_cast<A>(load(bias[start + at]));
-      s[n][e] += s[n][e] == -infinity<A>() ? A(0) : value;
-    });
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Loads what is there in any case, so that nothing branches; entries beyond the last key
+        // are hidden, and rows beyond the last are not used.
+        const int64_t row = min(row0 + lane.g + 8 * (e / 2), a.tokens - 1);
+        const int64_t column = min(column0 + 8 * n + 2 * lane.t + e % 2, a.tokens - 1);
+        const int64_t at = kTransposed ? column * a.bias_row + row * a.bias_column
+                                       : row * a.bias_row + column * a.bias_column;
+        const A value = kLogitUnit<T> * static_cast<A>(load(bias[start + at]));
+        s[n][e] += s[n][e] == -infinity<A>() ? A(0) : value;
+      }
+      asm volatile("" ::: "memory");  // keeps the compiler from holding the loads of all tiles
+    }
   };
   switch (a.bias_type) {
     case 0: return add(static_cast<const float*>(a.bias));

@@ -68,15 +68,15 @@ __device__ inline int64_t table_index(const BackwardArgs<T>& a, Slice slice, int
 
 constexpr int kBackwardWarps = 4;
 
-// Blocks that are to run side by side, which bounds registers: what shared memory has room for up
-// to D = 64. The kernel for keys has twice the sums.
+// Blocks that are to run side by side, which bounds registers.
 template <typename T, int kOut>
-constexpr int kQueryBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
-constexpr int kKeyBlocks = 2;
+constexpr int kBackwardBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
 
-// Tokens per tile of the inner loop.
+// Tokens per tile of the inner loop. The kernel for keys has two products to add to.
 template <typename T, int kOut>
-constexpr int kInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
+constexpr int kQueryInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
+template <typename T>
+constexpr int kKeyInner = sizeof(T) == 8 ? 16 : 32;
 template <typename T>
 constexpr int kBackwardStages = kTensorCores<T> ? 2 : 1;
 
@@ -221,18 +221,17 @@ __device__ inline void write_gradient(T* to, const AttentionArgs& a, Slice slice
 
 // Per warp two tiles of its own rows; per stage two inner tiles; per warp scratch of the product;
 // per stage a table.
-template <typename T, int kOut>
+template <typename T, int kSize>
 size_t backward_shared(int depth, int warps) {
-  constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
+  constexpr int kStages = kBackwardStages<T>;
   const size_t values = tile_values<T>(2 * 16 * warps + 2 * kStages * kSize, depth) +
                         warps * kProductScratch<T, kSize / 8>;
   return values * sizeof(T) + kStages * kTableValues * kSize * sizeof(Acc<T>);
 }
 
-template <typename T, int kOut>
+template <typename T, int kSize>
 struct BackwardTiles {
-  static constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
-  static constexpr int kTiles = kSize / 8;
+  static constexpr int kStages = kBackwardStages<T>, kTiles = kSize / 8;
   int depth;
   T *own, *inner, *scratch;
   Acc<T>* tables;
@@ -301,13 +300,12 @@ struct BackwardTiles {
 // ---- dq ----------------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>))
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
     attention_query_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
-  using Tiles = BackwardTiles<T, kOut>;
-  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  constexpr int kSize = kQueryInner<T, kOut>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Tiles m(shared_memory, a.depth);
+  const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, pieces, tiles);
@@ -393,13 +391,12 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
 
 // Rows are keys and columns are queries here.
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
     attention_key_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
-  using Tiles = BackwardTiles<T, kOut>;
-  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  constexpr int kSize = kKeyInner<T>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Tiles m(shared_memory, a.depth);
+  const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, pieces, tiles);
@@ -504,13 +501,12 @@ __global__ void __launch_bounds__(256)
 
 // Place: tile = key tile + key tiles * query tile; image counts images of the bias.
 template <typename T, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     attention_bias_kernel(const BackwardArgs<T> a, int query_tiles, int key_tiles) {
   using A = Acc<T>;
-  using Tiles = BackwardTiles<T, 64>;
-  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  constexpr int kSize = kQueryInner<T, 64>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Tiles m(shared_memory, a.depth);
+  const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, 1, query_tiles * key_tiles);
   const int first = place.tile % key_tiles * kSize;

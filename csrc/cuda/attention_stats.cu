@@ -211,23 +211,26 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
 template <typename T, int kOut, bool kStats>
 void launch_backward(const char* op, const Tensor& q, const BackwardArgs<T>& a,
                      cudaStream_t stream) {
-  const auto bytes = [&](int w) { return backward_shared<T, kOut>(a.depth, w); };
-  const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
-  const int tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
   const int pieces = static_cast<int>(ceil_div(a.depth, kOut));
-  const int64_t blocks = a.batch * a.heads * tiles * pieces;
-  launch(op, attention_query_kernel<T, kOut, kStats>, blocks, warps * kWarp, bytes(warps), stream,
-         a, tiles, pieces);
-  launch(op, attention_key_kernel<T, kOut, kStats>, blocks, warps * kWarp, bytes(warps), stream, a,
-         tiles, pieces);
+  const auto launch_one = [&](auto* kernel, auto&& bytes) {
+    const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
+    const int tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
+    launch(op, kernel, a.batch * a.heads * tiles * pieces, warps * kWarp, bytes(warps), stream, a,
+           tiles, pieces);
+  };
+  launch_one(attention_query_kernel<T, kOut, kStats>,
+             [&](int warps) { return backward_shared<T, kQueryInner<T, kOut>>(a.depth, warps); });
+  launch_one(attention_key_kernel<T, kOut, kStats>,
+             [&](int warps) { return backward_shared<T, kKeyInner<T>>(a.depth, warps); });
 }
 
 template <typename T, bool kStats>
 void launch_bias(const char* op, const Tensor& q, const BackwardArgs<T>& a, cudaStream_t stream) {
-  const auto bytes = [&](int w) { return backward_shared<T, 64>(a.depth, w); };
+  constexpr int kSize = kQueryInner<T, 64>;
+  const auto bytes = [&](int w) { return backward_shared<T, kSize>(a.depth, w); };
   const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
   const int query_tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
-  const int key_tiles = static_cast<int>(ceil_div(a.tokens, kInner<T, 64>));
+  const int key_tiles = static_cast<int>(ceil_div(a.tokens, kSize));
   launch(op, attention_bias_kernel<T, kStats>,
          a.bias_images * a.heads * query_tiles * static_cast<int64_t>(key_tiles), warps * kWarp,
          bytes(warps), stream, a, query_tiles, key_tiles);
