@@ -1,14 +1,16 @@
-// CUDA kernels of attention_stats. float16 and bfloat16 run on tensor cores (mma.m16n8k16), float32
-// and float64 as plain arithmetic in the same kernels; sums are float32 (float64 for float64).
-// Nothing of N^2 numbers is stored but the gradient of a bias.
+// CUDA kernels of attention_stats. float16 and bfloat16 run on tensor cores
+// (mma.m16n8k16), float32 and float64 as plain arithmetic in the same kernels;
+// sums are float32 (float64 for float64). Nothing of N^2 numbers is stored but
+// the gradient of a bias.
 //
-// Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no
-// scratch. Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with statistics;
-// scratch 2 N numbers per query tile (N^2 / 32 for 64 rows). Backward: 7 products of N^2 D (8 with
-// statistics) where an algorithm with atomics needs 5; scratch at most 10 numbers per token and
-// head. float32 and float64, and D > 128, take a block per 64 (128) columns of the results, each
-// with its own products q k^T. Shared memory grows with D: float64 with D > 128 needs up to 150 KiB
-// a block.
+// Forward: up to 272 tokens of 16 bits without bias, one block per image and
+// head, one pass, no scratch. Otherwise blocks of 16 to 64 query rows that loop
+// over the keys, twice with statistics; scratch 2 N numbers per query tile (N^2
+// / 32 for 64 rows). Backward: 7 products of N^2 D (8 with statistics) where an
+// algorithm with atomics needs 5; scratch at most 10 numbers per token and
+// head. float32 and float64, and D > 128, take a block per 64 (128) columns of
+// the results, each with its own products q k^T. Shared memory grows with D:
+// float64 with D > 128 needs up to 150 KiB a block.
 #include "../common/attention_stats.h"
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
@@ -108,8 +110,8 @@ void fill_args(AttentionArgs& a, const char* op, const Tensor& q, const Tensor& 
   a.bias_type = dtype_slot(op, "bias", *bias);
 }
 
-// As many warps, at most `most`, as shared memory has room for; `bytes` are those of a number of
-// warps.
+// As many warps, at most `most`, as shared memory has room for; `bytes` are
+// those of a number of warps.
 template <typename F>
 int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
   const size_t room = max_shared(q);
@@ -119,7 +121,8 @@ int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
   return most;
 }
 
-// ---- forward -----------------------------------------------------------------------------------
+// ---- forward
+// -----------------------------------------------------------------------------------
 
 template <typename T, int kKeys, bool kStats>
 bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
@@ -157,7 +160,8 @@ void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_
 template <typename T, bool kStats>
 void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
   if constexpr (kTensorCores<T>) {
-    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261.
+    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257
+    // to 261.
     if (a.bias != nullptr) {
       // The rows kernel knows no bias.
     } else if (a.tokens <= 80) {
@@ -206,7 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   return {out, stats, lse};
 }
 
-// ---- backward ----------------------------------------------------------------------------------
+// ---- backward
+// ----------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
 void launch_backward(const char* op, const Tensor& q, const BackwardArgs<T>& a,
@@ -226,7 +231,7 @@ void launch_backward(const char* op, const Tensor& q, const BackwardArgs<T>& a,
 
 template <typename T, bool kStats>
 void launch_bias(const char* op, const Tensor& q, const BackwardArgs<T>& a, cudaStream_t stream) {
-  constexpr int kSize = kQueryInner<T, 64>;
+  constexpr int kSize = kKeyInner<T>;
   const auto bytes = [&](int w) { return backward_shared<T, kSize>(a.depth, w); };
   const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
   const int query_tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
@@ -292,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
     a.dk = mutable_data<T>(dk);
     a.dv = mutable_data<T>(dv);
     a.keep_partial = keep_grad ? mutable_data<Acc<T>>(keep_partial) : nullptr;
-    launch(op, prepare_kernel<T>, grid_for(entries, kThreads / kWarp), kThreads, 0, stream, a,
+    launch(op, prepare_kernel<T>, grid_for(entries, kThreads / kGroup), kThreads, 0, stream, a,
            entries);
     dispatch(grad_stats.has_value(), [&](auto wanted) {
       constexpr bool kStats = decltype(wanted)::value;
