@@ -1,5 +1,4 @@
-// What the kernels of attention_stats share: arguments, tiles in shared memory,
-// logits, statistics.
+// What the kernels of attention_stats share: arguments, tiles in shared memory, logits, results.
 #pragma once
 
 #include "mma.cuh"
@@ -29,11 +28,9 @@ struct AttentionArgs {
   int bias_type;  // 0 float32, 1 float64, 2 float16, 3 bfloat16
 };
 
-// ---- numbers
-// -----------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
 
-// With tensor cores logits are kept in units of 1 / log2(e), so that exp is one
-// instruction.
+// With tensor cores logits are kept in units of 1 / log2(e), so that exp is one instruction.
 template <typename T>
 constexpr Acc<T> kLogitUnit = kTensorCores<T> ? Acc<T>(1.4426950408889634) : Acc<T>(1);
 
@@ -72,19 +69,16 @@ __device__ inline A not_below_zero(A x) {
   return x < A(0) ? A(0) : x;
 }
 
-// The largest logit, or 0 where none can be seen, so that differences to it are
-// never inf - inf. A row of N that sees -inf only has sum 0 and becomes NaN, as
-// in the definition.
+// The largest logit, or 0 where none can be seen, so that differences to it are never inf - inf. A
+// row of N that sees -inf only has sum 0 and becomes NaN, as in the definition.
 template <typename A>
 __device__ inline A finite_top(A top) {
   return top == -infinity<A>() ? A(0) : top;
 }
 
-// ---- tokens
-// ------------------------------------------------------------------------------------
+// ---- tokens -------------------------------------------------------------------------------------
 
-// One image and head. Slices, and tokens of slices, are numbered as [B, H] and
-// [B, N, H].
+// One image and head. Slices, and tokens of slices, are numbered as [B, H] and [B, N, H].
 struct Slice {
   int image, head;
 };
@@ -124,13 +118,11 @@ __device__ inline const T* origin(const View& view, Slice slice) {
   return static_cast<const T*>(view.data) + slice.image * view.batch + slice.head * view.head;
 }
 
-// ---- tiles
-// -------------------------------------------------------------------------------------
+// ---- tiles --------------------------------------------------------------------------------------
 
-// Tokens [first, first + kRows) of one image and head, columns [column, column
-// + columns), into a tile; zeros beyond the tensor. Called by `threads`
-// threads, this one being `thread`; complete after copy_async_wait and a
-// barrier.
+// Tokens [first, first + kRows) of one image and head, columns [column, column + columns), into a
+// tile; zeros beyond the tensor. Called by `threads` threads, this one being `thread`; complete
+// after copy_async_wait and a barrier.
 template <int kRows, typename T>
 __device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& view, Slice slice,
                                  int first, int column, int columns, int thread, int threads) {
@@ -158,12 +150,10 @@ __device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& vi
   }
 }
 
-// ---- logits
-// ------------------------------------------------------------------------------------
+// ---- logits -------------------------------------------------------------------------------------
 
-// s += bias, in the unit of the logits, where an entry is not hidden. Rows of s
-// are queries row0.. and columns keys column0.., or the other way round with
-// kTransposed.
+// s += bias, in the unit of the logits, where an entry is not hidden. Rows of s are queries row0..
+// and columns keys column0.., or the other way round with kTransposed.
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, Slice slice,
                                 int row0, int column0) {
@@ -175,9 +165,8 @@ __device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, 
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // Loads what is there in any case, so that nothing branches; entries
-        // beyond the last key are hidden, and rows beyond the last are not
-        // used.
+        // Loads what is there in any case, so that nothing branches; entries beyond the last key
+        // are hidden, and rows beyond the last are not used.
         const int64_t row = min(row0 + lane.g + 8 * (e / 2), a.tokens - 1);
         const int64_t column = min(column0 + 8 * n + 2 * lane.t + e % 2, a.tokens - 1);
         const int64_t at = kTransposed ? column * a.bias_row + row * a.bias_column
@@ -185,9 +174,8 @@ __device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, 
         const A value = kLogitUnit<T> * static_cast<A>(load(bias[start + at]));
         s[n][e] += s[n][e] == -infinity<A>() ? A(0) : value;
       }
-      asm volatile("" ::
-                       : "memory");  // keeps the compiler from holding the loads
-                                     // of all tiles
+      // Keeps the compiler from holding the loads of all tiles.
+      asm volatile("" ::: "memory");
     }
   };
   switch (a.bias_type) {
@@ -198,9 +186,8 @@ __device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, 
   }
 }
 
-// Dot products of rows row0.. with columns column0.. -> logits without bias;
-// hidden entries are -inf. `hide` has one value per column of the tile. A row
-// always sees itself.
+// Dot products of rows row0.. with columns column0.. -> logits without bias; hidden entries are
+// -inf. `hide` has one value per column of the tile. A row always sees itself.
 template <typename T, int kTiles>
 __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, int row0,
                                  int column0, const Acc<T>* hide) {
@@ -232,11 +219,10 @@ __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a,
   }
 }
 
-// ---- results
-// -----------------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------
 
-// o, times a factor per row, to columns column0.. of the rows row0.. of a dense
-// [B, N, H, D] tensor.
+// o, times a factor per row, to columns column0.. of the rows row0.. of a dense [B, N, H, D]
+// tensor.
 template <typename T, int kTiles>
 __device__ inline void write_rows(T* tensor, const AttentionArgs& a, Slice slice, int row0,
                                   int column0, const Acc<T> (&o)[kTiles][4],
@@ -247,8 +233,7 @@ __device__ inline void write_rows(T* tensor, const AttentionArgs& a, Slice slice
   store_rows<T>(to, column0, a.dim, o, factor);
 }
 
-// ---- blocks
-// ------------------------------------------------------------------------------------
+// ---- blocks -------------------------------------------------------------------------------------
 
 // Blocks are numbered tile first, then piece of the head dim, then slice.
 struct Place {

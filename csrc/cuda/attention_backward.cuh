@@ -1,35 +1,29 @@
-// Backward kernels of attention_stats. With dP_ij = dO_i . v_j + T_ij, where T
-// is what the statistics add, dS = p (dP - delta) and delta_i = sum_j p_ij
-// dP_ij = dO_i . out_i + sum_j p_ij T_ij.
+// Backward kernels of attention_stats. With dP_ij = dO_i . v_j + T_ij, where T is what the
+// statistics add, dS = p (dP - delta) and delta_i = sum_j p_ij dP_ij = dO_i . out_i + sum_j p_ij
+// T_ij.
 //
-// prepare_kernel         per token and head: lse, dO . out, and the factors of
-// T (below) attention_query_kernel per query tile, a loop over key tiles: delta
-// (with statistics a pass of its
-//                        own, which needs scores only) and dq = scale dS k
-// attention_key_kernel   per key tile, a loop over query tiles: dk = scale dS^T
-// q, dv = p^T dO, and
-//                        the gradient of keep per head, which
-//                        keep_gradient_kernel adds up in order
-// attention_bias_kernel  per tile of the bias: dS, summed over the batch in
-// order where it is shared
+// - prepare_kernel, per token and head: lse, dO . out, and the factors of T (below).
+// - attention_query_kernel, per query tile, a loop over key tiles: delta (with statistics a pass of
+//   its own, which needs scores only) and dq = scale dS k.
+// - attention_key_kernel, per key tile, a loop over query tiles: dk = scale dS^T q, dv = p^T dO and
+//   the gradient of keep per head, which keep_gradient_kernel adds up in order.
+// - attention_bias_kernel, per tile of the bias: dS, summed over the batch in order where shared.
 //
-// Scratch: 5 numbers per token and head, 13 with statistics, and one for keep.
-// One warp works on 16 rows.
+// Scratch: 5 numbers per token and head, 13 with statistics, and one for keep. One warp works on 16
+// rows.
 //
-// For kept patches i and j: T_ij = A_i + C_j + c_ij (R_i + Q_j), c_ij = p_ij -
-// 1/n, with
-//   R_i = 2 g_row_var / n   A_i = g_row_mean / n - R_i (row_mean_i - 1/n)
-//   Q_j = 2 g_col_var / n   C_j = g_col_mean / n - Q_j (col_mean_j - 1/n)
-// and with a class token T_0j = g_cls_out[j], T_i0 = g_cls_in[i]. All other T
-// are 0.
+// For kept patches i and j: T_ij = A_i + C_j + c_ij (R_i + Q_j), c_ij = p_ij - 1/n, with
+// - R_i = 2 g_row_var / n, A_i = g_row_mean / n - R_i (row_mean_i - 1/n),
+// - Q_j = 2 g_col_var / n, C_j = g_col_mean / n - Q_j (col_mean_j - 1/n),
+// and with a class token T_0j = g_cls_out[j], T_i0 = g_cls_in[i]. All other T are 0.
 #pragma once
 
 #include "attention.cuh"
 
 namespace spot {
 
-// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C,
-// Q, g_cls_out. weight is 1 for kept patches.
+// One side of T. Of a query: shift = A, slope = R, cls = g_cls_in; of a key: C, Q, g_cls_out.
+// weight is 1 for kept patches.
 template <typename A>
 struct alignas(16) Side {
   A weight, shift, slope, cls;
@@ -41,9 +35,9 @@ struct alignas(16) QueryEntry {
   A lse, delta, own, unused;
 };
 
-// Tables [B, H, M] of M = tokens rounded up to kTableTokens, so that tiles of
-// them are whole. A token beyond the last has lse = inf, is hidden, and is 0
-// elsewhere: its row and column of the map are 0.
+// Tables [B, H, M] of M = tokens rounded up to kTableTokens, so that tiles of them are whole. A
+// token beyond the last has lse = inf, is hidden, and is 0 elsewhere: its row and column of the map
+// are 0.
 constexpr int kTableTokens = 64;
 constexpr int kEntryValues = 5;  // a QueryEntry and what hides a key
 constexpr int kSideValues = 8;   // with statistics
@@ -76,8 +70,7 @@ constexpr int kBackwardWarps = 4;
 template <typename T, int kOut>
 constexpr int kBackwardBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
 
-// Tokens per tile of the inner loop. The kernel for keys has two products to
-// add to.
+// Tokens per tile of the inner loop. The kernel for keys has two products to add to.
 template <typename T, int kOut>
 constexpr int kQueryInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
 template <typename T>
@@ -95,8 +88,7 @@ __device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, con
   return t;
 }
 
-// ---- per token and head
-// ------------------------------------------------------------------------
+// ---- per token and head -------------------------------------------------------------------------
 
 // Part of x . y for one of kGroup lanes.
 constexpr int kGroup = 8;
@@ -119,8 +111,7 @@ __device__ inline Acc<T> part_of_dot(const T* x, const View& x_view, const T* y,
   return sum;
 }
 
-// kGroup lanes per entry of the tables; their number is a multiple of
-// kTableTokens.
+// kGroup lanes per entry of the tables; their number is a multiple of kTableTokens.
 template <typename T>
 __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, int64_t items) {
   using A = Acc<T>;
@@ -164,8 +155,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, i
   }
 }
 
-// ---- what a block knows of its tokens
-// ----------------------------------------------------------
+// ---- what a block knows of its tokens -----------------------------------------------------------
 
 // The two rows of a lane, where rows are queries.
 template <typename A>
@@ -186,8 +176,8 @@ __device__ inline QueryRows<Acc<T>> query_rows(const BackwardArgs<T>& a, Slice s
   return rows;
 }
 
-// The tables of an inner tile, in shared memory: sides first, then what hides
-// keys, or the entries of queries.
+// The tables of an inner tile, in shared memory: sides first, then what hides keys, or the entries
+// of queries.
 constexpr int kTableValues = 8;  // per token
 
 template <typename A>
@@ -203,8 +193,7 @@ __device__ inline QueryEntry<A>* table_entries(A* table, int size) {
   return reinterpret_cast<QueryEntry<A>*>(table + 4 * size);
 }
 
-// Part of a table to shared memory; bytes are a multiple of 16. Complete as
-// load_tile.
+// Part of a table to shared memory; bytes are a multiple of 16. Complete as load_tile.
 __device__ inline void load_table(void* to, const void* from, int bytes) {
   for (int i = 16 * static_cast<int>(threadIdx.x); i < bytes;
        i += 16 * static_cast<int>(blockDim.x))
@@ -229,11 +218,10 @@ __device__ inline void load_query_table(Acc<T>* table, const BackwardArgs<T>& a,
   if constexpr (kStats) load_table(table_sides(table), a.query_sides + at, kSize * sizeof(Side<A>));
 }
 
-// ---- shared memory
-// -----------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
-// Per warp two tiles of its own rows; per stage two inner tiles; per warp
-// scratch of the product; per stage a table.
+// Per warp two tiles of its own rows; per stage two inner tiles; per warp scratch of the product;
+// per stage a table.
 template <typename T, int kSize>
 size_t backward_shared(int depth, int warps) {
   constexpr int kStages = kBackwardStages<T>;
@@ -291,9 +279,8 @@ struct BackwardTiles {
                        depth - column0, scratch);
   }
 
-  // Calls f(tile, stage) for `count` inner tiles in order, each loaded by
-  // fill(tile, stage) before. At each call all warps are done with the call
-  // before.
+  // Calls f(tile, stage) for `count` inner tiles in order, each loaded by fill(tile, stage) before.
+  // At each call all warps are done with the call before.
   template <typename Fill, typename F>
   __device__ void each(int count, Fill&& fill, F&& f) const {
     __syncthreads();
@@ -311,8 +298,7 @@ struct BackwardTiles {
   }
 };
 
-// ---- dq
-// ----------------------------------------------------------------------------------------
+// ---- dq -----------------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
@@ -367,8 +353,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOu
     if (active) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        // Not what is in the table: blocks of other pieces of the head dim
-        // write it too.
+        // Not what is in the table: blocks of other pieces of the head dim write it too.
         rows.entry[r].delta = rows.entry[r].own + row_sum(extra[r]);
         const int row = row0 + lane.g + 8 * r;
         if (place.piece == 0 && lane.t == 0 && row < a.tokens)
@@ -404,8 +389,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOu
   if (active) write_rows(a.dq, a, slice, row0, column0, dq, factor);
 }
 
-// ---- dk, dv, keep
-// ------------------------------------------------------------------------------
+// ---- dk, dv, keep -------------------------------------------------------------------------------
 
 // Rows are keys and columns are queries here.
 template <typename T, int kOut, bool kStats>
@@ -517,11 +501,9 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- bias
-// --------------------------------------------------------------------------------------
+// ---- bias ---------------------------------------------------------------------------------------
 
-// Place: tile = key tile + key tiles * query tile; image counts images of the
-// bias.
+// Place: tile = key tile + key tiles * query tile; image counts images of the bias.
 template <typename T, bool kStats>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     attention_bias_kernel(const BackwardArgs<T> a, int query_tiles, int key_tiles) {

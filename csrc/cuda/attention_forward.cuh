@@ -1,19 +1,16 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block
-// per image and head holds all keys and values in shared memory, a warp
-// complete rows of the map, 16 at a time, in registers. Column sums stay in the
-// block. Reads q, k, v once and writes each result once; no scratch.
+// - attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head
+//   holds all keys and values in shared memory, a warp complete rows of the map, 16 at a time, in
+//   registers. Column sums stay in the block. Reads q, k, v once, writes each result once; no
+//   scratch.
+// - attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles,
+//   with statistics twice: the first pass finds the maximum and sum of each row, the second has
+//   final values of the map, from which it takes the product with v, row statistics and, per query
+//   tile, column sums [B, H, tiles, 2, N], which column_statistics_kernel adds up in order. Without
+//   statistics one pass with a running maximum is enough.
 //
-// attention_loop_kernel (all types and lengths): one block per query tile loops
-// over key tiles. With statistics it does so twice: the first pass finds the
-// maximum and sum of each row, the second has final values of the map, from
-// which it takes the product with v, row statistics and, per query tile, column
-// sums [B, H, tiles, 2, N], which column_statistics_kernel adds up in order.
-// Without statistics one pass with a running maximum is enough.
-//
-// Statistics are accumulated around 1/n: c = p - 1/n is small where E[p^2] -
-// mean^2 would cancel.
+// Statistics are accumulated around 1/n: c = p - 1/n is small where E[p^2] - mean^2 would cancel.
 #pragma once
 
 #include "attention.cuh"
@@ -36,19 +33,15 @@ constexpr int kLoopBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
 // Keys per tile of the loop kernel.
 template <typename T>
 constexpr int kForwardKeys = kTensorCores<T> ? 64 : (sizeof(T) == 8 ? 16 : 32);
-// Buffers for tiles: copies of the next tile run under the products of this
-// one.
+// Buffers for tiles: copies of the next tile run under the products of this one.
 template <typename T>
 constexpr int kStages = kTensorCores<T> ? 2 : 1;
 
-// Values and columns as statistics see them, of one warp's rows row0.. and one
-// pair of result tiles (16 columns). e: unnormalised map; per_row: 1 / row sum
-// for kept patch rows, 0 for others; weight: 1 for columns that are kept
-// patches, 0 for others. Adds to the sums of c and c^2 of rows g and g + 8, and
-// returns those of one column over the 16 rows: lane (g, t) gets column 8 (g /
-// 4)
-// + 2t + g % 2 of the pair, the sum of c where g / 2 % 2 == 0, of c^2 where it
-// is 1.
+// Values and columns as statistics see them, of one warp's rows row0.. and one pair of result tiles
+// (16 columns). e: unnormalised map; per_row: 1 / row sum for kept patch rows, 0 for others;
+// weight: 1 for columns that are kept patches, 0 for others. Adds to the sums of c and c^2 of rows
+// g and g + 8, and returns those of one column over the 16 rows: lane (g, t) gets column 8 (g / 4)
+// + 2t + g % 2 of the pair, the sum of c where g / 2 % 2 == 0, of c^2 where it is 1.
 template <typename A>
 __device__ inline A pair_statistics(const A (&even)[4], const A (&odd)[4], const A (&per_row)[2],
                                     const A (&shift)[2], const A* weight, A (&sum)[2],
@@ -75,8 +68,7 @@ __device__ inline A pair_statistics(const A (&even)[4], const A (&odd)[4], const
   return column_sums(v);
 }
 
-// Where the value that pair_statistics returned belongs among 32: 16 sums, then
-// 16 squares.
+// Where the value that pair_statistics returned belongs among 32: 16 sums, then 16 squares.
 __device__ inline int statistic_slot() {
   const Lane lane = this_lane();
   return lane.g / 2 % 2 * 16 + lane.g / 4 * 8 + 2 * lane.t + lane.g % 2;
@@ -99,9 +91,8 @@ __device__ inline void write_moments(A* mean_and_variance, bool counted, A sum, 
   mean_and_variance[1] = counted ? not_below_zero(square * inverse - shift * shift) : A(0);
 }
 
-// Entries 0 to 3 of the statistics that a warp knows of the rows and columns it
-// has seen. cls_in and the moments of rows row0.. come from the four lanes of a
-// row.
+// Entries 0 to 3 of the statistics that a warp knows of the rows and columns it has seen. cls_in
+// and the moments of rows row0.. come from the four lanes of a row.
 template <typename T>
 __device__ inline void write_row_statistics(const ForwardArgs<T>& a, Slice slice, int row0,
                                             const bool (&counted)[2], const Acc<T> (&cls_in)[2],
@@ -119,8 +110,8 @@ __device__ inline void write_row_statistics(const ForwardArgs<T>& a, Slice slice
   }
 }
 
-// What the class token takes from the tokens of a tile: row 0, in the lanes
-// with g == 0 of the warp that has it. `weight` is per column of the tile.
+// What the class token takes from the tokens of a tile: row 0, in the lanes with g == 0 of the warp
+// that has it. `weight` is per column of the tile.
 template <typename T, int kTiles>
 __device__ inline void write_cls_out(const ForwardArgs<T>& a, Slice slice, int column0,
                                      const Acc<T> (&e)[kTiles][4], Acc<T> inverse_sum,
@@ -153,20 +144,18 @@ __device__ inline void write_lse(const ForwardArgs<T>& a, Slice slice, int row0,
   }
 }
 
-// ---- all keys in one block
-// ---------------------------------------------------------------------
+// ---- all keys in one block ----------------------------------------------------------------------
 
-// Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys],
-// and with statistics column sums [warps, 2 kKeys].
+// Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], and with statistics
+// column sums [warps, 2 kKeys].
 template <typename T, int kKeys, bool kStats>
 size_t rows_shared(int depth, int warps) {
   const size_t values = tile_values<T>(2 * kKeys + 16 * warps, depth);
   return values * sizeof(T) + (2 + (kStats ? 2 * warps : 0)) * kKeys * sizeof(float);
 }
 
-// Most threads of a block; this bounds registers, so that at least two blocks
-// of 4 warps (3 up to 208 keys, 4 up to 112) run side by side, one loading
-// while another computes.
+// Most threads of a block; this bounds registers, so that at least two blocks of 4 warps (3 up to
+// 208 keys, 4 up to 112) run side by side, one loading while another computes.
 template <int kKeys>
 constexpr int kRowsThreads = kKeys > 208   ? 256
                              : kKeys > 112 ? 384
@@ -275,12 +264,11 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
   }
 }
 
-// ---- loop over keys
-// ----------------------------------------------------------------------------
+// ---- loop over keys -----------------------------------------------------------------------------
 
-// Shared memory: a tile of q per warp; per stage a tile of k and one of v, kOut
-// columns wide; per warp scratch of the product; per stage hide, weight [keys]
-// and, with statistics, column sums [warps, 2 keys].
+// Shared memory: a tile of q per warp; per stage a tile of k and one of v, kOut columns wide; per
+// warp scratch of the product; per stage hide, weight [keys] and, with statistics, column sums
+// [warps, 2 keys].
 template <typename T, int kOut, bool kStats>
 size_t loop_shared(int depth, int warps) {
   constexpr int kKeys = kForwardKeys<T>;
@@ -331,8 +319,8 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut>))
       weights[stage * kKeys + j] = role == kPatch ? A(1) : A(0);
     }
   };
-  // Calls f(key tile, stage) for all tiles in order. At each call the tile is
-  // there, and all warps are done with the call before.
+  // Calls f(key tile, stage) for all tiles in order. At each call the tile is there, and all warps
+  // are done with the call before.
   const auto each_key_tile = [&](bool with_values, auto&& f) {
     __syncthreads();
     if (kStages<T> == 2) load_stage(0, with_values);
@@ -358,9 +346,8 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut>))
 
   load_tile<16>(q_tile, a, a.q, slice, row0, 0, a.depth, lane.index, kWarp);
   A top[2] = {-infinity<A>(), -infinity<A>()}, sum[2] = {A(0), A(0)};
-  // Takes a tile of logits into the running maximum and sum (this lane's
-  // columns); returns in `factor` what earlier sums are to be multiplied with,
-  // and leaves exponentials in s.
+  // Takes a tile of logits into the running maximum and sum (this lane's columns); returns in
+  // `factor` what earlier sums are to be multiplied with, and leaves exponentials in s.
   const auto running = [&](A(&factor)[2]) {
     A highest[2] = {top[0], top[1]};
     each_element<kTiles>(
@@ -430,8 +417,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut>))
       per_row[r] = counted[r] ? inverse_sum[r] : A(0);
       shift[r] = counted[r] ? inverse : A(0);
     }
-    // Column sums of a key tile, over the warps in order; all warps have
-    // written theirs.
+    // Column sums of a key tile, over the warps in order; all warps have written theirs.
     A* partial = a.partial + (slice_index(a, slice) * tiles + tile) * 2 * a.tokens;
     const auto flush = [&](int key_tile) {
       const A* from = sums + key_tile % kStages<T> * warps * 2 * kKeys;
@@ -446,8 +432,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut>))
       }
     };
     each_key_tile(true, [&](int key_tile, int stage) {
-      // With two stages the sums of the tile before are complete, and this tile
-      // has its own.
+      // With two stages the sums of the tile before are complete, and this tile has its own.
       if (kStages<T> == 2 && key_tile > 0) flush(key_tile - 1);
       if (active) {
         logits(key_tile, stage);
@@ -482,8 +467,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut>))
   if (active) write_rows(a.out, a, slice, row0, column0, o, inverse_sum);
 }
 
-// Entries 4 and 5 of the statistics from the sums of all query tiles; one
-// thread per column.
+// Entries 4 and 5 of the statistics from the sums of all query tiles; one thread per column.
 template <typename T>
 __global__ void __launch_bounds__(256)
     column_statistics_kernel(const ForwardArgs<T> a, int tiles, int64_t columns) {
@@ -505,12 +489,10 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- masks
-// -------------------------------------------------------------------------------------
+// ---- masks --------------------------------------------------------------------------------------
 
-// One block per image: roles [B, N] and the number of kept patch tokens;
-// first_bad[b] is the first position whose value is neither 0 nor 1, or the
-// number of positions.
+// One block per image: roles [B, N] and the number of kept patch tokens; first_bad[b] is the first
+// position whose value is neither 0 nor 1, or the number of positions.
 template <typename M>
 __global__ void __launch_bounds__(256)
     roles_kernel(const M* keep, int64_t batch_stride, int64_t stride, int tokens, int prefix,

@@ -1,16 +1,15 @@
-// CUDA kernels of attention_stats. float16 and bfloat16 run on tensor cores
-// (mma.m16n8k16), float32 and float64 as plain arithmetic in the same kernels;
-// sums are float32 (float64 for float64). Nothing of N^2 numbers is stored but
-// the gradient of a bias.
+// CUDA kernels of attention_stats. float16 and bfloat16 run on tensor cores (mma.m16n8k16), float32
+// and float64 as plain arithmetic in the same kernels; sums are float32 (float64 for float64).
+// Nothing of N^2 numbers is stored but the gradient of a bias.
 //
-// Forward: up to 272 tokens of 16 bits without bias, one block per image and
-// head, one pass, no scratch. Otherwise blocks of 16 to 64 query rows that loop
-// over the keys, twice with statistics; scratch 2 N numbers per query tile (N^2
-// / 32 for 64 rows). Backward: 7 products of N^2 D (8 with statistics) where an
-// algorithm with atomics needs 5; scratch at most 10 numbers per token and
-// head. float32 and float64, and D > 128, take a block per 64 (128) columns of
-// the results, each with its own products q k^T. Shared memory grows with D:
-// float64 with D > 128 needs up to 150 KiB a block.
+// - Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no
+//   scratch. Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with
+//   statistics; scratch 2 N numbers per query tile (N^2 / 32 for 64 rows).
+// - Backward: 7 products of N^2 D (8 with statistics), where an algorithm with atomics needs 5;
+//   scratch at most 14 numbers per token and head.
+// - float32, float64 and D > 128 take a block per 64 (128) columns of the results, each with its
+// own
+//   q k^T. Shared memory grows with D: 98 KiB a block are enough up to D = 128 (fitting_warps).
 #include "../common/attention_stats.h"
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
@@ -110,8 +109,8 @@ void fill_args(AttentionArgs& a, const char* op, const Tensor& q, const Tensor& 
   a.bias_type = dtype_slot(op, "bias", *bias);
 }
 
-// As many warps, at most `most`, as shared memory has room for; `bytes` are
-// those of a number of warps.
+// As many warps, at most `most`, as shared memory has room for; `bytes` are those of a number of
+// warps.
 template <typename F>
 int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
   const size_t room = max_shared(q);
@@ -121,8 +120,7 @@ int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
   return most;
 }
 
-// ---- forward
-// -----------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 template <typename T, int kKeys, bool kStats>
 bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
@@ -160,8 +158,7 @@ void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_
 template <typename T, bool kStats>
 void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
   if constexpr (kTensorCores<T>) {
-    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257
-    // to 261.
+    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261.
     if (a.bias != nullptr) {
       // The rows kernel knows no bias.
     } else if (a.tokens <= 80) {
@@ -210,8 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   return {out, stats, lse};
 }
 
-// ---- backward
-// ----------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
 void launch_backward(const char* op, const Tensor& q, const BackwardArgs<T>& a,

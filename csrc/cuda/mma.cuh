@@ -1,13 +1,11 @@
-// Products of 16-row tiles, one warp each: tensor cores for 16-bit types, plain
-// arithmetic for float and double. Both leave results in the fragment layout of
-// ptx.cuh, so kernels are written once: lane = 4 g + t holds of tile n (8
-// columns) s[n][0], s[n][1] = (g, 8n + 2t), (g, 8n + 2t + 1) and s[n][2],
-// s[n][3] = the same columns of row g + 8.
+// Products of 16-row tiles, one warp each: tensor cores for 16-bit types, plain arithmetic for
+// float and double. Both leave results in the fragment layout of ptx.cuh, so kernels are written
+// once: lane = 4 g + t holds of tile n (8 columns) s[n][0], s[n][1] = (g, 8n + 2t), (g, 8n + 2t +
+// 1) and s[n][2], s[n][3] = the same columns of row g + 8.
 //
-// A tile in shared memory is a number of rows, cut into panels of 32 columns
-// (zero filled), one after the other. Rows of a panel are padded by 16 bytes,
-// so that 8 consecutive ones start in different banks; their distance is a
-// constant for all head dims, so addresses are too.
+// A tile in shared memory is a number of rows, cut into panels of 32 columns (zero filled), one
+// after the other. Rows of a panel are padded by 16 bytes, so that 8 consecutive ones start in
+// different banks; their distance is a constant for all head dims, so addresses are too.
 #pragma once
 
 #include "block.cuh"
@@ -85,9 +83,8 @@ __device__ inline void each_element(F&& f) {
     for (int e = 0; e < 4; ++e) f(n, e, lane.g + 8 * (e / 2), 8 * n + 2 * lane.t + e % 2);
 }
 
-// Column tiles of a product are skipped in pairs of 16 columns. The check would
-// split the code into short pieces that cannot overlap loads and products, so
-// it is compiled away where all are needed.
+// Column tiles of a product are skipped in pairs of 16 columns. The check would split the code into
+// short pieces that cannot overlap loads and products, so it is compiled away where all are needed.
 template <bool kAll>
 __device__ inline bool skipped(int tile, int columns) {
   return !kAll && 8 * tile >= columns;
@@ -98,11 +95,9 @@ __device__ inline void multiply_transposed_tiles(Acc<T> (&s)[kTiles][4], const T
                                                  int depth, int rows) {
   const Lane lane = this_lane();
   if constexpr (kTensorCores<T>) {
-    // Matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15:
-    // the order of a[0..3].
+    // Matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15: the order of a[0..3].
     a += (lane.index % 16) * kStride<T> + lane.index / 16 * 8;
-    // Matrices of b: rows 0-7, columns 0-7 and 8-15 (b0, b1 of the even tile),
-    // then rows 8-15.
+    // Matrices of b: rows 0-7, columns 0-7 and 8-15 (b0, b1 of the even tile), then rows 8-15.
     b += (lane.index % 8 + lane.index / 16 * 8) * kStride<T> + lane.index / 8 % 2 * 8;
 #pragma unroll 1
     for (int panel = 0; panel < depth; panel += kPanel) {
@@ -151,9 +146,9 @@ __device__ inline void multiply_transposed_tiles(Acc<T> (&s)[kTiles][4], const T
   }
 }
 
-// s += a b^T over `depth` (a multiple of 32) columns. a: a tile of 16 rows; b:
-// a tile of kRows rows, the first `rows` of them being the columns of s; others
-// from the next multiple of 16 on are left alone.
+// s += a b^T over `depth` (a multiple of 32) columns. a: a tile of 16 rows; b: a tile of kRows
+// rows, the first `rows` of them being the columns of s; others from the next multiple of 16 on are
+// left alone.
 template <typename T, int kRows, int kTiles>
 __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, const T* b,
                                            int depth, int rows) {
@@ -168,9 +163,9 @@ __device__ inline void multiply_transposed(Acc<T> (&s)[kTiles][4], const T* a, c
 template <typename T, int kTiles>
 constexpr int kProductScratch = kTensorCores<T> ? 0 : 16 * (8 * kTiles + kVector<T>);
 
-// Results as the left side of a product: two tiles side by side are one
-// operand, since columns 2t, 2t + 1 of tile k are a[0] (row g) and a[1] (row g
-// + 8), and those of tile k + 1 are a[2] and a[3].
+// Results as the left side of a product: two tiles side by side are one operand, since columns 2t,
+// 2t + 1 of tile k are a[0] (row g) and a[1] (row g + 8), and those of tile k + 1 are a[2] and
+// a[3].
 template <typename T, int kTiles>
 __device__ inline void pack_tiles(uint32_t (&packed)[kTiles][2], const float (&p)[kTiles][4]) {
 #pragma unroll
@@ -185,8 +180,8 @@ __device__ inline void multiply_packed_tiles(float (&o)[kOutTiles][4],
                                              const uint32_t (&p)[kTiles][2], const T* b, int rows,
                                              int columns) {
   const Lane lane = this_lane();
-  // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0,
-  // b1 of the even tile), then of columns 8-15.
+  // Matrices of b, transposed on the way: rows 0-7 and 8-15 of columns 0-7 (b0, b1 of the even
+  // tile), then of columns 8-15.
   b += (lane.index % 16) * kStride<T> + lane.index / 16 * 8;
 #pragma unroll
   for (int k = 0; k < kTiles; k += 2) {
@@ -204,9 +199,8 @@ __device__ inline void multiply_packed_tiles(float (&o)[kOutTiles][4],
   }
 }
 
-// o += p b, with p (16 x `rows`) packed and b: the first `rows` rows and
-// `columns` columns of a tile of kRows rows. p and b must be there, zero say,
-// up to the next multiple of 16 rows.
+// o += p b, with p (16 x `rows`) packed and b: the first `rows` rows and `columns` columns of a
+// tile of kRows rows. p and b must be there, zero say, up to the next multiple of 16 rows.
 template <typename T, int kRows, int kTiles, int kOutTiles>
 __device__ inline void multiply_packed(float (&o)[kOutTiles][4], const uint32_t (&p)[kTiles][2],
                                        const T* b, int rows, int columns) {
@@ -263,9 +257,8 @@ __device__ inline A row_max(A x) {
   return max(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Sums v[0..7] over the eight lanes that share t; the lane of row g gets the
-// sum of v[g]. Each step trades half of what is left with a lane of the other
-// half.
+// Sums v[0..7] over the eight lanes that share t; the lane of row g gets the sum of v[g]. Each step
+// trades half of what is left with a lane of the other half.
 template <typename A>
 __device__ inline A column_sums(A (&v)[8]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -281,8 +274,7 @@ __device__ inline A column_sums(A (&v)[8]) {
   return v[0];
 }
 
-// Stores columns `column` and `column + 1` of a dense row of `size` values, as
-// far as they exist.
+// Stores columns `column` and `column + 1` of a dense row of `size` values, as far as they exist.
 template <typename T>
 __device__ inline void store_two(T* row, int column, int size, Acc<T> first, Acc<T> second) {
   if (size % 2 == 0) {
@@ -294,17 +286,16 @@ __device__ inline void store_two(T* row, int column, int size, Acc<T> first, Acc
   if (column + 1 < size) row[column + 1] = store<T>(second);
 }
 
-// Stores the rows g and g + 8 of o, times their factors, at columns column0..
-// (a multiple of 8) of the dense rows `to` of `size` values; null rows are left
-// out.
+// Stores the rows g and g + 8 of o, times their factors, at columns column0.. (a multiple of 8) of
+// the dense rows `to` of `size` values; null rows are left out.
 template <typename T, int kTiles>
 __device__ inline void store_rows(T* const (&to)[2], int column0, int size,
                                   const Acc<T> (&o)[kTiles][4], const Acc<T> (&factor)[2]) {
   const Lane lane = this_lane();
   if constexpr (kTensorCores<T>) {
     if (size % 4 == 0) {
-      // Lanes with even and odd t trade a tile each, so that a lane has 4
-      // columns side by side and four lanes 32 bytes of a row.
+      // Lanes with even and odd t trade a tile each, so that a lane has 4 columns side by side and
+      // four lanes 32 bytes of a row.
       const int odd = lane.t % 2;
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
