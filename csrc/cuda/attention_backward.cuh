@@ -90,23 +90,28 @@ __device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, con
 
 // ---- per token and head -------------------------------------------------------------------------
 
-// Part of x . y for one of kGroup lanes.
+// Part of x . y for one of kGroup lanes; the same terms in the same order for all strides.
 constexpr int kGroup = 8;
 
 template <typename T>
 __device__ inline Acc<T> part_of_dot(const T* x, const View& x_view, const T* y, const View& y_view,
                                      int dim, int part) {
+  const bool wide = x_view.wide && y_view.wide;
   Acc<T> sum = Acc<T>(0);
-  if (x_view.wide && y_view.wide) {
-    for (int d = kVector<T> * part; d < dim; d += kVector<T> * kGroup) {
-      const Vector<T> x_values = *reinterpret_cast<const Vector<T>*>(x + d);
-      const Vector<T> y_values = *reinterpret_cast<const Vector<T>*>(y + d);
+  for (int d = kVector<T> * part; d < dim; d += kVector<T> * kGroup) {
+    Vector<T> x_values, y_values;
+    if (wide) {
+      x_values = *reinterpret_cast<const Vector<T>*>(x + d);
+      y_values = *reinterpret_cast<const Vector<T>*>(y + d);
+    } else {
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) sum += load(x_values.at[i]) * load(y_values.at[i]);
+      for (int i = 0; i < kVector<T>; ++i) {
+        x_values.at[i] = d + i < dim ? x[(d + i) * x_view.dim] : store<T>(0);
+        y_values.at[i] = d + i < dim ? y[(d + i) * y_view.dim] : store<T>(0);
+      }
     }
-  } else {
-    for (int d = part; d < dim; d += kGroup)
-      sum += load(x[d * x_view.dim]) * load(y[d * y_view.dim]);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) sum += load(x_values.at[i]) * load(y_values.at[i]);
   }
   return sum;
 }
