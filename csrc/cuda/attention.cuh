@@ -1,4 +1,4 @@
-// What the kernels of attention_stats share: arguments, tiles in shared memory, logits, statistics.
+// What the kernels of attention_stats share: arguments, tiles in shared memory, logits, results.
 #pragma once
 
 #include "mma.cuh"
@@ -28,7 +28,7 @@ struct AttentionArgs {
   int bias_type;  // 0 float32, 1 float64, 2 float16, 3 bfloat16
 };
 
-// ---- numbers -----------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
 
 // With tensor cores logits are kept in units of 1 / log2(e), so that exp is one instruction.
 template <typename T>
@@ -76,7 +76,7 @@ __device__ inline A finite_top(A top) {
   return top == -infinity<A>() ? A(0) : top;
 }
 
-// ---- tokens ------------------------------------------------------------------------------------
+// ---- tokens -------------------------------------------------------------------------------------
 
 // One image and head. Slices, and tokens of slices, are numbered as [B, H] and [B, N, H].
 struct Slice {
@@ -118,7 +118,7 @@ __device__ inline const T* origin(const View& view, Slice slice) {
   return static_cast<const T*>(view.data) + slice.image * view.batch + slice.head * view.head;
 }
 
-// ---- tiles -------------------------------------------------------------------------------------
+// ---- tiles --------------------------------------------------------------------------------------
 
 // Tokens [first, first + kRows) of one image and head, columns [column, column + columns), into a
 // tile; zeros beyond the tensor. Called by `threads` threads, this one being `thread`; complete
@@ -127,9 +127,11 @@ template <int kRows, typename T>
 __device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& view, Slice slice,
                                  int first, int column, int columns, int thread, int threads) {
   const T* source = origin<T>(view, slice);
+#pragma unroll 1
   for (int panel = 0; panel < columns; panel += kPanel, tile += kRows * kStride<T>) {
     const auto each = [&](auto width, auto&& copy) {
       constexpr unsigned kPieces = kPanel / decltype(width)::value;
+#pragma unroll 1
       for (unsigned i = thread; i < kRows * kPieces; i += threads) {
         const int r = static_cast<int>(i / kPieces);
         const int c = static_cast<int>(i % kPieces) * decltype(width)::value;
@@ -148,26 +150,33 @@ __device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& vi
   }
 }
 
-// ---- logits ------------------------------------------------------------------------------------
+// ---- logits -------------------------------------------------------------------------------------
 
 // s += bias, in the unit of the logits, where an entry is not hidden. Rows of s are queries row0..
-// and columns keys column0.., or the other way round with kTransposed. One loop for each type of
-// the bias, so that loads overlap.
+// and columns keys column0.., or the other way round with kTransposed.
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void add_bias(Acc<T> (&s)[kTiles][4], const AttentionArgs& a, Slice slice,
                                 int row0, int column0) {
   using A = Acc<T>;
+  const Lane lane = this_lane();
   const int64_t start = slice.image * a.bias_batch + slice.head * a.bias_head;
   const auto add = [&](const auto* bias) {
-    each_element<kTiles>([&](int n, int e, int r, int c) {
-      // Loads what is there in any case, so that nothing branches; entries beyond the last key are
-      // hidden, and rows beyond the last are not used.
-      const int64_t row = min(row0 + r, a.tokens - 1), column = min(column0 + c, a.tokens - 1);
-      const int64_t at = kTransposed ? column * a.bias_row + row * a.bias_column
-                                     : row * a.bias_row + column * a.bias_column;
-      const A value = kLogitUnit<T> * static_cast<A>(load(bias[start + at]));
-      s[n][e] += s[n][e] == -infinity<A>() ? A(0) : value;
-    });
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Loads what is there in any case, so that nothing branches; entries beyond the last key
+        // are hidden, and rows beyond the last are not used.
+        const int64_t row = min(row0 + lane.g + 8 * (e / 2), a.tokens - 1);
+        const int64_t column = min(column0 + 8 * n + 2 * lane.t + e % 2, a.tokens - 1);
+        const int64_t at = kTransposed ? column * a.bias_row + row * a.bias_column
+                                       : row * a.bias_row + column * a.bias_column;
+        const A value = kLogitUnit<T> * static_cast<A>(load(bias[start + at]));
+        s[n][e] += s[n][e] == -infinity<A>() ? A(0) : value;
+      }
+      // Keeps the compiler from holding the loads of all tiles.
+      asm volatile("" ::: "memory");
+    }
   };
   switch (a.bias_type) {
     case 0: return add(static_cast<const float*>(a.bias));
@@ -210,7 +219,21 @@ __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a,
   }
 }
 
-// ---- blocks ------------------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------
+
+// o, times a factor per row, to columns column0.. of the rows row0.. of a dense [B, N, H, D]
+// tensor.
+template <typename T, int kTiles>
+__device__ inline void write_rows(T* tensor, const AttentionArgs& a, Slice slice, int row0,
+                                  int column0, const Acc<T> (&o)[kTiles][4],
+                                  const Acc<T> (&factor)[2]) {
+  const int row = row0 + this_lane().g;
+  T* const to[2] = {row < a.tokens ? tensor + token_index(a, slice, row) * a.dim : nullptr,
+                    row + 8 < a.tokens ? tensor + token_index(a, slice, row + 8) * a.dim : nullptr};
+  store_rows<T>(to, column0, a.dim, o, factor);
+}
+
+// ---- blocks -------------------------------------------------------------------------------------
 
 // Blocks are numbered tile first, then piece of the head dim, then slice.
 struct Place {

@@ -2,21 +2,19 @@
 // statistics add, dS = p (dP - delta) and delta_i = sum_j p_ij dP_ij = dO_i . out_i + sum_j p_ij
 // T_ij.
 //
-// prepare_kernel         per token and head: lse, dO . out, and the factors of T (below)
-// attention_query_kernel per query tile, a loop over key tiles: delta (with statistics a pass of
-// its
-//                        own, which needs scores only) and dq = scale dS k
-// attention_key_kernel   per key tile, a loop over query tiles: dk = scale dS^T q, dv = p^T dO, and
-//                        the gradient of keep per head, which keep_gradient_kernel adds up in order
-// attention_bias_kernel  per tile of the bias: dS, summed over the batch in order where it is
-// shared
+// - prepare_kernel, per token and head: lse, dO . out, and the factors of T (below).
+// - attention_query_kernel, per query tile, a loop over key tiles: delta (with statistics a pass of
+//   its own, which needs scores only) and dq = scale dS k.
+// - attention_key_kernel, per key tile, a loop over query tiles: dk = scale dS^T q, dv = p^T dO and
+//   the gradient of keep per head, which keep_gradient_kernel adds up in order.
+// - attention_bias_kernel, per tile of the bias: dS, summed over the batch in order where shared.
 //
 // Scratch: 5 numbers per token and head, 13 with statistics, and one for keep. One warp works on 16
 // rows.
 //
 // For kept patches i and j: T_ij = A_i + C_j + c_ij (R_i + Q_j), c_ij = p_ij - 1/n, with
-//   R_i = 2 g_row_var / n   A_i = g_row_mean / n - R_i (row_mean_i - 1/n)
-//   Q_j = 2 g_col_var / n   C_j = g_col_mean / n - Q_j (col_mean_j - 1/n)
+// - R_i = 2 g_row_var / n, A_i = g_row_mean / n - R_i (row_mean_i - 1/n),
+// - Q_j = 2 g_col_var / n, C_j = g_col_mean / n - Q_j (col_mean_j - 1/n),
 // and with a class token T_0j = g_cls_out[j], T_i0 = g_cls_in[i]. All other T are 0.
 #pragma once
 
@@ -68,15 +66,15 @@ __device__ inline int64_t table_index(const BackwardArgs<T>& a, Slice slice, int
 
 constexpr int kBackwardWarps = 4;
 
-// Blocks that are to run side by side, which bounds registers: what shared memory has room for up
-// to D = 64. The kernel for keys has twice the sums.
+// Blocks that are to run side by side, which bounds registers.
 template <typename T, int kOut>
-constexpr int kQueryBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
-constexpr int kKeyBlocks = 2;
+constexpr int kBackwardBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
 
-// Tokens per tile of the inner loop.
+// Tokens per tile of the inner loop. The kernel for keys has two products to add to.
 template <typename T, int kOut>
-constexpr int kInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
+constexpr int kQueryInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
+template <typename T>
+constexpr int kKeyInner = sizeof(T) == 8 ? 16 : 32;
 template <typename T>
 constexpr int kBackwardStages = kTensorCores<T> ? 2 : 1;
 
@@ -90,29 +88,54 @@ __device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, con
   return t;
 }
 
-// ---- per token and head ------------------------------------------------------------------------
+// ---- per token and head -------------------------------------------------------------------------
 
-// One warp per entry of the tables.
+// Part of x . y for one of kGroup lanes; the same terms in the same order for all strides.
+constexpr int kGroup = 8;
+
+template <typename T>
+__device__ inline Acc<T> part_of_dot(const T* x, const View& x_view, const T* y, const View& y_view,
+                                     int dim, int part) {
+  const bool wide = x_view.wide && y_view.wide;
+  Acc<T> sum = Acc<T>(0);
+  for (int d = kVector<T> * part; d < dim; d += kVector<T> * kGroup) {
+    Vector<T> x_values, y_values;
+    if (wide) {
+      x_values = *reinterpret_cast<const Vector<T>*>(x + d);
+      y_values = *reinterpret_cast<const Vector<T>*>(y + d);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        x_values.at[i] = d + i < dim ? x[(d + i) * x_view.dim] : store<T>(0);
+        y_values.at[i] = d + i < dim ? y[(d + i) * y_view.dim] : store<T>(0);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) sum += load(x_values.at[i]) * load(y_values.at[i]);
+  }
+  return sum;
+}
+
+// kGroup lanes per entry of the tables; their number is a multiple of kTableTokens.
 template <typename T>
 __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, int64_t items) {
   using A = Acc<T>;
-  const Lane lane = this_lane();
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  for (int64_t item = blockIdx.x * static_cast<int64_t>(blockDim.x / kWarp) + threadIdx.x / kWarp;
-       item < items; item += warps) {
+  const int part = static_cast<int>(threadIdx.x) % kGroup;
+  const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / kGroup);
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x / kGroup);
+  // Whole warps stay or go: both bounds are multiples of the groups in a warp.
+  for (int64_t item = first + threadIdx.x / kGroup; item < items; item += groups) {
     const Slice slice = slice_at(a, item / a.table_tokens);
     const int token = static_cast<int>(item % a.table_tokens);
     const bool there = token < a.tokens;
     const int role = role_of(a, slice, token);
     A own = A(0);
-    if (there) {
-      const T* grad = origin<T>(a.grad_out, slice) + token * a.grad_out.token;
-      const T* out = origin<T>(a.out, slice) + token * a.out.token;
-      for (int d = lane.index; d < a.dim; d += kWarp)
-        own += load(grad[d * a.grad_out.dim]) * load(out[d * a.out.dim]);
-    }
-    own = warp_sum(own);
-    if (lane.index != 0) continue;
+    if (there)
+      own = part_of_dot(origin<T>(a.grad_out, slice) + token * a.grad_out.token, a.grad_out,
+                        origin<T>(a.out, slice) + token * a.out.token, a.out, a.dim, part);
+#pragma unroll
+    for (int step = kGroup / 2; step > 0; step /= 2) own += __shfl_xor_sync(0xffffffffu, own, step);
+    if (part != 0) continue;
     const A lse = there ? a.lse[token_index(a, slice, token)] * kLogitUnit<T> : infinity<A>();
     a.entries[item] = {lse, own, own, A(0)};
     a.hides[item] = hiding<A>(role);
@@ -137,7 +160,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const BackwardArgs<T> a, i
   }
 }
 
-// ---- what a block knows of its tokens ----------------------------------------------------------
+// ---- what a block knows of its tokens -----------------------------------------------------------
 
 // The two rows of a lane, where rows are queries.
 template <typename A>
@@ -200,39 +223,21 @@ __device__ inline void load_query_table(Acc<T>* table, const BackwardArgs<T>& a,
   if constexpr (kStats) load_table(table_sides(table), a.query_sides + at, kSize * sizeof(Side<A>));
 }
 
-// Columns [column0, ..) of the rows row0.. of a gradient.
-template <typename T, int kOutTiles>
-__device__ inline void write_gradient(T* to, const AttentionArgs& a, Slice slice, int row0,
-                                      int column0, const Acc<T> (&o)[kOutTiles][4], Acc<T> factor) {
-  const Lane lane = this_lane();
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = row0 + lane.g + 8 * r;
-    if (row >= a.tokens) continue;
-    T* row_to = to + token_index(a, slice, row) * a.dim;
-#pragma unroll
-    for (int n = 0; n < kOutTiles; ++n)
-      store_two(row_to, column0 + 8 * n + 2 * lane.t, a.dim, o[n][2 * r] * factor,
-                o[n][2 * r + 1] * factor);
-  }
-}
-
-// ---- shared memory -----------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 // Per warp two tiles of its own rows; per stage two inner tiles; per warp scratch of the product;
 // per stage a table.
-template <typename T, int kOut>
+template <typename T, int kSize>
 size_t backward_shared(int depth, int warps) {
-  constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
+  constexpr int kStages = kBackwardStages<T>;
   const size_t values = tile_values<T>(2 * 16 * warps + 2 * kStages * kSize, depth) +
                         warps * kProductScratch<T, kSize / 8>;
   return values * sizeof(T) + kStages * kTableValues * kSize * sizeof(Acc<T>);
 }
 
-template <typename T, int kOut>
+template <typename T, int kSize>
 struct BackwardTiles {
-  static constexpr int kSize = kInner<T, kOut>, kStages = kBackwardStages<T>;
-  static constexpr int kTiles = kSize / 8;
+  static constexpr int kStages = kBackwardStages<T>, kTiles = kSize / 8;
   int depth;
   T *own, *inner, *scratch;
   Acc<T>* tables;
@@ -298,16 +303,15 @@ struct BackwardTiles {
   }
 };
 
-// ---- dq ----------------------------------------------------------------------------------------
+// ---- dq -----------------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>))
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
     attention_query_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
-  using Tiles = BackwardTiles<T, kOut>;
-  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  constexpr int kSize = kQueryInner<T, kOut>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Tiles m(shared_memory, a.depth);
+  const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, pieces, tiles);
@@ -386,20 +390,20 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kQueryBlocks<T, kOut>)
         });
         m.product(dq, s, 0, stage, column0, keys);
       });
-  if (active) write_gradient(a.dq, a, slice, row0, column0, dq, static_cast<A>(a.scale));
+  const A scale = static_cast<A>(a.scale), factor[2] = {scale, scale};
+  if (active) write_rows(a.dq, a, slice, row0, column0, dq, factor);
 }
 
-// ---- dk, dv, keep ------------------------------------------------------------------------------
+// ---- dk, dv, keep -------------------------------------------------------------------------------
 
 // Rows are keys and columns are queries here.
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
     attention_key_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
-  using Tiles = BackwardTiles<T, kOut>;
-  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  constexpr int kSize = kKeyInner<T>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Tiles m(shared_memory, a.depth);
+  const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, pieces, tiles);
@@ -472,8 +476,10 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
            m.product(dk, d, 0, stage, column0, queries);
          });
   if (!active) return;
-  write_gradient(a.dk, a, slice, row0, column0, dk, static_cast<A>(a.scale));
-  write_gradient(a.dv, a, slice, row0, column0, dv, A(1));
+  const A dk_scale = static_cast<A>(a.scale);
+  const A dk_factor[2] = {dk_scale, dk_scale}, dv_factor[2] = {A(1), A(1)};
+  write_rows(a.dk, a, slice, row0, column0, dk, dk_factor);
+  write_rows(a.dv, a, slice, row0, column0, dv, dv_factor);
   if (!keep_wanted) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -500,17 +506,16 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- bias --------------------------------------------------------------------------------------
+// ---- bias ---------------------------------------------------------------------------------------
 
 // Place: tile = key tile + key tiles * query tile; image counts images of the bias.
 template <typename T, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, kKeyBlocks)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     attention_bias_kernel(const BackwardArgs<T> a, int query_tiles, int key_tiles) {
   using A = Acc<T>;
-  using Tiles = BackwardTiles<T, 64>;
-  constexpr int kSize = Tiles::kSize, kTiles = Tiles::kTiles;
+  constexpr int kSize = kKeyInner<T>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Tiles m(shared_memory, a.depth);
+  const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const Place place = place_of(a, 1, query_tiles * key_tiles);
   const int first = place.tile % key_tiles * kSize;

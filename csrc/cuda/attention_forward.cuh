@@ -1,16 +1,15 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head
-// holds all keys and values in shared memory, a warp complete rows of the map, 16 at a time, in
-// registers. Column sums stay in the block. Reads q, k, v once and writes each result once; no
-// scratch.
-//
-// attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles.
-// With statistics it does so twice: the first pass finds the maximum and sum of each row, the
-// second has final values of the map, from which it takes the product with v, row statistics and,
-// per query tile, means and squared distances of the columns, [B, H, tiles, 2 N + 1] with the
-// number of rows, which column_statistics_kernel combines in order. Without statistics one pass
-// with a running maximum is enough.
+// - attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head
+//   holds all keys and values in shared memory, a warp complete rows of the map, 16 at a time, in
+//   registers. Column sums stay in the block. Reads q, k, v once, writes each result once; no
+//   scratch.
+// - attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles,
+//   with statistics twice: the first pass finds the maximum and sum of each row, the second has
+//   final values of the map, from which it takes the product with v, row statistics and, per query
+//   tile, moments of the columns, [B, H, tiles, 2 N + 1] with the number of rows, which
+//   column_statistics_kernel combines in order. Without statistics one pass with a running maximum
+//   is enough.
 //
 // Entries are summed relative to something near them, so that small variances keep their digits
 // whatever share the prefix takes: rows to their mean, which is known before, columns to `origin`,
@@ -37,7 +36,7 @@ constexpr int kLoopBlocks = kTensorCores<T> && kOut <= 64 && !kStats ? 3 : 2;
 
 // Keys per tile of the loop kernel.
 template <typename T>
-constexpr int kForwardKeys = kTensorCores<T> ? 64 : 32;
+constexpr int kForwardKeys = kTensorCores<T> ? 64 : (sizeof(T) == 8 ? 16 : 32);
 // Buffers for tiles: copies of the next tile run under the products of this one.
 template <typename T>
 constexpr int kStages = kTensorCores<T> ? 2 : 1;
@@ -169,8 +168,8 @@ __device__ inline void write_moments(A* mean_and_variance, bool counted, A mean,
   mean_and_variance[1] = counted && inverse != A(1) ? not_below_zero(square * inverse) : A(0);
 }
 
-// Entries 0 to 3 of the statistics that a warp knows of the rows and columns it has seen.
-// cls_in and the moments of rows row0.. come from the four lanes of a row.
+// Entries 0 to 3 of the statistics that a warp knows of the rows and columns it has seen. cls_in
+// and the moments of rows row0.. come from the four lanes of a row.
 template <typename T>
 __device__ inline void write_row_statistics(const ForwardArgs<T>& a, Slice slice, int row0,
                                             const RowTerms<Acc<T>>& rows, const Acc<T> (&cls_in)[2],
@@ -211,23 +210,6 @@ __device__ inline void write_cls_out(const ForwardArgs<T>& a, Slice slice, int c
   }
 }
 
-// Columns [column0, column0 + size of o) of the rows row0.. of out.
-template <typename T, int kOutTiles>
-__device__ inline void write_out(const ForwardArgs<T>& a, Slice slice, int row0, int column0,
-                                 const Acc<T> (&o)[kOutTiles][4], const Acc<T> (&inverse_sum)[2]) {
-  const Lane lane = this_lane();
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = row0 + lane.g + 8 * r;
-    if (row >= a.tokens) continue;
-    T* to = a.out + token_index(a, slice, row) * a.dim;
-#pragma unroll
-    for (int n = 0; n < kOutTiles; ++n)
-      store_two(to, column0 + 8 * n + 2 * lane.t, a.dim, o[n][2 * r] * inverse_sum[r],
-                o[n][2 * r + 1] * inverse_sum[r]);
-  }
-}
-
 template <typename T>
 __device__ inline void write_lse(const ForwardArgs<T>& a, Slice slice, int row0,
                                  const Acc<T> (&top)[2], const Acc<T> (&sum)[2]) {
@@ -240,7 +222,7 @@ __device__ inline void write_lse(const ForwardArgs<T>& a, Slice slice, int row0,
   }
 }
 
-// ---- all keys in one block ---------------------------------------------------------------------
+// ---- all keys in one block ----------------------------------------------------------------------
 
 // Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], and with statistics
 // column sums [warps, 2 kKeys], their origins [warps, kKeys] and counted rows [warps].
@@ -354,7 +336,7 @@ __global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))
       clear(o);
       multiply_packed<T, kKeys>(o, packed, v_tile + tile_values<T>(kKeys, column), kKeys,
                                 a.depth - column);
-      write_out(a, slice, row0, column, o, inverse_sum);
+      write_rows(a.out, a, slice, row0, column, o, inverse_sum);
     }
   }
 
@@ -377,7 +359,7 @@ __global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))
   }
 }
 
-// ---- loop over keys ----------------------------------------------------------------------------
+// ---- loop over keys -----------------------------------------------------------------------------
 
 // Shared memory: a tile of q per warp; per stage a tile of k and one of v, kOut columns wide; per
 // warp scratch of the product; per stage hide, weight [keys] and, with statistics, column sums
@@ -588,7 +570,7 @@ __global__ void __launch_bounds__(kLoopWarps* kWarp, (kLoopBlocks<T, kOut, kStat
     }
     if (active && piece == 0) write_row_statistics(a, slice, row0, rows, cls_in, inverse);
   }
-  if (active) write_out(a, slice, row0, column0, o, inverse_sum);
+  if (active) write_rows(a.out, a, slice, row0, column0, o, inverse_sum);
 }
 
 // Entries 4 and 5 of the statistics from the moments of all query tiles; one thread per column.
@@ -612,7 +594,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- masks -------------------------------------------------------------------------------------
+// ---- masks --------------------------------------------------------------------------------------
 
 // One block per image: roles [B, N] and the number of kept patch tokens; first_bad[b] is the first
 // position whose value is neither 0 nor 1, or the number of positions.

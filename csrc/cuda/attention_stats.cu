@@ -2,13 +2,14 @@
 // and float64 as plain arithmetic in the same kernels; sums are float32 (float64 for float64).
 // Nothing of N^2 numbers is stored but the gradient of a bias.
 //
-// Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no
-// scratch. Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with statistics;
-// scratch 2 N numbers per query tile (N^2 / 32 for 64 rows). Backward: 7 products of N^2 D (8 with
-// statistics) where an algorithm with atomics needs 5; scratch at most 10 numbers per token and
-// head. float32 and float64, and D > 128, take a block per 64 (128) columns of the results, each
-// with its own products q k^T. Shared memory grows with D: float64 with D > 128 needs up to 150 KiB
-// a block.
+// - Forward: up to 272 tokens of 16 bits without bias, one block per image and head, one pass, no
+//   scratch. Otherwise blocks of 16 to 64 query rows that loop over the keys, twice with
+//   statistics; scratch 2 N numbers per query tile (N^2 / 32 for 64 rows).
+// - Backward: 7 products of N^2 D (8 with statistics), where an algorithm with atomics needs 5;
+//   scratch at most 14 numbers per token and head.
+// - float32, float64 and D > 128 take a block per 64 (128) columns of the results, each with its
+// own
+//   q k^T. Shared memory grows with D: 98 KiB a block are enough up to D = 128 (fitting_warps).
 #include "../common/attention_stats.h"
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
@@ -119,7 +120,7 @@ int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
   return most;
 }
 
-// ---- forward -----------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 template <typename T, int kKeys, bool kStats>
 bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
@@ -207,28 +208,31 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   return {out, stats, lse};
 }
 
-// ---- backward ----------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
 void launch_backward(const char* op, const Tensor& q, const BackwardArgs<T>& a,
                      cudaStream_t stream) {
-  const auto bytes = [&](int w) { return backward_shared<T, kOut>(a.depth, w); };
-  const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
-  const int tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
   const int pieces = static_cast<int>(ceil_div(a.depth, kOut));
-  const int64_t blocks = a.batch * a.heads * tiles * pieces;
-  launch(op, attention_query_kernel<T, kOut, kStats>, blocks, warps * kWarp, bytes(warps), stream,
-         a, tiles, pieces);
-  launch(op, attention_key_kernel<T, kOut, kStats>, blocks, warps * kWarp, bytes(warps), stream, a,
-         tiles, pieces);
+  const auto launch_one = [&](auto* kernel, auto&& bytes) {
+    const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
+    const int tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
+    launch(op, kernel, a.batch * a.heads * tiles * pieces, warps * kWarp, bytes(warps), stream, a,
+           tiles, pieces);
+  };
+  launch_one(attention_query_kernel<T, kOut, kStats>,
+             [&](int warps) { return backward_shared<T, kQueryInner<T, kOut>>(a.depth, warps); });
+  launch_one(attention_key_kernel<T, kOut, kStats>,
+             [&](int warps) { return backward_shared<T, kKeyInner<T>>(a.depth, warps); });
 }
 
 template <typename T, bool kStats>
 void launch_bias(const char* op, const Tensor& q, const BackwardArgs<T>& a, cudaStream_t stream) {
-  const auto bytes = [&](int w) { return backward_shared<T, 64>(a.depth, w); };
+  constexpr int kSize = kKeyInner<T>;
+  const auto bytes = [&](int w) { return backward_shared<T, kSize>(a.depth, w); };
   const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
   const int query_tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
-  const int key_tiles = static_cast<int>(ceil_div(a.tokens, kInner<T, 64>));
+  const int key_tiles = static_cast<int>(ceil_div(a.tokens, kSize));
   launch(op, attention_bias_kernel<T, kStats>,
          a.bias_images * a.heads * query_tiles * static_cast<int64_t>(key_tiles), warps * kWarp,
          bytes(warps), stream, a, query_tiles, key_tiles);
@@ -290,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
     a.dk = mutable_data<T>(dk);
     a.dv = mutable_data<T>(dv);
     a.keep_partial = keep_grad ? mutable_data<Acc<T>>(keep_partial) : nullptr;
-    launch(op, prepare_kernel<T>, grid_for(entries, kThreads / kWarp), kThreads, 0, stream, a,
+    launch(op, prepare_kernel<T>, grid_for(entries, kThreads / kGroup), kThreads, 0, stream, a,
            entries);
     dispatch(grad_stats.has_value(), [&](auto wanted) {
       constexpr bool kStats = decltype(wanted)::value;

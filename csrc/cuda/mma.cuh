@@ -99,6 +99,7 @@ __device__ inline void multiply_transposed_tiles(Acc<T> (&s)[kTiles][4], const T
     a += (lane.index % 16) * kStride<T> + lane.index / 16 * 8;
     // Matrices of b: rows 0-7, columns 0-7 and 8-15 (b0, b1 of the even tile), then rows 8-15.
     b += (lane.index % 8 + lane.index / 16 * 8) * kStride<T> + lane.index / 8 % 2 * 8;
+#pragma unroll 1
     for (int panel = 0; panel < depth; panel += kPanel) {
 #pragma unroll
       for (int k = 0; k < kPanel; k += 16) {
@@ -120,6 +121,7 @@ __device__ inline void multiply_transposed_tiles(Acc<T> (&s)[kTiles][4], const T
     using V = Vector<T>;
     a += lane.g * kStride<T>;
     b += 2 * lane.t * kStride<T>;
+#pragma unroll 1
     for (int panel = 0; panel < depth; panel += kPanel) {
       for (int k = 0; k < kPanel; k += kVector<T>) {
         const V a0 = *reinterpret_cast<const V*>(a + k);
@@ -282,6 +284,44 @@ __device__ inline void store_two(T* row, int column, int size, Acc<T> first, Acc
   }
   if (column < size) row[column] = store<T>(first);
   if (column + 1 < size) row[column + 1] = store<T>(second);
+}
+
+// Stores the rows g and g + 8 of o, times their factors, at columns column0.. (a multiple of 8) of
+// the dense rows `to` of `size` values; null rows are left out.
+template <typename T, int kTiles>
+__device__ inline void store_rows(T* const (&to)[2], int column0, int size,
+                                  const Acc<T> (&o)[kTiles][4], const Acc<T> (&factor)[2]) {
+  const Lane lane = this_lane();
+  if constexpr (kTensorCores<T>) {
+    if (size % 4 == 0) {
+      // Lanes with even and odd t trade a tile each, so that a lane has 4 columns side by side and
+      // four lanes 32 bytes of a row.
+      const int odd = lane.t % 2;
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t left = pack<T>(o[n][2 * r] * factor[r], o[n][2 * r + 1] * factor[r]);
+          const uint32_t right =
+              pack<T>(o[n + 1][2 * r] * factor[r], o[n + 1][2 * r + 1] * factor[r]);
+          const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+          const int column = column0 + 8 * (n + odd) + 2 * (lane.t - odd);
+          if (to[r] != nullptr && column < size)
+            *reinterpret_cast<Pair<uint32_t>*>(to[r] + column) = {odd ? other : left,
+                                                                  odd ? right : other};
+        }
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (to[r] == nullptr) continue;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      store_two(to[r], column0 + 8 * n + 2 * lane.t, size, o[n][2 * r] * factor[r],
+                o[n][2 * r + 1] * factor[r]);
+  }
 }
 
 }  // namespace spot
