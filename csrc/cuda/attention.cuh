@@ -12,6 +12,12 @@ struct View {
   bool wide;  // rows are dense, and 16-byte pieces of them aligned
 };
 
+// Columns of results a block of the plain kernels has at most: registers hold no more float64.
+template <typename T>
+constexpr int plain_columns() {
+  return sizeof(T) == 8 ? 32 : 64;
+}
+
 enum Role : uint8_t { kDropped = 0, kPatch = 1, kPrefix = 2 };
 
 struct AttentionArgs {

@@ -66,15 +66,15 @@ __device__ inline int64_t table_index(const BackwardArgs<T>& a, Slice slice, int
 
 constexpr int kBackwardWarps = 4;
 
-// Blocks that are to run side by side, which bounds registers.
-template <typename T, int kOut>
-constexpr int kBackwardBlocks = kTensorCores<T> && kOut <= 64 ? 3 : 2;
+constexpr int kBackwardBlocks = 2;  // that are to run side by side, which bounds registers
 
 // Tokens per tile of the inner loop. The kernel for keys has two products to add to.
 template <typename T, int kOut>
 constexpr int kQueryInner = kTensorCores<T> ? (kOut > 64 ? 32 : 64) : (sizeof(T) == 8 ? 16 : 32);
+template <typename T, int kOut>
+constexpr int kKeyInner = sizeof(T) == 8 || kOut > 64 ? 16 : 32;
 template <typename T>
-constexpr int kKeyInner = sizeof(T) == 8 ? 16 : 32;
+constexpr int kBiasInner = sizeof(T) == 8 ? 16 : 32;
 template <typename T>
 constexpr int kBackwardStages = kTensorCores<T> ? 2 : 1;
 
@@ -306,7 +306,7 @@ struct BackwardTiles {
 // ---- dq -----------------------------------------------------------------------------------------
 
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, kBackwardBlocks)
     attention_query_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
   constexpr int kSize = kQueryInner<T, kOut>, kTiles = kSize / 8;
@@ -398,10 +398,10 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOu
 
 // Rows are keys and columns are queries here.
 template <typename T, int kOut, bool kStats>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, (kBackwardBlocks<T, kOut>))
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, kBackwardBlocks)
     attention_key_kernel(const BackwardArgs<T> a, int tiles, int pieces) {
   using A = Acc<T>;
-  constexpr int kSize = kKeyInner<T>, kTiles = kSize / 8;
+  constexpr int kSize = kKeyInner<T, kOut>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const Lane lane = this_lane();
@@ -513,7 +513,7 @@ template <typename T, bool kStats>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     attention_bias_kernel(const BackwardArgs<T> a, int query_tiles, int key_tiles) {
   using A = Acc<T>;
-  constexpr int kSize = kKeyInner<T>, kTiles = kSize / 8;
+  constexpr int kSize = kBiasInner<T>, kTiles = kSize / 8;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const BackwardTiles<T, kSize> m(shared_memory, a.depth);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);

@@ -234,12 +234,12 @@ size_t rows_shared(int depth, int warps) {
 }
 
 // Most threads of a block; this bounds registers, so that at least two blocks of 4 warps (3 up to
-// 208 keys, up to 144 with statistics, 4 up to 112) run side by side, one loading while another
-// computes.
+// 208 keys, 4 up to 112; with statistics up to 144 and 80) run side by side, one loading while
+// another computes.
 template <int kKeys, bool kStats>
-constexpr int kRowsThreads = kKeys > (kStats ? 144 : 208) ? 256
-                             : kKeys > 112                ? 384
-                                                          : 512;
+constexpr int kRowsThreads = kKeys > (kStats ? 144 : 208)  ? 256
+                             : kKeys > (kStats ? 80 : 112) ? 384
+                                                           : 512;
 
 template <typename T, int kKeys, bool kStats>
 __global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))

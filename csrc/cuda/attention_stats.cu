@@ -174,8 +174,7 @@ void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStre
     }
     if (a.dim > 64) return launch_loop<T, 128, kStats>(op, q, a, stream);
   }
-  // float64 has no registers for more.
-  launch_loop<T, sizeof(T) == 8 ? 32 : 64, kStats>(op, q, a, stream);
+  launch_loop<T, plain_columns<T>(), kStats>(op, q, a, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor& k,
@@ -223,12 +222,12 @@ void launch_backward(const char* op, const Tensor& q, const BackwardArgs<T>& a,
   launch_one(attention_query_kernel<T, kOut, kStats>,
              [&](int warps) { return backward_shared<T, kQueryInner<T, kOut>>(a.depth, warps); });
   launch_one(attention_key_kernel<T, kOut, kStats>,
-             [&](int warps) { return backward_shared<T, kKeyInner<T>>(a.depth, warps); });
+             [&](int warps) { return backward_shared<T, kKeyInner<T, kOut>>(a.depth, warps); });
 }
 
 template <typename T, bool kStats>
 void launch_bias(const char* op, const Tensor& q, const BackwardArgs<T>& a, cudaStream_t stream) {
-  constexpr int kSize = kKeyInner<T>;
+  constexpr int kSize = kBiasInner<T>;
   const auto bytes = [&](int w) { return backward_shared<T, kSize>(a.depth, w); };
   const int warps = fitting_warps(op, q, kBackwardWarps, bytes);
   const int query_tiles = static_cast<int>(ceil_div(a.tokens, 16 * warps));
@@ -305,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
           else
             launch_backward<T, 64, kStats>(op, q, a, stream);
         } else {
-          launch_backward<T, 64, kStats>(op, q, a, stream);
+          launch_backward<T, plain_columns<T>(), kStats>(op, q, a, stream);
         }
       }
       if (dbias.numel() > 0 && bias_grad) {
