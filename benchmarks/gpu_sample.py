@@ -96,7 +96,108 @@ def compact() -> Iterator[tuple[str, bool]]:
         yield f"fuse with index {entry}", bool(out[0].isnan().all() and out[1].isfinite().all())
 
 
-SAMPLES = {"compact": compact}
+def fitting(got: Tensor, want: Tensor, tolerance: float, least: float = 0.0) -> bool:
+    """Equal up to `tolerance` of the largest value, or of `least` where all are smaller."""
+    size = max(float(want.abs().max()) if want.numel() else 0.0, least)
+    got = got.cpu().double()
+    return got.shape == want.shape and torch.allclose(got, want.double(), 0, tolerance * size)
+
+
+# tokens, head dim, prefix, mask, images of the bias (0: none), statistics, strided views
+ATTENTION = [
+    (1, 32, 1, False, 0, True, False),
+    (2, 8, 1, True, 0, True, True),
+    (17, 64, 0, False, 0, True, True),
+    (17, 200, 2, True, 1, True, False),
+    (64, 80, 2, True, 2, True, True),
+    (64, 20, 0, True, 0, False, False),  # rows that are no multiple of 16 bytes
+    (100, 64, 1, True, 0, True, True),
+    (129, 96, 1, False, 1, True, False),
+    (197, 64, 1, False, 0, True, True),
+    (197, 64, 1, True, 0, True, True),
+    (197, 64, 1, True, 1, False, True),
+    (257, 64, 1, False, 0, True, True),
+    (257, 128, 2, True, 0, True, False),
+    (300, 64, 1, True, 0, True, True),
+    (300, 128, 1, False, 1, True, False),
+    (300, 64, 5, True, 0, False, True),
+]
+
+
+def attention_stats() -> Iterator[tuple[str, bool]]:
+    """The op and its backward op, against the definition in float64."""
+    draw = torch.Generator().manual_seed(0)
+    for tokens, dim, prefix, masked, bias_images, need_stats, strided in ATTENTION:
+        for dtype, tolerance in DTYPES.items():
+            batch, heads = 2, 2
+            wide = torch.promote_types(dtype, torch.float32)
+            what = f"[{batch},{tokens},{heads},{dim}] prefix {prefix} {dtype}"
+            what += f", mask {masked}, bias {bias_images}, stats {need_stats}, strided {strided}"
+            qkv = torch.randn(3, batch, tokens, heads, dim, generator=draw).to(dtype)
+            pull = torch.randn(batch, tokens, heads, dim, generator=draw).to(dtype)
+            keep = bias = pull_stats = None
+            if masked:
+                keep = (torch.rand(batch, tokens - prefix, generator=draw) < 0.7).to(wide)
+            if bias_images:
+                bias = torch.randn(bias_images, heads, tokens, tokens, generator=draw).to(dtype)
+            if need_stats:
+                pull_stats = tokens * torch.randn(batch, tokens, heads, 6, generator=draw).to(wide)
+
+            leaves = [x.double() for x in qkv]
+            leaves += [x.double() for x in (keep, bias) if x is not None]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            rest = leaves[3:]
+            wide_keep = rest.pop(0) if keep is not None else None
+            wide_bias = rest.pop(0) if bias is not None else None
+            out, stats = spot_ext.attention_stats_reference(
+                *leaves[:3], wide_keep, wide_bias, num_prefix=prefix, need_stats=need_stats
+            )
+            results = [out, stats] if pull_stats is not None else [out]
+            pulls = [pull.double()] + ([pull_stats.double()] if pull_stats is not None else [])
+            grads = list(
+                torch.autograd.grad(
+                    results, leaves, pulls, allow_unused=True, materialize_grads=True
+                )
+            )
+            want = [out.detach(), stats.detach(), *grads[:3]]
+            want.append(grads[3] if keep is not None else torch.empty(0))
+            want.append(grads[-1] if bias is not None else torch.empty(0))
+
+            if strided:  # what `qkv.reshape(B, N, 3, H, D).unbind(2)` gives
+                q, k, v = qkv.permute(1, 2, 0, 3, 4).contiguous().cuda().unbind(2)
+            else:
+                q, k, v = qkv.cuda()
+            gkeep, gbias, gpull, gpull_stats = (
+                x.cuda() if x is not None else None for x in (keep, bias, pull, pull_stats)
+            )
+            options = (None, prefix, prefix > 0)
+            runs = []
+            for _ in range(2):
+                got = torch.ops.spot.attention_stats(q, k, v, gkeep, gbias, *options, need_stats)
+                back = torch.ops.spot.attention_stats_backward(
+                    gpull, gpull_stats, q, k, v, gkeep, gbias, *got, *options, masked,
+                    bias is not None,
+                )  # fmt: skip
+                runs.append([*got[:2], *back])
+            yield (
+                f"attention_stats twice {what}",
+                all(torch.equal(x, y) for x, y in zip(*runs, strict=True)),
+            )
+            out, stats, *grads = runs[0]
+            yield f"out {what}", fitting(out, want[0], tolerance)
+            # Statistics are float32 for 16-bit inputs too. Columns differ in size.
+            for i in range(6 if need_stats else 0):
+                yield (
+                    f"statistic {i} {what}",
+                    fitting(stats[..., i], want[1][..., i], min(4 * tolerance, 1e-4)),
+                )
+            names = ("dq", "dk", "dv", "dkeep", "dbias")
+            for name, x, y in zip(names, grads, want[2:], strict=True):
+                yield f"{name} {what}", fitting(x, y, 3 * tolerance, 0.1)
+
+
+SAMPLES = {"attention_stats": attention_stats, "compact": compact}
 
 
 def main(ops: list[str]) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_INCLUDE = re.compile(r'(?m)^\s*#\s*include\s+"([^"]+)"')
 
 
 def cuda_ops(root: Path = ROOT) -> list[str]:
@@ -13,12 +15,22 @@ def cuda_ops(root: Path = ROOT) -> list[str]:
     return sorted(path.stem for path in (root / "csrc/cuda").glob("*.cu"))
 
 
+def sources(op: str, root: Path = ROOT) -> list[Path]:
+    """csrc/cuda/<op>.cu and every header of ours that it includes, directly or not."""
+    found: set[Path] = set()
+    left = [(root / f"csrc/cuda/{op}.cu").resolve()]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found.add(path)
+            left += [(path.parent / name).resolve() for name in _INCLUDE.findall(path.read_text())]
+    return sorted(found)
+
+
 def source_hash(op: str, root: Path = ROOT) -> str:
-    """Changes when the CUDA source of `op`, or a header it may include, changes."""
-    shared = [root / "csrc/cuda/block.cuh", root / "csrc/cuda/device.h"]
-    shared += (root / "csrc/common").glob("*.h")
+    """Changes when the CUDA source of `op`, or a header of ours that it includes, changes."""
     digest = hashlib.sha256()
-    for path in [root / f"csrc/cuda/{op}.cu", *sorted(shared)]:
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+    for path in sources(op, root):
+        digest.update(f"{path.relative_to(root.resolve()).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

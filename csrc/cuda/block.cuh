@@ -54,6 +54,16 @@ __device__ inline A block_sum(A x, A* partial) {
   return warp_sum(x);
 }
 
+// Largest value of the block, given to every thread; as block_sum.
+__device__ inline int block_max(int x, int* partial) {
+  x = __reduce_max_sync(0xffffffffu, x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  const int warps = (blockDim.x + kWarp - 1) / kWarp;
+  return __reduce_max_sync(0xffffffffu, partial[static_cast<int>(threadIdx.x) % kWarp % warps]);
+}
+
 // Sum of `x` over this and all lower threads of the block.
 __device__ inline int block_scan(int x, int* partial) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -294,10 +294,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- entry points ------------------------------------------------------------------------------
 
-void check_cuda(const char* op, const char* name, const Tensor& t) {
-  SPOT_CHECK(t.is_cuda(), op, name, " must be on a CUDA device");
-}
-
 unsigned warp_grid(int64_t items) {
   const int64_t blocks = (items + kThreads / kWarp - 1) / (kThreads / kWarp);
   return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(blocks, 1), kMaxGridX));
@@ -307,15 +303,6 @@ unsigned warp_grid(int64_t items) {
 unsigned image_grid(const char* op, int64_t batch) {
   SPOT_CHECK(batch <= kMaxGridX, op, "at most 2^31 - 1 images, got ", batch);
   return static_cast<unsigned>(batch);
-}
-
-template <typename T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 template <typename F>

@@ -33,6 +33,46 @@ inline bool checks_wanted() {
   return wanted;
 }
 
+inline void check_cuda(const char* op, const char* name, const Tensor& t) {
+  SPOT_CHECK(t.is_cuda(), op, name, " must be on a CUDA device");
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline int device_attribute(const Tensor& t, cudaDeviceAttr attribute) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, t.get_device_index()));
+  return value;
+}
+
+// Bytes of shared memory a block may ask for.
+inline size_t max_shared(const Tensor& t) {
+  return static_cast<size_t>(device_attribute(t, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// Starts `blocks` blocks with `shared` bytes of dynamic shared memory each; none is fine.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            size_t shared, cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks == 0) return;
+  SPOT_CHECK(blocks <= INT32_MAX, op, "the arguments need ", blocks,
+             " blocks; a grid has 2^31 - 1");
+  if (shared > 48 * 1024)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared)));
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(
+      arguments...);
+  SPOT_LAUNCH_CHECK();
+}
+
 inline Tensor copy_to_host(const Tensor& t) {
   return torch::stable::contiguous(
       torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
