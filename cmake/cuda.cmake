@@ -1,6 +1,7 @@
 # Target spot_ops_cuda, when CUDA is wanted and nvcc is there.
 # Architectures: CUDAARCHS, CMAKE_CUDA_ARCHITECTURES or TORCH_CUDA_ARCH_LIST; otherwise `native` where
-# a GPU is seen, else sm_80 and sm_90a with PTX for what comes after.
+# a GPU is seen, else sm_80 and sm_90a, with the PTX of sm_80 for what comes after (PTX of its own
+# would be a third run of the compiler).
 set(SPOT_CUDA_VERSION "")
 set(SPOT_CUDA_ARCHS "")
 string(TOLOWER "${SPOT_WITH_CUDA}" wanted)
@@ -30,7 +31,7 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
     if(no_gpu EQUAL 0 AND gpus MATCHES "GPU 0")
       set(CMAKE_CUDA_ARCHITECTURES native)
     else()
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+      set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
     endif()
   endif()
 endif()
@@ -61,6 +62,6 @@ file(GLOB SPOT_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu)
 add_library(spot_ops_cuda SHARED ${SPOT_CUDA_SOURCES})
 target_compile_definitions(spot_ops_cuda PRIVATE USE_CUDA)
 target_compile_options(spot_ops_cuda PRIVATE
-  "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-Xcompiler=-Wextra;-Xcudafe=--display_error_number;--compress-mode=size>")
+  "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-Xcompiler=-Wextra;-Xcudafe=--display_error_number;--compress-mode=size;--threads=2>")
 set_target_properties(spot_ops_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_libraries(spot_ops_cuda PRIVATE spot_torch stub_torch)

@@ -120,10 +120,11 @@ struct RowState {
 };
 
 // Rows [0, kRows) of s [.., vecs]: maximum, exponentials, sum. Columns from `seen` on become 0.
-// Rows from `dropped` on have an entry of their own. `after(r, j, e)` sees every vector.
-template <int kRows, typename A, typename After>
-inline void exponentials(A* s, int64_t row, int64_t vecs, int64_t seen, int64_t dropped, A unit,
-                         RowState<A> state, int64_t at, After&& after) {
+// Rows from `dropped` on have an entry of their own. With `pairs` exponentials go there as well,
+// rounded to bfloat16.
+template <int kRows, typename E, typename A>
+SPOT_NOINLINE void exponentials(A* s, int64_t row, int64_t vecs, int64_t seen, int64_t dropped,
+                                A unit, RowState<A> state, int64_t at, [[maybe_unused]] E* pairs) {
   constexpr int kL = kLanes<A>;
   if (unit == 0) {  // scale 0: all scores are 0 (or NaN), and -inf of the padding must not meet it
     unit = 1;
@@ -155,7 +156,7 @@ inline void exponentials(A* s, int64_t row, int64_t vecs, int64_t seen, int64_t 
       const Vec<A> e = vec_exp(vec_load(x) - max[r], unit);
       vec_store(x, e);
       sum[r] += e;
-      after(r, j, e);
+      if constexpr (!std::is_same_v<E, A>) store_pairs(pairs + (r * row + j * kL) / 2, e);
     }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {

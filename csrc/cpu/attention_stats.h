@@ -99,9 +99,9 @@ inline void pack_values(const Head& head, const Rows<T>& values, E* out) {
 // taken relative to something near them, so that small variances keep their digits whatever share
 // the prefix takes: rows to their own mean, columns to `origin`, their mean in the first block.
 template <int kRows, typename A>
-inline void add_statistics(const A* s, int64_t row, int64_t vecs, const A* sum, A inv,
-                           const A* live, const A* origin, A* col, A* col_square, A* mean,
-                           A* square) {
+SPOT_NOINLINE void add_statistics(const A* s, int64_t row, int64_t vecs, const A* sum, A inv,
+                                  const A* live, const A* origin, A* col, A* col_square, A* mean,
+                                  A* square) {
   constexpr int kL = kLanes<A>;
   A factor[kRows];
   Vec<A> total[kRows] = {}, squares[kRows] = {};
@@ -243,10 +243,7 @@ class Forward {
       for (int i = 0; i < group.value; ++i)
         ahead_.to_write(out_ + head_.at(token(r + i)) * dim_, dim_);
       exponentials<group.value>(m_.scores + r * row_, row_, panels_.vecs, seen_, dropped_, unit,
-                                m_.rows, r, [&](int i, int64_t j, Vec<A> e) {
-                                  if constexpr (!std::is_same_v<E, A>)
-                                    store_pairs(m_.weights + ((r + i) * row_ + j * kL) / 2, e);
-                                });
+                                m_.rows, r, m_.weights + r * row_ / Depth<E>::kPer);
     });
   }
 

@@ -31,6 +31,7 @@ struct BackwardScratch {
   A *keys, *values, *key_rows, *key_grads, *value_grads;
   A *queries, *grads, *results, *staged, *row, *other_row;
   A *scores, *slopes, *live, *cls, *keep, *raw_mean;
+  A **key_sums, **value_sums;  // where the gradient of each position is summed
   Terms<A> across, down;
   RowState<A> rows;
   // `packed` columns at most are in panels at once; `sums` rows of gradients are summed here.
@@ -52,6 +53,8 @@ struct BackwardScratch {
         cls(memory.take<A>(whole(packed))),
         keep(memory.take<A>(whole(packed))),
         raw_mean(memory.take<A>(head.a.num_tokens)),
+        key_sums(memory.take<A*>(head.seen)),
+        value_sums(memory.take<A*>(head.seen)),
         across(memory, kBlockRows),
         down(memory, whole(packed)),
         rows(memory) {}
@@ -84,9 +87,9 @@ struct StatsGrad {
 
 // s: exponentials -> p. g: gradient of p from `out` -> the whole of it. Returns its means under p.
 template <int kRows, bool kStats, typename A>
-inline void whole_slopes(A* s, A* g, int64_t row, int64_t vecs, const A* sum,
-                         const Terms<A>& across, int64_t at, const Terms<A>& down, const A* live,
-                         A* mean) {
+SPOT_NOINLINE void whole_slopes(A* s, A* g, int64_t row, int64_t vecs, const A* sum,
+                                const Terms<A>& across, int64_t at, const Terms<A>& down,
+                                const A* live, A* mean) {
   constexpr int kL = kLanes<A>;
   Vec<A> total[kRows] = {};
   A factor[kRows];
@@ -212,17 +215,16 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
     bias_grad = static_cast<A*>(g.bias) +
                 ((g.one_bias ? 0 : head.b) * a.num_heads + head.h) * a.num_tokens * a.num_tokens;
 
-  // Sums of the gradients of keys and values, a row per position.
-  const auto sums = [&](A* scratch, T* out) {
-    return [&head, scratch, out, in_place, padded, dim](int64_t c) -> A* {
-      if constexpr (std::is_same_v<T, A>)
-        if (in_place) return out + head.at(head.order[c]) * dim;
-      return scratch + c * padded;
-    };
-  };
-  const auto key_sums = sums(m.key_grads, k_grad), value_sums = sums(m.value_grads, v_grad);
-  for (int64_t c = 0; c < seen; ++c)
-    for (int64_t d = 0; d < padded; ++d) key_sums(c)[d] = value_sums(c)[d] = 0;
+  for (int64_t c = 0; c < seen; ++c) {
+    m.key_sums[c] = m.key_grads + c * padded;
+    m.value_sums[c] = m.value_grads + c * padded;
+    if constexpr (std::is_same_v<T, A>)
+      if (in_place) {
+        m.key_sums[c] = k_grad + head.at(head.order[c]) * dim;
+        m.value_sums[c] = v_grad + head.at(head.order[c]) * dim;
+      }
+    for (int64_t d = 0; d < padded; ++d) m.key_sums[c][d] = m.value_sums[c][d] = 0;
+  }
 
   pack_keys<T, A, A>(head, k, 0, seen, panels, dim, m.keys, m.staged);
   pack_keys<T, A, A>(head, v, 0, seen, panels, dim, m.values, m.staged);
@@ -267,7 +269,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
         add_bias(a, head, token(r), 0, seen, scale, m.scores + r * row);
     for_groups(rows, [&](auto group, int64_t r) {
       exponentials<group.value>(m.scores + r * row, row, panels.vecs, seen, dropped, unit, m.rows,
-                                r, [](int, int64_t, Vec<A>) {});
+                                r, m.scores);
     });
 
     A mean[kBlockRows];
@@ -325,10 +327,10 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
       const int64_t c = channels.start(p) * kL;
       const int width = channels.width(p);
       multiply(m.slopes, row, rows, m.key_rows + c, padded, seen, width, m.results + c, padded);
-      add_transposed_product(m.slopes, row, seen, m.queries + c, padded, rows, width,
-                             [&](int64_t at) { return key_sums(at) + c; });
-      add_transposed_product(m.scores, row, seen, m.grads + c, padded, rows, width,
-                             [&](int64_t at) { return value_sums(at) + c; });
+      add_transposed_product(m.slopes, row, seen, m.queries + c, padded, rows, width, m.key_sums,
+                             c);
+      add_transposed_product(m.scores, row, seen, m.grads + c, padded, rows, width, m.value_sums,
+                             c);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = token(r);
@@ -351,7 +353,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
   }
 
   for (int64_t c = 0; c < seen; ++c) {
-    A *key = key_sums(c), *value = value_sums(c);
+    A *key = m.key_sums[c], *value = m.value_sums[c];
     for (int64_t d = 0; d < dim; ++d) key[d] *= scale;
     if (in_place) continue;
     store_row(key, dim, k_grad + head.at(head.order[c]) * dim);

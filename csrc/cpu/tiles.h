@@ -77,6 +77,16 @@ inline void with_count(int n, F&& f) {
   f(Int<kMax>{});
 }
 
+// f(Int<kTileRows>, first row) as long as a tile is full, then tiles of 2 rows and of 1: few sizes,
+// since each is compiled for itself.
+template <typename F>
+inline void for_tiles(int64_t rows, F&& f) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) f(Int<kTileRows>{}, r);
+  for (; r + 2 <= rows; r += 2) f(Int<2>{}, r);
+  if (r < rows) f(Int<1>{}, r);
+}
+
 // Columns are cut into panels of at most kTileVecs vectors, as even as they can be.
 struct Panels {
   int64_t vecs, count;
@@ -104,55 +114,48 @@ inline void tile(Vec<typename Depth<E>::Acc> (&sum)[kM][kN], Left&& left, const 
 
 // out [rows, vecs] = left [rows, depth] right [depth, vecs]; `vecs` at most kTileVecs.
 template <typename E, typename A>
-inline void multiply(const E* left, int64_t left_row, int64_t rows, const E* right,
-                     int64_t right_row, int64_t depth, int vecs, A* out, int64_t out_row) {
+SPOT_NOINLINE void multiply(const E* left, int64_t left_row, int64_t rows, const E* right,
+                            int64_t right_row, int64_t depth, int vecs, A* out, int64_t out_row) {
   constexpr int kL = kLanes<A>;
   with_count<kTileVecs>(vecs, [&](auto n) {
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int here = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-      with_count<kTileRows>(here, [&](auto m) {
-        Vec<A> sum[m.value][n.value] = {};
-        const E* block = left + r * left_row;
-        tile<E, m.value, n.value>(
-            sum, [=](int i, int64_t d) { return block[i * left_row + d]; }, right, right_row,
-            depth);
+    for_tiles(rows, [&](auto m, int64_t r) {
+      Vec<A> sum[m.value][n.value] = {};
+      const E* block = left + r * left_row;
+      tile<E, m.value, n.value>(
+          sum, [=](int i, int64_t d) { return block[i * left_row + d]; }, right, right_row, depth);
 #pragma GCC unroll 8
-        for (int i = 0; i < m.value; ++i)
+      for (int i = 0; i < m.value; ++i)
 #pragma GCC unroll 4
-          for (int j = 0; j < n.value; ++j) vec_store(out + (r + i) * out_row + j * kL, sum[i][j]);
-      });
-    }
+        for (int j = 0; j < n.value; ++j) vec_store(out + (r + i) * out_row + j * kL, sum[i][j]);
+    });
   });
 }
 
 // out [rows, vecs] += left^T right with left [depth, rows] and right [depth, vecs]; row r of the
-// result is at out(r).
-template <typename A, typename Row>
-inline void add_transposed_product(const A* left, int64_t left_row, int64_t rows, const A* right,
-                                   int64_t right_row, int64_t depth, int vecs, Row&& out) {
+// result is at out[r] + column.
+template <typename A>
+SPOT_NOINLINE void add_transposed_product(const A* left, int64_t left_row, int64_t rows,
+                                          const A* right, int64_t right_row, int64_t depth,
+                                          int vecs, A* const* out, int64_t column) {
   constexpr int kL = kLanes<A>;
   with_count<kTileVecs>(vecs, [&](auto n) {
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int here = static_cast<int>(rows - r < kTileRows ? rows - r : kTileRows);
-      with_count<kTileRows>(here, [&](auto m) {
-        Vec<A> sum[m.value][n.value];
-        A* at[m.value];
+    for_tiles(rows, [&](auto m, int64_t r) {
+      Vec<A> sum[m.value][n.value];
+      A* at[m.value];
 #pragma GCC unroll 8
-        for (int i = 0; i < m.value; ++i) {
-          at[i] = out(r + i);
+      for (int i = 0; i < m.value; ++i) {
+        at[i] = out[r + i] + column;
 #pragma GCC unroll 4
-          for (int j = 0; j < n.value; ++j) sum[i][j] = vec_load(at[i] + j * kL);
-        }
-        const A* block = left + r;
-        tile<A, m.value, n.value>(
-            sum, [=](int i, int64_t d) { return block[d * left_row + i]; }, right, right_row,
-            depth);
+        for (int j = 0; j < n.value; ++j) sum[i][j] = vec_load(at[i] + j * kL);
+      }
+      const A* block = left + r;
+      tile<A, m.value, n.value>(
+          sum, [=](int i, int64_t d) { return block[d * left_row + i]; }, right, right_row, depth);
 #pragma GCC unroll 8
-        for (int i = 0; i < m.value; ++i)
+      for (int i = 0; i < m.value; ++i)
 #pragma GCC unroll 4
-          for (int j = 0; j < n.value; ++j) vec_store(at[i] + j * kL, sum[i][j]);
-      });
-    }
+        for (int j = 0; j < n.value; ++j) vec_store(at[i] + j * kL, sum[i][j]);
+    });
   });
 }
 
@@ -177,6 +180,20 @@ inline void stage_row(const BFloat16* row, int64_t stride, int64_t n, Pair* out,
   std::memset(half + n, 0, static_cast<std::size_t>(2 * padded - n) * sizeof(uint16_t));
 }
 
+// The first `count` columns of kLanes rows of kLanes elements, as rows.
+template <typename E>
+SPOT_NOINLINE void store_transposed(const E* rows, int64_t row, int64_t count, E* out,
+                                    int64_t out_row) {
+  using A = typename Depth<E>::Acc;
+  Vec<A> block[kLanes<A>];
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<A>; ++l) std::memcpy(&block[l], rows + l * row, sizeof(block[l]));
+  transpose<A>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<A>; ++i)
+    if (i < count) std::memcpy(static_cast<void*>(out + i * out_row), &block[i], sizeof(block[i]));
+}
+
 // Rows of a matrix as columns of packed panels: panel p is [depth][width(p) vectors] at
 // out + start(p) * kLanes * depth. row(c, to) writes row c as `depth` elements, padded to whole
 // vectors; columns from `count` on are zero. `staged` holds kLanes rows of padded depth.
@@ -199,18 +216,9 @@ inline void pack_columns(const Panels& panels, int64_t count, int64_t depth, E* 
           std::memset(static_cast<void*>(staged + l * padded), 0,
                       static_cast<std::size_t>(padded) * sizeof(E));
       }
-      for (int64_t d = 0; d < depth; d += kL) {
-        Vec<A> block[kL];
-#pragma GCC unroll 16
-        for (int l = 0; l < kL; ++l)
-          std::memcpy(&block[l], staged + l * padded + d, sizeof(block[l]));
-        transpose<A>(block);
-        const int64_t rows = depth - d < kL ? depth - d : kL;
-        E* to = panel + d * width + v * kL;
-#pragma GCC unroll 16
-        for (int i = 0; i < kL; ++i)
-          if (i < rows) std::memcpy(to + i * width, &block[i], sizeof(block[i]));
-      }
+      for (int64_t d = 0; d < depth; d += kL)
+        store_transposed(staged + d, padded, depth - d < kL ? depth - d : kL,
+                         panel + d * width + v * kL, width);
     }
   }
 }

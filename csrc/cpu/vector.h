@@ -6,6 +6,9 @@
 
 #include <utility>
 
+// For large functions that many kernels share: inlined, each would carry copies.
+#define SPOT_NOINLINE __attribute__((noinline))
+
 namespace spot {
 namespace SPOT_ISA {
 

@@ -1,9 +1,9 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// - attention_rows_kernel (16-bit types, at most 272 tokens, no bias): one block per image and head
-//   holds all keys and values in shared memory, a warp complete rows of the map, 16 at a time, in
-//   registers. Column sums stay in the block. Reads q, k, v once, writes each result once; no
-//   scratch.
+// - attention_rows_kernel (with statistics, 16-bit types, at most 272 tokens, no bias): one block per
+//   image and head holds all keys and values in shared memory, a warp complete rows of the map, 16
+//   at a time, in registers. Column sums stay in the block. Reads q, k, v once, writes each result
+//   once; no scratch.
 // - attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles,
 //   with statistics twice: the first pass finds the maximum and sum of each row, the second has
 //   final values of the map, from which it takes the product with v, row statistics and, per query
@@ -224,25 +224,24 @@ __device__ inline void write_lse(const ForwardArgs<T>& a, Slice slice, int row0,
 
 // ---- all keys in one block ----------------------------------------------------------------------
 
-// Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], and with statistics
-// column sums [warps, 2 kKeys], their origins [warps, kKeys] and counted rows [warps].
-template <typename T, int kKeys, bool kStats>
+// Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], column sums [warps,
+// 2 kKeys], their origins [warps, kKeys] and counted rows [warps].
+template <typename T, int kKeys>
 size_t rows_shared(int depth, int warps) {
   const size_t values = tile_values<T>(2 * kKeys + 16 * warps, depth);
-  const size_t tables = (2 + (kStats ? 3 * warps : 0)) * kKeys + (kStats ? warps : 0);
+  const size_t tables = (2 + 3 * warps) * kKeys + warps;
   return values * sizeof(T) + tables * sizeof(float);
 }
 
 // Most threads of a block; this bounds registers, so that at least two blocks of 4 warps (3 up to
-// 208 keys, 4 up to 112; with statistics up to 144 and 80) run side by side, one loading while
-// another computes.
-template <int kKeys, bool kStats>
-constexpr int kRowsThreads = kKeys > (kStats ? 144 : 208)  ? 256
-                             : kKeys > (kStats ? 80 : 112) ? 384
-                                                           : 512;
+// 144 keys, 4 up to 80) run side by side, one loading while another computes.
+template <int kKeys>
+constexpr int kRowsThreads = kKeys > 144  ? 256
+                             : kKeys > 80 ? 384
+                                          : 512;
 
-template <typename T, int kKeys, bool kStats>
-__global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))
+template <typename T, int kKeys>
+__global__ void __launch_bounds__(kRowsThreads<kKeys>)
     attention_rows_kernel(const ForwardArgs<T> a) {
   static_assert(kTensorCores<T> && kKeys % 16 == 0);
   constexpr int kTiles = kKeys / 8;
@@ -271,9 +270,8 @@ __global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))
     hide[j] = hiding<float>(role);
     weight[j] = role == kPatch ? 1.0f : 0.0f;
   }
-  if constexpr (kStats)
-    for (int j = thread; j < warps * 3 * kKeys; j += threads) sums[j] = 0.0f;
-  const float inverse = kStats ? inverse_count<float>(a, slice) : 0.0f;
+  for (int j = thread; j < warps * 3 * kKeys; j += threads) sums[j] = 0.0f;
+  const float inverse = inverse_count<float>(a, slice);
   bool has_origin = false;
   copy_async_wait();
   __syncthreads();
@@ -305,29 +303,27 @@ __global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))
     }
     write_lse(a, slice, row0, top, sum);
 
-    if constexpr (kStats) {
-      RowTerms<float> rows;
-      float prefix[2] = {0.0f, 0.0f};
-      add_prefix(prefix, s, a.prefix, 0);
+    RowTerms<float> rows;
+    float prefix[2] = {0.0f, 0.0f};
+    add_prefix(prefix, s, a.prefix, 0);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = row0 + lane.g + 8 * r;
-        rows.set(r, row < a.tokens && weight[row] != 0.0f, sum[r], row_sum(prefix[r]),
-                 inverse_sum[r], inverse);
-      }
-      if (!has_origin) {
-        const int first = rows.first();
-        write_origin(own_origin, s, rows, first);
-        has_origin = first >= 0;
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2)
-        own_sums[8 * n * 2 + statistic_slot()] +=
-            pair_statistics(s[n], s[n + 1], rows, weight + 8 * n, own_origin + 8 * n);
-      const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
-      write_row_statistics(a, slice, row0, rows, cls_in, inverse);
-      if (row0 == 0) write_cls_out<T>(a, slice, 0, s, inverse_sum[0], weight);
+    for (int r = 0; r < 2; ++r) {
+      const int row = row0 + lane.g + 8 * r;
+      rows.set(r, row < a.tokens && weight[row] != 0.0f, sum[r], row_sum(prefix[r]), inverse_sum[r],
+               inverse);
     }
+    if (!has_origin) {
+      const int first = rows.first();
+      write_origin(own_origin, s, rows, first);
+      has_origin = first >= 0;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2)
+      own_sums[8 * n * 2 + statistic_slot()] +=
+          pair_statistics(s[n], s[n + 1], rows, weight + 8 * n, own_origin + 8 * n);
+    const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
+    write_row_statistics(a, slice, row0, rows, cls_in, inverse);
+    if (row0 == 0) write_cls_out<T>(a, slice, 0, s, inverse_sum[0], weight);
 
     uint32_t packed[kTiles][2];
     pack_tiles<T>(packed, s);
@@ -340,22 +336,20 @@ __global__ void __launch_bounds__((kRowsThreads<kKeys, kStats>))
     }
   }
 
-  if constexpr (kStats) {
-    float count = 0.0f;
-    for (int row0 = 16 * warp; row0 < a.tokens; row0 += 16 * warps)
-      count += lane.index < 16 && row0 + lane.index < kKeys ? weight[row0 + lane.index] : 0.0f;
-    count = warp_sum(count);
-    if (lane.index == 0) counts[warp] = count;
-    __syncthreads();
-    for (int j = thread; j < a.tokens; j += threads) {
-      Moments<float> column;
-      for (int w = 0; w < warps; ++w)
-        column.add(Moments<float>::of(counts[w], origins[w * kKeys + j],
-                                      sums[w * 2 * kKeys + column_slot(j)],
-                                      sums[w * 2 * kKeys + column_slot(j) + 16]));
-      write_moments(stats_row(a, slice, j) + 4, weight[j] != 0.0f, column.mean, column.square,
-                    inverse);
-    }
+  float count = 0.0f;
+  for (int row0 = 16 * warp; row0 < a.tokens; row0 += 16 * warps)
+    count += lane.index < 16 && row0 + lane.index < kKeys ? weight[row0 + lane.index] : 0.0f;
+  count = warp_sum(count);
+  if (lane.index == 0) counts[warp] = count;
+  __syncthreads();
+  for (int j = thread; j < a.tokens; j += threads) {
+    Moments<float> column;
+    for (int w = 0; w < warps; ++w)
+      column.add(Moments<float>::of(counts[w], origins[w * kKeys + j],
+                                    sums[w * 2 * kKeys + column_slot(j)],
+                                    sums[w * 2 * kKeys + column_slot(j) + 16]));
+    write_moments(stats_row(a, slice, j) + 4, weight[j] != 0.0f, column.mean, column.square,
+                  inverse);
   }
 }
 

@@ -122,16 +122,16 @@ int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <typename T, int kKeys, bool kStats>
+template <typename T, int kKeys>
 bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
   const int64_t blocks = a.batch * a.heads;
   // Few blocks: more warps in each.
   const int row_tiles = static_cast<int>(ceil_div(a.tokens, 16));
   const int full = blocks < 2 * device_attribute(q, cudaDevAttrMultiProcessorCount) ? 8 : 4;
   const int warps = std::min(full, row_tiles);
-  const size_t shared = rows_shared<T, kKeys, kStats>(a.depth, warps);
+  const size_t shared = rows_shared<T, kKeys>(a.depth, warps);
   if (shared > max_shared(q)) return false;
-  launch(op, attention_rows_kernel<T, kKeys, kStats>, blocks, warps * kWarp, shared, stream, a);
+  launch(op, attention_rows_kernel<T, kKeys>, blocks, warps * kWarp, shared, stream, a);
   return true;
 }
 
@@ -157,21 +157,24 @@ void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_
 
 template <typename T, bool kStats>
 void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
-  if constexpr (kTensorCores<T>) {
-    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261.
+  if constexpr (kTensorCores<T> && kStats) {
+    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261. Without
+    // statistics the loop needs one pass only.
     if (a.bias != nullptr) {
       // The rows kernel knows no bias.
     } else if (a.tokens <= 80) {
-      if (launch_rows<T, 80, kStats>(op, q, a, stream)) return;
+      if (launch_rows<T, 80>(op, q, a, stream)) return;
     } else if (a.tokens <= 112) {
-      if (launch_rows<T, 112, kStats>(op, q, a, stream)) return;
+      if (launch_rows<T, 112>(op, q, a, stream)) return;
     } else if (a.tokens <= 144) {
-      if (launch_rows<T, 144, kStats>(op, q, a, stream)) return;
+      if (launch_rows<T, 144>(op, q, a, stream)) return;
     } else if (a.tokens <= 208) {
-      if (launch_rows<T, 208, kStats>(op, q, a, stream)) return;
+      if (launch_rows<T, 208>(op, q, a, stream)) return;
     } else if (a.tokens <= 272) {
-      if (launch_rows<T, 272, kStats>(op, q, a, stream)) return;
+      if (launch_rows<T, 272>(op, q, a, stream)) return;
     }
+  }
+  if constexpr (kTensorCores<T>) {
     if (a.dim > 64) return launch_loop<T, 128, kStats>(op, q, a, stream);
   }
   launch_loop<T, plain_columns<T>(), kStats>(op, q, a, stream);
