@@ -27,11 +27,12 @@ from torch import Tensor
 import spot_ext
 from spot_ext import compact_tokens, fuse_tokens, scatter_tokens, select_tokens
 
-KERNELS = [op for op in OPS.values() if op.name != "attention_stats"]
+KERNELS = list(OPS.values())
 
 
 def _arguments(op: Op, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    name = {"select_tokens": "(2, 196, 137)"}.get(op.name, "ViT" if op.exact else "ViT, mean")
+    plain = op.exact or op.name.startswith("attention_stats")
+    name = {"select_tokens": "(2, 196, 137)"}.get(op.name, "ViT" if plain else "ViT, mean")
     return op.sample(name).args(device, dtype)
 
 
@@ -189,7 +190,7 @@ def test_the_cpu_says_the_same(op: Op, dtype: torch.dtype, gpu: torch.device) ->
             if op.exact:
                 assert_same_bits(mine.cpu(), theirs, sample.name)
             else:
-                assert_close(mine.cpu(), theirs, 4 * torch.finfo(dtype).eps, sample.name)
+                assert_close(mine.cpu(), theirs, 8 * torch.finfo(dtype).eps, sample.name)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
