@@ -1,9 +1,9 @@
 // Forward kernels of attention_stats. One warp works on 16 query rows.
 //
-// - attention_rows_kernel (with statistics, 16-bit types, at most 272 tokens, no bias): one block per
-//   image and head holds all keys and values in shared memory, a warp complete rows of the map, 16
-//   at a time, in registers. Column sums stay in the block. Reads q, k, v once, writes each result
-//   once; no scratch.
+// - attention_rows_kernel (with statistics; 16-bit types, at most 272 tokens, no bias): one block
+//   per image and head holds all keys and values in shared memory, a warp complete rows of the map,
+//   16 at a time, in registers. Column sums stay in the block. Reads q, k, v once, writes each
+//   result once; no scratch.
 // - attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles,
 //   with statistics twice: the first pass finds the maximum and sum of each row, the second has
 //   final values of the map, from which it takes the product with v, row statistics and, per query
