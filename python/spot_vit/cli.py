@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    # Threads that wait for each other sleep instead of spinning: once another process wants a core,
-    # spinning makes a training step take some five times as long. OpenMP reads this when torch is
-    # loaded, which is why it stands here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from spot_vit.demo import run
 
