@@ -265,7 +265,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.arguments = scale, num_prefix, class_token
 
 
-def _backward(
+@_register.autograd("attention_stats", _setup)
+def _(
     ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None, grad_lse: None
 ) -> tuple[Any, ...]:
     q, k, v, keep, bias, out, stats, lse = ctx.saved_tensors
@@ -279,9 +280,6 @@ def _backward(
     dkeep = grads[3].to(keep.dtype) if keep_grad else None
     dbias = grads[4].to(bias.dtype) if bias_grad else None
     return *grads[:3], dkeep, dbias, None, None, None, None
-
-
-_register.autograd("attention_stats", _setup)(_backward)
 
 
 @_register.autograd("attention_stats_backward")

@@ -126,8 +126,6 @@ inline void check_select(const char* op, const Tensor& scores, int64_t num_keep)
              scores.size(1));
   SPOT_CHECK(num_keep >= 0 && num_keep <= scores.size(1), op, "num_keep must be between 0 and ",
              scores.size(1), " (the scored tokens), got ", num_keep);
-  SPOT_CHECK(scores.size(1) <= INT32_MAX, op,
-             "scores must have fewer than 2^31 tokens per image, got ", scores.size(1));
 }
 
 // Names the first index that is out of range or repeated. Host memory only; the slow path after a

@@ -70,6 +70,11 @@ struct Head {
   int64_t at(int64_t token) const { return (b * a.num_tokens + token) * a.num_heads + h; }
 };
 
+// How many of the rows [begin, end) have statistics: kept patches come first.
+inline int64_t counted_rows(const Head& head, int64_t begin, int64_t end) {
+  return head.n < begin ? 0 : head.n < end ? head.n - begin : end - begin;
+}
+
 // 1 / n; without patches it is not used.
 template <typename A>
 inline A inverse(int64_t n) {
@@ -120,8 +125,8 @@ struct RowState {
 };
 
 // Rows [0, kRows) of s [.., vecs]: maximum, exponentials, sum. Columns from `seen` on become 0.
-// Rows from `dropped` on have an entry of their own. With `pairs` exponentials go there as well,
-// rounded to bfloat16.
+// Rows from `dropped` on have an entry of their own. If E is Pair, exponentials go to `pairs` as
+// well, rounded to bfloat16.
 template <int kRows, typename E, typename A>
 SPOT_NOINLINE void exponentials(A* s, int64_t row, int64_t vecs, int64_t seen, int64_t dropped,
                                 A unit, RowState<A> state, int64_t at, [[maybe_unused]] E* pairs) {

@@ -15,9 +15,9 @@
 namespace spot {
 namespace SPOT_ISA {
 
-// Fetches what this thread will need next into cache, a few lines at a time between
-// computations: the processor's own prefetching does not cross the pages that neighbouring tokens
-// lie in, and more lines at once would wait for each other.
+// Fetches what this thread will need next into cache, a few lines at a time between computations:
+// the processor's own prefetching does not cross the pages that neighbouring tokens lie in, and
+// more lines at once would wait for each other.
 template <typename T>
 class Ahead {
  public:
@@ -140,11 +140,6 @@ struct ColumnSums {
   int64_t count;
   A *mean, *square;
 };
-
-// The rows of a span that have statistics: kept patches come first.
-inline int64_t counted_rows(const Head& head, int64_t begin, int64_t end) {
-  return head.n < begin ? 0 : head.n < end ? head.n - begin : end - begin;
-}
 
 template <typename A>
 inline ColumnSums<A> column_sums(const AttentionArgs& a, const Head& head, int64_t span) {

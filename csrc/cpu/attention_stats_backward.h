@@ -142,6 +142,31 @@ inline Vec<A> vec_sigmoid(Vec<A> x) {
   return (x >= 0 ? splat(A(1)) : e) / (e + A(1));
 }
 
+// Rows first.. as queries and gradients, and their products with the packed keys and values: scores
+// (of |scale|, whose sign goes to the queries) and slopes.
+template <typename T>
+inline void scores_and_slopes(const AttentionGradArgs& g, const Head& head, int64_t first,
+                              int64_t rows, const Panels& panels, const BackwardScratch<T>& m) {
+  const AttentionArgs& a = g.forward;
+  const int64_t dim = a.head_dim, padded = BackwardScratch<T>::whole(dim);
+  const int64_t lanes = kLanes<Acc<T>>, row = panels.vecs * lanes;
+  const Rows<T> q(a.q, head.b, head.h), grad(g.grad_out, head.b, head.h);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t t = head.order[head.position(first + r)];
+    stage_row(q.row(t), q.dim, dim, m.queries + r * padded, padded);
+    stage_row(grad.row(t), grad.dim, dim, m.grads + r * padded, padded);
+  }
+  if (a.scale < 0) negate(m.queries, rows * padded);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t c = panels.start(p) * lanes;
+    const int width = panels.width(p);
+    multiply(m.queries, padded, rows, m.keys + c * dim, width * lanes, dim, width, m.scores + c,
+             row);
+    multiply(m.grads, padded, rows, m.values + c * dim, width * lanes, dim, width, m.slopes + c,
+             row);
+  }
+}
+
 // The keep gradient of dropped columns, which the rest of the backward pass does not look at.
 template <typename T>
 void dropped_keep_gradient(const AttentionGradArgs& g, const Head& head,
@@ -149,30 +174,18 @@ void dropped_keep_gradient(const AttentionGradArgs& g, const Head& head,
   using A = Acc<T>;
   constexpr int kL = kLanes<A>;
   const AttentionArgs& a = g.forward;
-  const int64_t dim = a.head_dim, padded = round_up(dim, kL), count = a.num_tokens - head.seen;
+  const int64_t dim = a.head_dim, count = a.num_tokens - head.seen;
   const Panels panels((count + kL - 1) / kL);
   const int64_t row = panels.vecs * kL;
-  const Rows<T> q(a.q, head.b, head.h), k(a.k, head.b, head.h), v(a.v, head.b, head.h),
-      grad(g.grad_out, head.b, head.h);
-  const A scale = static_cast<A>(a.scale), *lse = static_cast<const A*>(a.lse);
+  const Rows<T> k(a.k, head.b, head.h), v(a.v, head.b, head.h);
+  const A scale = static_cast<A>(a.scale < 0 ? -a.scale : a.scale);
+  const A* lse = static_cast<const A*>(a.lse);
   pack_keys<T, A, A>(head, k, head.seen, count, panels, dim, m.keys, m.staged);
   pack_keys<T, A, A>(head, v, head.seen, count, panels, dim, m.values, m.staged);
   for (int64_t j = 0; j < row; ++j) m.keep[j] = 0;
   for (int64_t first = 0; first < a.num_tokens; first += kBlockRows) {
     const int64_t rows = a.num_tokens - first < kBlockRows ? a.num_tokens - first : kBlockRows;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t t = head.order[head.position(first + r)];
-      stage_row(q.row(t), q.dim, dim, m.queries + r * padded, padded);
-      stage_row(grad.row(t), grad.dim, dim, m.grads + r * padded, padded);
-    }
-    for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t c = panels.start(p) * kL;
-      const int width = panels.width(p);
-      multiply(m.queries, padded, rows, m.keys + c * dim, width * kL, dim, width, m.scores + c,
-               row);
-      multiply(m.grads, padded, rows, m.values + c * dim, width * kL, dim, width, m.slopes + c,
-               row);
-    }
+    scores_and_slopes(g, head, first, rows, panels, m);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = head.order[head.position(first + r)];
       A* s = m.scores + r * row;
@@ -203,8 +216,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
   const bool in_place = std::is_same_v<T, A> && padded == dim;
   const auto m = in_scratch<BackwardScratch<T>>(
       head, g.keep && num_dropped > seen ? num_dropped : seen, in_place ? 0 : seen);
-  const Rows<T> q(a.q, head.b, head.h), k(a.k, head.b, head.h), v(a.v, head.b, head.h),
-      grad(g.grad_out, head.b, head.h);
+  const Rows<T> k(a.k, head.b, head.h), v(a.v, head.b, head.h);
   const A scale = static_cast<A>(a.scale < 0 ? -a.scale : a.scale);
   const A unit = kExpUnit<A> * (a.bias ? A(1) : scale);
   T *q_grad = static_cast<T*>(g.q), *k_grad = static_cast<T*>(g.k), *v_grad = static_cast<T*>(g.v);
@@ -242,19 +254,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
     const int64_t dropped =
         seen - first < 0 ? 0 : seen - first;  // rows that see themselves besides
     const auto token = [&](int64_t r) -> int64_t { return head.order[head.position(first + r)]; };
-    for (int64_t r = 0; r < rows; ++r) {
-      stage_row(q.row(token(r)), q.dim, dim, m.queries + r * padded, padded);
-      stage_row(grad.row(token(r)), grad.dim, dim, m.grads + r * padded, padded);
-    }
-    if (a.scale < 0) negate(m.queries, rows * padded);
-    for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t c = panels.start(p) * kL;
-      const int width = panels.width(p);
-      multiply(m.queries, padded, rows, m.keys + c * dim, width * kL, dim, width, m.scores + c,
-               row);
-      multiply(m.grads, padded, rows, m.values + c * dim, width * kL, dim, width, m.slopes + c,
-               row);
-    }
+    scores_and_slopes(g, head, first, rows, panels, m);
     A own_slope[kBlockRows];
     for (int64_t r = dropped; r < rows; ++r) {
       const int64_t t = token(r);
@@ -273,8 +273,7 @@ void backward_head(const AttentionGradArgs& g, const Head& head) {
     });
 
     A mean[kBlockRows];
-    int64_t counted = kStats ? head.n - first : 0;  // rows with statistics
-    counted = counted < 0 ? 0 : counted < rows ? counted : rows;
+    const int64_t counted = kStats ? counted_rows(head, first, first + rows) : 0;
     if (g.keep) {
       for (int64_t r = 0; r < rows; ++r) {
         A *s = m.scores + r * row, *slope = m.slopes + r * row;

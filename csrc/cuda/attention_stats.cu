@@ -7,9 +7,8 @@
 //   statistics; scratch 2 N numbers per query tile (N^2 / 32 for 64 rows).
 // - Backward: 7 products of N^2 D (8 with statistics), where an algorithm with atomics needs 5;
 //   scratch at most 14 numbers per token and head.
-// - float32, float64 and D > 128 take a block per 64 (128) columns of the results, each with its
-// own
-//   q k^T. Shared memory grows with D: 98 KiB a block are enough up to D = 128 (fitting_warps).
+// - float32 takes a block per 64 columns of the results, float64 per 32, others per 128; each has
+//   its own q k^T. Shared memory grows with D: 98 KiB a block are enough up to D = 128.
 #include "../common/attention_stats.h"
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
@@ -22,16 +21,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostTokens = 1 << 30;
-
-template <typename F>
-auto dispatch(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case kFloat32: return f(float{});
-    case kFloat64: return f(double{});
-    case kFloat16: return f(__half{});
-    default: return f(__nv_bfloat16{});
-  }
-}
 
 template <typename F>
 void dispatch(bool flag, F&& f) {

@@ -305,16 +305,6 @@ unsigned image_grid(const char* op, int64_t batch) {
   return static_cast<unsigned>(batch);
 }
 
-template <typename F>
-auto dispatch(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case kFloat32: return f(float{});
-    case kFloat64: return f(double{});
-    case kFloat16: return f(__half{});
-    default: return f(__nv_bfloat16{});
-  }
-}
-
 void check_values(const char* op, const Tensor& index, const TokenShape& shape) {
   if (checks_wanted()) explain_index(op, data<int64_t>(copy_to_host(index)), shape);
 }

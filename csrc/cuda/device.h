@@ -1,8 +1,10 @@
 // The one file that names a CUDA shim of torch. These symbols live in libtorch_cuda only.
 #pragma once
 
-#include "../common/check.h"
+#include "../common/dispatch.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -35,6 +37,17 @@ inline bool checks_wanted() {
 
 inline void check_cuda(const char* op, const char* name, const Tensor& t) {
   SPOT_CHECK(t.is_cuda(), op, name, " must be on a CUDA device");
+}
+
+// f(zero of the kernels' type for the dtype).
+template <typename F>
+auto dispatch(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case kFloat32: return f(float{});
+    case kFloat64: return f(double{});
+    case kFloat16: return f(__half{});
+    default: return f(__nv_bfloat16{});
+  }
 }
 
 template <typename T>
