@@ -1,13 +1,16 @@
 """SPOT on timm Vision Transformers: sparse models, training and evaluation.
 
 Names are imported when first used: the command `spot` starts without torch and timm, and can say
-which of them is missing.
+which of them is missing. The named models are registered with timm in whichever order the two are
+imported.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from spot_vit._register import register_with_timm
 
 if TYPE_CHECKING:
     from spot_ext import __version__
@@ -59,3 +62,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_with_timm()
