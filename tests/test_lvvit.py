@@ -14,8 +14,9 @@ import spot_vit
 import timm
 import torch
 import torch.nn.functional as F
+from published import inference
 from spot_vit.lvvit import LVViT
-from torch import Tensor, nn
+from torch import nn
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
@@ -32,48 +33,14 @@ def build(name: str = "lvvit_small", dtype: torch.dtype = torch.float64, **extra
     return model.to(dtype).eval()
 
 
-def published(state: dict[str, Tensor], image: Tensor, heads: int, skip_lam: float) -> Tensor:
-    """Inference as the paper and its public code describe it, from the state dict alone."""
-    x = image
-    for k, (stride, padding) in enumerate([(2, 3), (1, 1), (1, 1)], start=1):
-        x = F.conv2d(x, state[f"patch_embed.conv{k}.weight"], stride=stride, padding=padding)
-        mean, var = (state[f"patch_embed.bn{k}.running_{s}"] for s in ("mean", "var"))
-        scale, shift = (state[f"patch_embed.bn{k}.{s}"] for s in ("weight", "bias"))
-        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
-        x = (x * scale[:, None, None] + shift[:, None, None]).clamp(min=0)
-    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
-    x = x.flatten(2).mT
-    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
-
-    def linear(y: Tensor, name: str) -> Tensor:
-        return F.linear(y, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    def norm(y: Tensor, name: str) -> Tensor:
-        y = y - y.mean(-1, keepdim=True)
-        y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return y * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    for b in (f"blocks.{i}" for i in range(depth)):
-        q, k, v = linear(norm(x, f"{b}.norm1"), f"{b}.attn.qkv").chunk(3, dim=-1)
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-        attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-        y = linear((attention @ v).transpose(1, 2).flatten(2), f"{b}.attn.proj")
-        x = x + y / skip_lam
-        y = F.gelu(linear(norm(x, f"{b}.norm2"), f"{b}.mlp.fc1"))
-        x = x + linear(y, f"{b}.mlp.fc2") / skip_lam
-    x = norm(x, "norm")
-    return linear(x[:, 0], "head") + 0.5 * linear(x[:, 1:], "aux_head").max(dim=1).values
-
-
 @pytest.mark.parametrize(("name", "skip_lam"), [("lvvit_tiny", 1.0), ("lvvit_medium", 2.0)])
 @torch.no_grad()
 def test_inference_is_the_published_one(name: str, skip_lam: float):
     model = build(name)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    expected = published(model.state_dict(), x, 3, skip_lam)
+    expected = inference(model.state_dict(), x, 3, skip_lam=skip_lam)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
-    other = published(model.state_dict(), x, 3, 3.0 - skip_lam)
+    other = inference(model.state_dict(), x, 3, skip_lam=3 - skip_lam)
     assert not torch.allclose(model(x), other, atol=1e-3)
 
 

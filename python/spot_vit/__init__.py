@@ -14,6 +14,7 @@ from spot_vit._register import register_with_timm
 
 if TYPE_CHECKING:
     from spot_ext import __version__
+    from spot_vit.checkpoints import convert_checkpoint
     from spot_vit.config import SpotConfig
     from spot_vit.convert import UnsupportedModelError, restore, set_keep, sparsify, supported
     from spot_vit.flops import count_flops
@@ -25,6 +26,7 @@ _HOME = {
     "SpotOutput": "spot_vit.loop",
     "UnsupportedModelError": "spot_vit.convert",
     "__version__": "spot_ext",
+    "convert_checkpoint": "spot_vit.checkpoints",
     "count_flops": "spot_vit.flops",
     "param_groups": "spot_vit.optim",
     "restore": "spot_vit.convert",
@@ -38,6 +40,7 @@ __all__ = [
     "SpotOutput",
     "UnsupportedModelError",
     "__version__",
+    "convert_checkpoint",
     "count_flops",
     "param_groups",
     "restore",
