@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import spot_vit
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from spot_vit import budget
 from spot_vit.budget import Budget, largest_ratio, solve_keep
 from spot_vit.config import exact
+
+from tools import budgets
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
 
@@ -148,3 +151,11 @@ def test_median_latency_is_a_median_of_eval_passes():
     assert 0 < budget.median_latency(model, torch.ones(64, 64)) < 1e3
     assert set(calls) == {(False, False)} and len(calls) == budget.ROUNDS + budget.WARMUP
     assert model.training
+
+
+def test_the_page_agrees_with_the_tool():
+    page = (Path(__file__).parents[1] / "docs" / "budgets.md").read_text()
+    assert budgets.table() in page, "run python tools/budgets.py"
+    with torch.device("meta"):
+        model = spot_vit.sparsify(timm.create_model("deit_small_patch16_224"))
+    assert f"ρ ≈ {solve_keep(model, {'gmacs': 2.8})}." in page

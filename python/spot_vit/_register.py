@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_MODULES = ("spot_vit.lvvit",)  # they import timm, and register when imported
+_MODULES = ("spot_vit.lvvit", "spot_vit.named")  # they import timm, and register when imported
 
 
 def register_with_timm() -> None:

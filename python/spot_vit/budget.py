@@ -205,6 +205,6 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _input_size(model: Any) -> tuple[int, int, int]:
     default = model.default_cfg["input_size"] if hasattr(model, "default_cfg") else (3, 224, 224)
-    channels = getattr(model, "in_chans", default[0])
-    height, width = model.patch_embed.img_size or default[1:]
-    return channels, height, width
+    patch_embed = getattr(model, "patch_embed", None)
+    height, width = getattr(patch_embed, "img_size", None) or default[1:]
+    return getattr(model, "in_chans", default[0]), height, width

@@ -157,19 +157,31 @@ class LVViT(VisionTransformer):
         """Auxiliary logits [B, N, classes] of the patches among final `tokens` [B, P+N, D]."""
         return self.aux_head(tokens[:, self.num_prefix_tokens :])
 
-    def pool_dense(self, logits: Tensor) -> Tensor:
-        """Each class's maximum over patches: [B, N, classes] to [B, classes]."""
-        return logits.amax(dim=1)
+    def forward_head(
+        self, x: Tensor, pre_logits: bool = False, keep: Tensor | None = None
+    ) -> Tensor:
+        """Logits from final tokens.
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [B, classes] of final tokens [B, P+N, D]; the class token with `pre_logits`."""
+        Args:
+            x: [B, P+N, D].
+            pre_logits: return the class token [B, D] instead.
+            keep: [B, N] of 0 and 1; patches with 0 do not enter the maximum. None for all.
+
+        Returns:
+            [B, classes].
+        """
         pooled = super().forward_head(x, pre_logits=True)
         if pre_logits:
             return pooled
         logits = self.head(pooled)
         if self.num_classes == 0 or self.global_pool != "token":
             return logits
-        return logits + AUX_WEIGHT * self.pool_dense(self.dense_logits(x))
+        dense = self.dense_logits(x)
+        if keep is not None:
+            seen = keep.detach() > 0.5
+            seen = seen | ~seen.any(dim=1, keepdim=True)  # nothing kept: the maximum over all
+            dense = dense.masked_fill(~seen[..., None], float("-inf"))
+        return logits + AUX_WEIGHT * dense.amax(dim=1)
 
 
 def _check_pool(global_pool: str) -> None:
