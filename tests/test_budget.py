@@ -120,6 +120,46 @@ def test_gmacs_of_another_image_size():
     assert found < 0.9 <= solve_keep(model, {"gmacs": gmacs})
 
 
+def test_sparsify_and_set_keep_take_budgets():
+    model = timm.create_model("deit_tiny_patch16_224", **SMALL)
+    dense = spot_vit.count_flops(model, (3, 64, 64)).total / 1e9
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="out of reach"):
+        spot_vit.sparsify(model, keep={"gmacs": 2 * dense})
+    assert [type(module) for module in model.modules()] == classes  # not half-converted
+    assert not hasattr(model, "spot_config") and not hasattr(model.blocks[1], "relevance")
+
+    spot_vit.sparsify(model, keep={"gmacs": 0.9 * dense}, method="dynamicvit")
+    config = model.spot_config
+    assert spot_vit.count_flops(model, (3, 64, 64)).total <= 0.9e9 * dense
+    assert (
+        isinstance(config.keep, float) and spot_vit.SpotConfig.from_json(config.to_json()) == config
+    )
+    spot_vit.set_keep(model, {"gmacs": 0.8 * dense})
+    assert model.spot_config.keep < config.keep
+    with pytest.raises(ValueError, match="out of reach"):
+        spot_vit.set_keep(model, {"gmacs": 2 * dense})
+    assert model.spot_config.keep < config.keep
+
+
+@pytest.mark.parametrize("method", ["spot", "dynamicvit", "evit", "random"])
+def test_every_method_meets_the_budget(method: str):
+    with torch.device("meta"):
+        model = timm.create_model("spot_lvvit_small", method=method, keep={"gmacs": 5.0})
+    total = spot_vit.count_flops(model, (3, 224, 224)).total
+    assert 5e9 * 0.99 < total <= 5e9
+
+
+def test_latency_of_a_real_model():
+    model = timm.create_model("deit_tiny_patch16_224", img_size=96, depth=4).eval()
+    with pytest.raises(ValueError, match=r"keep from 0.31 to 1 costs .* ms"):
+        spot_vit.sparsify(model, keep={"latency_ms": 1e9, "batch": 8})
+    spot_vit.sparsify(model)
+    with pytest.raises(ValueError, match="1e-06 ms is out of reach"):
+        spot_vit.set_keep(model, {"latency_ms": 1e-6})
+    assert model.spot_config.keep == 0.7
+
+
 def test_latency_is_measured_as_asked(monkeypatch: pytest.MonkeyPatch):
     model = spot_vit.sparsify(timm.create_model("deit_tiny_patch16_224", **SMALL)).train()
     seen = set()

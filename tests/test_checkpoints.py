@@ -46,7 +46,7 @@ def test_dense_weights_compute_what_was_published(kind: str, skip_lam: int):
 @torch.no_grad()
 def test_dynamicvit_on_deit_computes_what_was_published():
     state = random_state("deit", stages=3)
-    model = spot_vit.sparsify(build(), keep=0.7, features=["embed"])
+    model = spot_vit.sparsify(build(), method="dynamicvit", keep=0.7)
     assert model.spot_config.at == (1, 2, 3)
     convert_checkpoint(training_checkpoint(state), "dynamicvit", model)
     expected = inference(state, image(), 3, at=(1, 2, 3), keep=(11, 7, 5))
@@ -56,7 +56,7 @@ def test_dynamicvit_on_deit_computes_what_was_published():
 @torch.no_grad()
 def test_dynamicvit_predictor_with_a_mask():
     state = random_state("deit", stages=1)
-    model = spot_vit.sparsify(build(), at=[2], features=["embed"])
+    model = spot_vit.sparsify(build(), at=[2], method="dynamicvit")
     convert_checkpoint(state, "dynamicvit", model)
     tokens = torch.randn(2, 16, 48, dtype=torch.float64)
     keep = (torch.rand(2, 16) > 0.4).double()

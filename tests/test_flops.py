@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -33,6 +34,47 @@ def test_dense_models_cost_what_is_published(name: str, gmacs: str):
     digits = len(gmacs.split(".")[1])
     assert f"{count.total / 1e9:.{digits}f}" == gmacs
     assert count.predictor == count.statistics == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "keep", "printed"),
+    [
+        ("deit_small_patch16_224", "dynamicvit", 0.7, 2.9),
+        ("deit_base_patch16_224", "dynamicvit", 0.7, 11.4),
+        ("deit_256", "dynamicvit", 0.7, 1.3),
+        ("lvvit_small", "dynamicvit", 0.7, 4.6),
+        ("lvvit_small", "dynamicvit", 0.5, 3.7),
+        ("lvvit_medium", "dynamicvit", 0.7, 8.5),
+        ("deit_small_patch16_224", "evit", 0.9, 4.0),
+        ("deit_small_patch16_224", "evit", 0.8, 3.5),
+        ("deit_small_patch16_224", "evit", 0.7, 3.0),
+        ("deit_small_patch16_224", "evit", 0.6, 2.6),
+        ("deit_small_patch16_224", "evit", 0.5, 2.3),
+    ],
+)
+def test_sparse_models_cost_what_is_published(name: str, method: str, keep: float, printed: float):
+    sizes = {}
+    if name == "deit_256":
+        name, sizes = "deit_small_patch16_224", {"embed_dim": 256, "num_heads": 4}
+    model = spot_vit.sparsify(meta(name, **sizes), method=method, keep=keep)
+    count = spot_vit.count_flops(model, IMAGE)
+    assert (count.predictor > 0) == (method == "dynamicvit")
+    assert (count.statistics > 0) == (method == "evit")  # read off the kernel's, with the rest
+    gmacs = (count.total - count.statistics) / 1e9
+    # DynamicViT's table truncates, EViT's rounds.
+    digits = math.floor(gmacs * 10) / 10 if method == "dynamicvit" else round(gmacs, 1)
+    assert digits == printed
+
+
+def test_layers_of_an_evit_cut_inside_the_block():
+    count = spot_vit.count_flops(
+        spot_vit.sparsify(meta("deit_tiny_patch16_224"), method="evit", keep=0.5), IMAGE
+    )
+    block, following = count.layers[4:6]
+    assert (block.name, block.tokens, following.tokens) == ("blocks.3", 197, 1 + 98 + 1)
+    assert block.attention == 4 * 197 * 192**2 + 2 * 197**2 * 192
+    assert block.mlp == 8 * 100 * 192**2
+    assert block.other == 98 * 192  # the fused token
 
 
 def test_layers_of_a_spot_model():

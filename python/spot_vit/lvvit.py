@@ -157,23 +157,21 @@ class LVViT(VisionTransformer):
         """Auxiliary logits [B, N, classes] of the patches among final `tokens` [B, P+N, D]."""
         return self.aux_head(tokens[:, self.num_prefix_tokens :])
 
-    def forward_head(
-        self, x: Tensor, pre_logits: bool = False, keep: Tensor | None = None
-    ) -> Tensor:
-        """Logits from final tokens.
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [B, classes] of final tokens [B, P+N, D]; the class token with `pre_logits`."""
+        return super().forward_head(x, pre_logits=True) if pre_logits else self.logits(x)
+
+    def logits(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits of both heads together.
 
         Args:
-            x: [B, P+N, D].
-            pre_logits: return the class token [B, D] instead.
+            x: final tokens [B, P+N, D].
             keep: [B, N] of 0 and 1; patches with 0 do not enter the maximum. None for all.
 
         Returns:
             [B, classes].
         """
-        pooled = super().forward_head(x, pre_logits=True)
-        if pre_logits:
-            return pooled
-        logits = self.head(pooled)
+        logits = self.head(super().forward_head(x, pre_logits=True))
         if self.num_classes == 0 or self.global_pool != "token":
             return logits
         dense = self.dense_logits(x)

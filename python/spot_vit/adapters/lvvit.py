@@ -48,7 +48,7 @@ class SpotLVViT(SpotVisionTransformer, LVViT):
     """A converted `LVViT`: the auxiliary head's maximum runs over kept tokens."""
 
     def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.forward_head(x, keep=mask)
+        return self.logits(x, mask)
 
 
 _MASKED = names("x attn_mask is_causal")
@@ -61,7 +61,8 @@ register(
         {
             "forward": _MASKED,
             "forward_features": _MASKED,
-            "forward_head": names("x pre_logits keep"),
+            "forward_head": names("x pre_logits"),
+            "logits": names("x keep"),
             "forward_intermediates": names(
                 "x indices return_prefix_tokens norm stop_early output_fmt intermediates_only "
                 "output_dict attn_mask is_causal"
