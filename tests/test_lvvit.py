@@ -124,18 +124,34 @@ def test_wrong_arguments():
         timm.create_model("lvvit_tiny", pretrained=True)
 
 
-@pytest.mark.parametrize("first", ["spot_vit, timm", "timm, spot_vit", "spot_vit.cli, timm"])
-def test_registered_in_either_order(first: str):
-    code = f"import {first}; print(*timm.list_models('lvvit_*'))"
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import spot_vit, timm",
+        "import timm, spot_vit",
+        "import spot_vit.named, timm",
+        # Libraries look whether timm is there without importing it.
+        "import spot_vit, importlib.util; importlib.util.find_spec('timm'); import timm",
+    ],
+)
+def test_registered_in_any_order(imports: str):
+    code = f"""
+import sys
+{imports}
+print(*timm.list_models("lvvit_*"))
+print(*(type(f).__name__ for f in sys.meta_path))
+"""
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
         env={"PYTHONPATH": ":".join(p for p in sys.path if p)},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert run.stdout.split() == ["lvvit_medium", "lvvit_small", "lvvit_tiny"]
+    names, finders = run.stdout.splitlines()
+    assert names.split() == ["lvvit_medium", "lvvit_small", "lvvit_tiny"]
+    assert "_WhenTimmIsImported" not in finders
 
 
 def test_importing_spot_vit_imports_neither_torch_nor_timm():

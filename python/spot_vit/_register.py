@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -27,20 +26,23 @@ def _register() -> None:
 
 
 class _WhenTimmIsImported(importlib.abc.MetaPathFinder):
-    """Steps in once, for timm, to register behind it."""
+    """Has the other finders find timm, and registers behind its import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:  # a spec may be asked for without an import
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
