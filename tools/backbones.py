@@ -162,7 +162,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    found = [structure(name) for name in timm.list_models()]
+    ours = ("spot_*", "lvvit_*")
+    found = [structure(name) for name in timm.list_models(exclude_filters=ours)]
     recorded = ROOT / RESULTS
     results = json.loads(recorded.read_text()) if recorded.exists() else {}
     if arguments.run:
