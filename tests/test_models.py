@@ -38,6 +38,45 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no pooling": ("vit_tiny_patch16_224", {**SMALL, "global_pool": ""}),
     "pre norm (CLIP)": ("vit_base_patch16_clip_224", SMALL),
     "DeiT-III": ("deit3_small_patch16_224", SMALL),
+    "distilled": ("deit_tiny_distilled_patch16_224", SMALL),
+    "norms after the branches": ("vit_base_patch16_rpn_224", SMALL),
+    "ViTamin": ("vitamin_small_224", {"depth": 5, "num_classes": 7, "img_size": 64}),
+    "EVA-02": ("eva02_tiny_patch14_224", {**SMALL, "img_size": 56}),
+    "EVA-02 base, scaled attention": (
+        "eva02_base_patch14_224",
+        {**SMALL, "img_size": 56, "embed_dim": 48},
+    ),
+    "DINOv3, registers": ("vit_small_patch16_dinov3", SMALL),
+    "rotary tables per block": ("vit_small_patch16_rope_mixed_224", {**SMALL, "num_heads": 3}),
+    "Perception Encoder, map": ("vit_pe_core_tiny_patch16_384", SMALL),
+    "BEiT": ("beit_base_patch16_224", SMALL),
+    "BEiT, shared bias, class token": (
+        "beitv2_base_patch16_224",
+        {
+            **SMALL,
+            "use_rel_pos_bias": False,
+            "use_shared_rel_pos_bias": True,
+            "global_pool": "token",
+        },
+    ),
+    "NaFlex, avg": ("naflexvit_base_patch16_gap", SMALL),
+    "NaFlex, map": ("naflexvit_base_patch16_siglip", SMALL),
+    "NaFlex, rotary": ("naflexvit_base_patch16_gap", {**SMALL, "rope_type": "axial"}),
+    "NaFlex, rotary tables per block": (
+        "naflexvit_base_patch16_gap",
+        {**SMALL, "rope_type": "mixed"},
+    ),
+    "grouped queries": (
+        "naflexvit_base_patch16_gap",
+        {
+            **SMALL,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "rope_type": "axial",
+            "attn_type": "rope",
+            "qkv_fused": False,
+        },
+    ),
 }
 
 
@@ -55,7 +94,8 @@ def build(
 
 def images(model: nn.Module, batch: int = 3, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    size = model.patch_embed.img_size
+    embed: Any = getattr(model, "patch_embed", None)
+    size = (64, 64) if embed is None else embed.img_size
     dtype = next(model.parameters()).dtype
     return torch.randn(batch, 3, *size, generator=generator).to(dtype)
 
@@ -383,7 +423,9 @@ def test_distributed_data_parallel(tmp_path):
     ("name", "arguments", "words"),
     [
         ("swin_tiny_patch4_window7_224", {}, "cannot convert model.*SwinTransformer"),
-        ("eva02_tiny_patch14_224", {}, "cannot convert model.*Eva.*timm"),
+        ("eva02_enormous_patch14_clip_224", {"depth": 2}, "cannot convert blocks.0.*PostNorm"),
+        ("vit_dwee_patch16_reg1_gap_256", {}, "cannot convert blocks.0.attn.*two softmaxes"),
+        ("qwen3_vit_88m_enc", {}, "cannot convert model.*Qwen3.*merges"),
         ("vit_tiny_patch16_224", {"attn_drop_rate": 0.1}, "attention dropout"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.1}, "patch_drop_rate"),
         ("vit_tiny_patch16_224", {"global_pool": "prr"}, "no masked form"),
@@ -505,5 +547,6 @@ def test_deit_small_costs_what_the_papers_say():
     assert model.training
 
 
-def test_supported_names_the_class():
-    assert spot_vit.supported() == ["timm.models.vision_transformer.VisionTransformer"]
+def test_supported_names_the_classes():
+    names = [name.rpartition(".")[2] for name in spot_vit.supported()]
+    assert names == ["Beit", "VisionTransformerDistilled", "Eva", "NaFlexVit", "VisionTransformer"]

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-METHODS = ("spot",)
+METHODS = ("spot", "dynamicvit", "evit", "random")
 FEATURES = ("embed", "cls", "rowcol", "moments")
 STATISTICS = ("cls", "rowcol", "moments")
 SCALINGS = ("log1p", "n", "raw")
 HEADS = ("concat", "mean")
 TRAIN_DECISIONS = ("gumbel", "topk")
+SOFT = ("none", "fuse")
 
 
 def exact(ratio: float) -> Fraction:
@@ -27,12 +28,18 @@ class SpotConfig:
     """Configuration of a SPOT model; frozen, and a round trip through JSON loses nothing.
 
     Attributes:
-        method: how tokens are scored; "spot" (arXiv 2511.10488).
-        keep: ρ, so that stage k keeps ρ^k of the patch tokens (published), or one cumulative ratio
-            per stage, never rising.
-        at: blocks before which a decision is taken, ascending; None for L//4, L//2, 3L//4
-            (DynamicViT's places; those of the paper are not known to us).
-        features: evidence given to the predictor, a subset of "embed" (token embeddings), "cls"
+        method: how tokens are scored. "spot" (arXiv 2511.10488): a predictor on embeddings and
+            attention statistics. "dynamicvit" (arXiv 2106.02034): the same predictor on embeddings
+            alone, which is DynamicViT's. "evit" (arXiv 2202.07800): attention of the class token,
+            averaged over the heads of the block that cuts; nothing is learned, and training cuts
+            as inference does. "random": the baseline below all of them, a new draw per pass.
+        keep: ρ, so that stage k keeps ⌊N ρ^k⌋ of N patch tokens (published; with "evit" ⌈ρ n⌉ of
+            the n that reach the stage, as published there), or one cumulative ratio per stage,
+            never rising.
+        at: blocks before which a decision is taken ("evit": inside of which, between attention and
+            MLP), ascending; None for L//4, L//2, 3L//4 (DynamicViT's places; those of SPOT's paper
+            are not known to us).
+        features: evidence given to SPOT's predictor, a subset of "embed" (token embeddings), "cls"
             (attention to and from the class token), "rowcol" (row and column mean and variance),
             both of the preceding block, and "moments" (mean and variance of all six over the
             history).
@@ -43,6 +50,10 @@ class SpotConfig:
         scaling: "n" multiplies means by n and variances by n², "log1p" takes the logarithm of that,
             "raw" leaves them (our choice).
         detach_stats: stop gradients at the statistics.
+        soft: "fuse" adds one token per stage, the mean of what the stage removes weighted by the
+            keep probability (our choice of a soft form, near SPViT's package token); "none" adds
+            nothing; None is the method's published form: "evit" fuses its removed tokens, weighted
+            by the class token's attention, into a token that competes in later stages.
         train_decision: "gumbel" draws each token (published); "topk" keeps exactly the budget of
             noisy scores with a sigmoid straight-through at the cut (our choice).
         tau: temperature of the Gumbel softmax (DynamicViT's 1).
@@ -57,6 +68,7 @@ class SpotConfig:
     d_remap: int | None = None
     scaling: str = "log1p"
     detach_stats: bool = False
+    soft: str | None = None
     train_decision: str = "gumbel"
     tau: float = 1.0
 
@@ -69,10 +81,14 @@ class SpotConfig:
         _one_of("heads", self.heads, HEADS)
         _one_of("scaling", self.scaling, SCALINGS)
         _one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
+        if self.soft is not None:
+            _one_of("soft", self.soft, SOFT)
         if isinstance(self.features, str) or not self.features:
             raise ValueError(f"features must be a non-empty list of {list(FEATURES)}")
         for feature in self.features:
             _one_of("features", feature, FEATURES)
+        if self.method != "spot" and set(self.features) != set(FEATURES):
+            raise ValueError(f"features are SPOT's; method {self.method!r} has its own evidence")
         whole = isinstance(self.history, int) and not isinstance(self.history, bool)
         if self.history not in ("all", "since_last") and not (whole and int(self.history) > 0):
             raise ValueError(
@@ -103,20 +119,36 @@ class SpotConfig:
         if self.at[0] == 0 and self.uses_statistics:
             raise ValueError(
                 "at must not contain 0: no block comes before it, so there are no attention "
-                f"statistics for features {list(self.features)}"
+                f"statistics for features {list(self.evidence)}"
             )
         if isinstance(self.keep, tuple) and len(self.keep) != len(self.at):
             raise ValueError(f"keep names {len(self.keep)} stages, at names {len(self.at)}")
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether any attention statistics are needed."""
-        return any(feature in STATISTICS for feature in self.features)
+    def evidence(self) -> tuple[str, ...]:
+        """What the predictors see, in the order of FEATURES; empty where there are none."""
+        own = {"spot": self.features, "dynamicvit": ("embed",)}.get(self.method, ())
+        return tuple(feature for feature in FEATURES if feature in own)
 
     @property
-    def uses_latest(self) -> bool:
-        """Whether the statistics of the preceding block enter by themselves."""
-        return "cls" in self.features or "rowcol" in self.features
+    def learned(self) -> bool:
+        """Whether predictors decide: then training masks tokens, otherwise it removes them."""
+        return bool(self.evidence)
+
+    @property
+    def cuts_inside(self) -> bool:
+        """Whether a stage cuts inside its block, between attention and MLP."""
+        return self.method == "evit"
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a stage leaves a token in place of those it removes."""
+        return self.soft == "fuse" or (self.soft is None and self.method == "evit")
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether predictors see any attention statistics."""
+        return any(feature in STATISTICS for feature in self.evidence)
 
     def places(self, depth: int) -> tuple[int, ...]:
         """Block indices of the decisions in a model of `depth` blocks."""
@@ -142,8 +174,8 @@ class SpotConfig:
     def num_features(self, num_heads: int) -> int:
         """F, the statistics columns per token: [latest | mean | variance], each [H, 6] or less."""
         width = 1 if self.heads == "mean" else num_heads
-        latest = 2 * ("cls" in self.features) + 4 * ("rowcol" in self.features)
-        return width * (latest + 12 * ("moments" in self.features))
+        latest = 2 * ("cls" in self.evidence) + 4 * ("rowcol" in self.evidence)
+        return width * (latest + 12 * ("moments" in self.evidence))
 
     def replace(self, **changes: Any) -> SpotConfig:
         """A copy with some fields changed, checked again."""

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from spot_vit.adapters import ATTENTIONS, BLOCKS, MODELS, ClassAdapter
+from spot_vit.adapters import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, ClassAdapter
 from spot_vit.config import SpotConfig
 from spot_vit.loop import SpotLoop
 from spot_vit.relevance import TokenRelevance
@@ -21,8 +21,9 @@ class UnsupportedModelError(TypeError):
 def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> Any:
     """Converts a timm Vision Transformer in place and returns it.
 
-    The model keeps its parameters, their names, and its hooks; each deciding block gets a child
-    `relevance`. At keep = 1.0 in eval its outputs are bit-exact with the original's.
+    The model keeps its parameters, their names, and its hooks; where predictors decide, each
+    deciding block gets a child `relevance`. At keep = 1.0 in eval its outputs are bit-exact with
+    the original's.
 
     Args:
         model: a timm model of a supported class (see `supported`).
@@ -51,17 +52,24 @@ def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> 
     config = config.replace(at=config.places(len(blocks)))
     assert config.at is not None
     config.ratios(len(config.at))  # a list of ratios must name every stage
+    stages = [config.at.index(b) if b in config.at else None for b in range(len(blocks))]
     new = [
-        _relevance_for(block, config) if b in config.at else None for b, block in enumerate(blocks)
+        _relevance_for(block, config) if config.learned and stage is not None else None
+        for block, stage in zip(blocks, stages, strict=True)
     ]
 
+    original = type(model)
     model.__class__ = entry.adapter
-    for block, block_entry, attention_entry, relevance in zip(
-        blocks, block_entries, attention_entries, new, strict=True
-    ):
-        block.__class__ = block_entry.adapter
-        block.attn.__class__ = attention_entry.adapter
-        block.relevance = relevance
+    if config.cuts_inside and not model.has_class_token:
+        model.__class__ = original
+        raise ValueError(
+            f"method {config.method!r} scores by the class token's attention, and this "
+            f"{original.__name__} has no class token"
+        )
+    for b, block in enumerate(blocks):
+        block.__class__ = block_entries[b].adapter
+        block.attn.__class__ = attention_entries[b].adapter
+        block.stage, block.relevance = stages[b], new[b]
     model._configure(config)
     model.train(model.training)
     return model
@@ -77,7 +85,7 @@ def restore(model: Any) -> Any:
     for block in model.blocks:
         block.attn.__class__ = original[type(block.attn)]
         block.__class__ = original[type(block)]
-        del block.relevance
+        del block.stage, block.relevance
     del model.spot_config, model._spot_ratios
     model.__class__ = original[type(model)]
     return model
@@ -107,7 +115,7 @@ def _adapter_for(
     entry = table.get(type(module))
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if entry is None:
-        reason = "there is no adapter for this class"
+        reason = UNSUPPORTED.get(type(module).__name__, "there is no adapter for this class")
     else:
         found = entry.mismatch(module)
         if found is None:
@@ -121,8 +129,8 @@ def _adapter_for(
 
 
 def _relevance_for(block: Any, config: SpotConfig) -> TokenRelevance:
-    weight = block.attn.qkv.weight
-    dim = weight.shape[1]
-    d_remap = (config.d_remap or dim) if "embed" in config.features else 0
+    weight = block.attn.proj.weight
+    dim = weight.shape[0]
+    d_remap = (config.d_remap or dim) if "embed" in config.evidence else 0
     relevance = TokenRelevance(dim, config.num_features(block.attn.num_heads), d_remap)
     return relevance.to(device=weight.device, dtype=weight.dtype)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import spot_ext
 from spot_vit.config import SpotConfig
 from spot_vit.decide import gumbel_mask, mask_of, topk_mask
+from spot_vit.look import Cut, Look
 from spot_vit.moments import History
+from spot_vit.places import Places
+from spot_vit.state import Pass
 
 
 @dataclasses.dataclass
@@ -26,12 +30,15 @@ class SpotOutput:
 
     Attributes:
         logits: what `forward(x)` returns.
-        tokens: final normalised tokens, prefix first: [B, P+N, C] in training, survivors in eval.
+        tokens: final normalised tokens, prefix first: [B, P+N, C] where training masks, otherwise
+            survivors, of which the last n_K are those of `index[-1]`. Soft sparsification's fused
+            tokens are left out; EViT's newest stands before the patches.
         masks: K cumulative masks [B, N] over the original grid, exactly 0 or 1; in training with
             straight-through gradients.
         logp: K log-probabilities [B, N_k, 2] of the tokens each decision saw, index 0 = keep; empty
-            for decisions that were given.
-        index: in eval K ascending [B, n_k] int64 positions on the original grid; empty in training.
+            for decisions that were given, and for methods without predictors.
+        index: K ascending [B, n_k] int64 positions on the original grid; empty where training
+            masks. EViT's fused tokens compete too: N + k is the one that its cut k made.
     """
 
     logits: Tensor
@@ -41,20 +48,13 @@ class SpotOutput:
     index: list[Tensor] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
-class _Pass:
-    """State of one forward pass."""
+class _Stage(NamedTuple):
+    """One decision of one pass."""
 
-    x: Tensor  # [B, P + alive, C]
-    grid: int  # N, patch tokens of the full grid
-    history: History
-    mask: Tensor | None = None  # [B, N] in training, after the first decision
-    position: Tensor | None = None  # [B, alive] original positions in eval, after the first cut
-    dropped: Tensor | None = None  # [B, P + N, C] last values on the full grid, when wanted
-    masks: list[Tensor] = dataclasses.field(default_factory=list)
-    logp: list[Tensor] = dataclasses.field(default_factory=list)
-    index: list[Tensor] = dataclasses.field(default_factory=list)
-    taken: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    num_keep: int
+    cuts: bool  # whether it keeps fewer than there are
+    given: Tensor | None  # [B, num_keep] grid positions to keep instead of deciding
+    scores: bool  # whether the predictor runs
 
 
 class SpotLoop(nn.Module):
@@ -70,8 +70,8 @@ class SpotLoop(nn.Module):
 
     if TYPE_CHECKING:  # what an adapter and its timm class provide
 
-        def _tokens(self, x: Tensor) -> Tensor:
-            """Image [B, 3, H, W] to tokens [B, P+N, C], ready for the first block."""
+        def _tokens(self, x: Tensor) -> tuple[Tensor, Places]:
+            """Image [B, 3, H, W] to tokens [B, P+N, C], ready for the first block, and places."""
 
         def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
             """Logits from all tokens [B, P+N, C], pooled over the prefix and those in `mask`."""
@@ -81,9 +81,11 @@ class SpotLoop(nn.Module):
 
     def _configure(self, config: SpotConfig) -> None:
         """Sets the configuration; ratios as plain ints, which torch.compile can trace."""
-        self._spot_ratios = tuple(
-            (ratio.numerator, ratio.denominator) for ratio in config.ratios(len(config.at or ()))
-        )
+        ratios = config.ratios(len(config.at or ()))
+        if config.cuts_inside:  # of what reaches the stage
+            before = (Fraction(1), *ratios)
+            ratios = tuple(now / then for then, now in zip(before, ratios, strict=False))
+        self._spot_ratios = tuple((ratio.numerator, ratio.denominator) for ratio in ratios)
         self.spot_config = config
 
     # ---- public ----------------------------------------------------------------------------------
@@ -105,17 +107,17 @@ class SpotLoop(nn.Module):
             is_causal: not supported.
             aux: return a `SpotOutput` with decisions and final tokens as well.
             kept: decisions to use instead of the predictor's: per stage [B, n_k] int64 positions on
-                the original grid, each stage a subset of the one before.
+                the original grid, each stage a subset of the one before (EViT: and its fused
+                tokens, see `SpotOutput.index`).
 
         Returns:
             [B, classes], or `SpotOutput` with `aux=True`.
         """
         refuse_masks(attn_mask, is_causal)
         run = self._run(x, kept=kept, every_decision=aux)
-        tokens = self.norm(run.x)
-        logits = (
-            self.forward_head(tokens) if run.mask is None else self._head_kept(tokens, run.mask)
-        )
+        tokens = self.norm(run.tokens)
+        mask = run.pooled()
+        logits = self.forward_head(tokens) if mask is None else self._head_kept(tokens, mask)
         if not aux:
             return logits
         return SpotOutput(logits, tokens, run.masks, run.logp, run.index)
@@ -123,9 +125,9 @@ class SpotLoop(nn.Module):
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Final normalised tokens: all of them in training, survivors in eval."""
+        """Final normalised tokens: all of them where training masks, otherwise survivors."""
         refuse_masks(attn_mask, is_causal)
-        return self.norm(self._run(x).x)
+        return self.norm(self._run(x).tokens)
 
     # ---- the loop --------------------------------------------------------------------------------
 
@@ -136,134 +138,139 @@ class SpotLoop(nn.Module):
         every_decision: bool = False,
         take: Sequence[int] = (),
         stop: int | None = None,
-    ) -> _Pass:
+    ) -> Pass:
         """Runs the blocks.
 
         `every_decision` runs the predictor even where nothing would be cut; `take` names blocks
         whose output is wanted on the full grid; `stop` is the number of blocks to run.
         """
         config = self.spot_config
-        x = self._tokens(image)
-        run = _Pass(x, x.shape[1] - self.num_prefix_tokens, History(config))
         blocks = list(self.blocks)[:stop]
-        places = [b for b, block in enumerate(blocks) if block.relevance is not None]
-        budgets = [run.grid * over // under for over, under in self._spot_ratios]
-        _check_kept(kept, places, run)
-        if kept is not None:
-            deciding = []
-        elif self.training or every_decision:
-            deciding = places
-        else:  # a stage that cuts nothing needs no scores
-            before = [run.grid, *budgets]
-            deciding = [b for k, b in enumerate(places) if budgets[k] != before[k]]
+        x, places = self._tokens(image)
+        grid = x.shape[1] - self.num_prefix_tokens
+        run = Pass(x, places, History(config), self.num_prefix_tokens, grid)
+        at = [b for b, block in enumerate(blocks) if block.stage is not None]
+        stages = self._stages(grid, at, kept, every_decision)
         for b, block in enumerate(blocks):
-            if b in places:
-                stage = places.index(b)
-                if take and not self.training:
-                    run.dropped = self._on_grid(run)
-                if kept is not None:
-                    self._apply_given(run, kept[stage])
-                elif b in deciding:
-                    self._decide(run, block.relevance, budgets[stage])
-            stats = self._run_block(run, block, want=self._wants_stats(b, deciding))
-            if stats is not None:
-                run.history.update(stats, self._alive(run))
+            stage = stages.get(b)
+            if stage is not None and take:
+                run.dropped = run.on_grid()
+            if stage is not None and not config.cuts_inside:
+                self._decide(run, block.relevance, stage)
+            self._run_block(run, b, block, stages)
             if b in take:
-                run.taken[b] = self._on_grid(run)
+                run.taken[b] = run.on_grid()
         return run
 
-    def _wants_stats(self, b: int, deciding: Sequence[int]) -> bool:
+    def _stages(
+        self,
+        grid: int,
+        at: Sequence[int],
+        kept: Sequence[Tensor] | None,
+        every_decision: bool,
+    ) -> dict[int, _Stage]:
+        """What is to be done before (EViT: in) which block."""
+        config = self.spot_config
+        if kept is not None:
+            check_kept(kept, len(at))
+        stages, alive = {}, grid
+        for k, b in enumerate(at):
+            given = None if kept is None else kept[k]
+            over, under = self._spot_ratios[k]
+            if given is not None:
+                num_keep = given.shape[1]
+            elif config.cuts_inside:  # the ratio is of what reaches the stage, rounded up
+                num_keep = -(-alive * over // under)
+            else:
+                num_keep = grid * over // under
+            # A stage that cuts nothing needs no scores, except where someone wants to see them.
+            asked = self.training or every_decision or num_keep != alive
+            scores = config.learned and (asked if given is None else config.fuses)
+            stages[b] = _Stage(num_keep, num_keep != alive, given, scores)
+            alive = num_keep + (config.cuts_inside and config.fuses and num_keep != alive)
+        return stages
+
+    def _decide(self, run: Pass, relevance: nn.Module, stage: _Stage) -> None:
+        config = self.spot_config
+        masks = self.training and config.learned
+        logp = None
+        if stage.scores:
+            logp = relevance(run.patches, run.history.features(), run.mask)
+            if stage.given is None:
+                run.logp.append(logp)
+        weight = None
+        if config.fuses and stage.cuts:
+            shape = (run.x.shape[0], run.x.shape[1] - run.front)
+            weight = run.x.new_ones(shape) if logp is None else logp[..., 0].exp().to(run.x.dtype)
+        if masks:
+            run.hide(self._mask(run, logp, stage), weight)
+        elif not stage.cuts:
+            run.keep_all()
+        else:
+            run.cut(self._index(run, logp, stage), weight)
+
+    def _mask(self, run: Pass, logp: Tensor | None, stage: _Stage) -> Tensor:
+        """[B, N] of 0 and 1: what training keeps."""
+        config = self.spot_config
+        if stage.given is None:
+            assert logp is not None
+            if config.train_decision == "topk":
+                return topk_mask(logp, run.mask, stage.num_keep, config.tau)
+            return gumbel_mask(logp, run.mask, config.tau)
+        mask = mask_of(stage.given, run.grid, run.x.dtype)
+        eager = not torch.compiler.is_compiling()
+        if eager and run.mask is not None and (mask > run.mask).any():
+            raise ValueError("kept names a token that was not kept by the stage before")
+        return mask
+
+    def _index(self, run: Pass, logp: Tensor | None, stage: _Stage) -> Tensor:
+        """[B, num_keep] positions among the patch tokens alive: what stays."""
+        if stage.given is not None:
+            return run.among_alive(stage.given)
+        if logp is None:
+            shape = (run.x.shape[0], run.x.shape[1] - run.front)
+            scores = torch.rand(shape, device=run.x.device)
+        else:
+            scores = logp[..., 0]
+        return spot_ext.select_tokens(scores, stage.num_keep)
+
+    def _run_block(self, run: Pass, b: int, block: nn.Module, stages: dict[int, _Stage]) -> None:
+        """Runs one block on `run.x`, and what is asked of it besides."""
+        want = self._wants_stats(b, stages)
+        cut = None
+        stage = stages.get(b)
+        if stage is not None and self.spot_config.cuts_inside and stage.cuts:
+            index = None if stage.given is None else run.among_alive(stage.given)
+            cut = Cut(stage.num_keep, self.spot_config.fuses, index)
+        arguments = run.places.arguments(b)
+        moved = run.places.tied and run.places is not run.full_places
+        plain = not want and run.mask is None and cut is None and not moved
+        if not plain:
+            arguments["look"] = Look(
+                run.front, self.has_class_token, run.places, run.mask, want, cut
+            )
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            result = checkpoint(block, run.x, use_reentrant=False, **arguments)
+        else:
+            result = block(run.x, **arguments)
+        run.x = result if plain else result.x
+        if cut is not None:
+            run.was_cut(result.x, result.kept, cut.fuse)
+        elif stage is not None and self.spot_config.cuts_inside:
+            run.keep_all()
+        if want:
+            run.history.update(result.stats[:, run.front :], run.count())
+
+    def _wants_stats(self, b: int, stages: dict[int, _Stage]) -> bool:
         """Whether a later decision looks at the statistics of block `b`."""
         config = self.spot_config
-        later = [place for place in deciding if place > b]
+        later = [place for place, stage in stages.items() if place > b and stage.scores]
         if not later or not config.uses_statistics:
             return False
-        return "moments" in config.features or b + 1 in later
-
-    def _alive(self, run: _Pass) -> Tensor | int:
-        if run.mask is not None:
-            mask = run.mask.detach()
-            return mask.sum(dim=1, dtype=torch.promote_types(mask.dtype, torch.float32))
-        return run.x.shape[1] - self.num_prefix_tokens
-
-    def _run_block(self, run: _Pass, block: nn.Module, want: bool) -> Tensor | None:
-        """Runs one block on `run.x`; returns its statistics [B, alive, H, 6] when wanted."""
-        asked: dict[str, Any] = {}
-        if want or run.mask is not None:
-            asked = {
-                "keep": run.mask,
-                "want": want,
-                "num_prefix": self.num_prefix_tokens,
-                "class_token": self.has_class_token,
-            }
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-            result = checkpoint(block, run.x, use_reentrant=False, **asked)
-        else:
-            result = block(run.x, **asked)
-        if not want:
-            run.x = result
-            return None
-        run.x, stats = result
-        return stats[:, self.num_prefix_tokens :]
-
-    def _decide(self, run: _Pass, relevance: nn.Module, budget: int) -> None:
-        logp = relevance(run.x[:, self.num_prefix_tokens :], run.history.features(), run.mask)
-        run.logp.append(logp)
-        if self.training:
-            config = self.spot_config
-            if config.train_decision == "topk":
-                mask = topk_mask(logp, run.mask, budget, config.tau)
-            else:
-                mask = gumbel_mask(logp, run.mask, config.tau)
-            self._mask(run, mask)
-        else:
-            self._cut(run, spot_ext.select_tokens(logp[..., 0], budget), budget)
-
-    def _apply_given(self, run: _Pass, index: Tensor) -> None:
-        """A given decision: `index` [B, n] on the original grid."""
-        if self.training:
-            mask = mask_of(index, run.grid, run.x.dtype)
-            eager = not torch.compiler.is_compiling()
-            if eager and run.mask is not None and (mask > run.mask).any():
-                raise ValueError("kept names a token that was not kept by the stage before")
-            self._mask(run, mask)
-            return
-        if run.position is not None:  # original positions -> positions among survivors
-            order = torch.full((index.shape[0], run.grid), -1, device=index.device)
-            alive = torch.arange(run.position.shape[1], device=index.device)
-            order = order.scatter(1, run.position, alive.expand_as(run.position))
-            index = order.gather(1, index)
-        self._cut(run, index, index.shape[1])
-
-    def _mask(self, run: _Pass, mask: Tensor) -> None:
-        run.mask = mask
-        run.masks.append(mask)
-        run.history.decided(None)
-
-    def _cut(self, run: _Pass, index: Tensor, budget: int) -> None:
-        """Keeps the survivors named in `index` [B, n], positions among those still alive."""
-        if budget == run.x.shape[1] - self.num_prefix_tokens:
-            run.history.decided(None)
-        else:
-            run.x = spot_ext.compact_tokens(run.x, index, self.num_prefix_tokens)
-            run.history.decided(index)
-            run.position = index if run.position is None else run.position.gather(1, index)
-        position = run.position
-        if position is None:
-            position = torch.arange(run.grid, device=run.x.device).expand(run.x.shape[0], -1)
-        run.index.append(position)
-        run.masks.append(mask_of(position, run.grid, run.x.dtype))
-
-    def _on_grid(self, run: _Pass) -> Tensor:
-        """All tokens [B, P+N, C]; dropped ones with the last value they had."""
-        if run.position is None:
-            return run.x
-        return spot_ext.scatter_tokens(
-            run.x, run.position, run.grid, self.num_prefix_tokens, run.dropped
-        )
+        return "moments" in config.evidence or b + 1 in later
 
 
-def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_masks(attn_mask: Tensor | None, is_causal: bool = False) -> None:
     """Raises for the arguments of timm's forward methods that a sparse model cannot honour."""
     if attn_mask is not None:
         raise ValueError("attn_mask is not supported by a SPOT model: it builds its own masks")
@@ -271,13 +278,10 @@ def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError("is_causal is not supported by a SPOT model: tokens are unordered")
 
 
-def _check_kept(kept: Sequence[Tensor] | None, places: Sequence[int], run: _Pass) -> None:
-    if kept is None:
-        return
-    if len(kept) != len(places):
-        raise ValueError(
-            f"kept must give {len(places)} index tensors, one per stage, got {len(kept)}"
-        )
-    for stage, index in enumerate(kept):
+def check_kept(kept: Sequence[Tensor], stages: int) -> None:
+    """Raises unless `kept` names the tokens of every stage."""
+    if len(kept) != stages:
+        raise ValueError(f"kept must give {stages} index tensors, one per stage, got {len(kept)}")
+    for k, index in enumerate(kept):
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 2:
-            raise TypeError(f"kept[{stage}] must be an int64 tensor [B, n]")
+            raise TypeError(f"kept[{k}] must be an int64 tensor [B, n]")

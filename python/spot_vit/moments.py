@@ -37,17 +37,16 @@ def scale_statistics(stats: Tensor, count: Tensor | int, scaling: str) -> Tensor
 class History:
     """Running evidence of one forward pass; local to it, so checkpointing and threads are safe.
 
-    Mean and variance are Welford updates: plain sums of squares lose digits, since the variances
-    are tiny beside the squares. Memory: 3 (all so far) or m + 1 tensors [B, N, H, 6].
+    Memory: one tensor [B, N, H, 6] for every block of the window, less than one activation.
     """
 
     def __init__(self, config: SpotConfig) -> None:
         self.config = config
-        self.latest: Tensor | None = None
+        wants_moments = "moments" in config.evidence
+        window = config.history if isinstance(config.history, int) else None
         self._window: list[Tensor] = []
-        self._count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
+        self._length = window if wants_moments else 1
+        self._latest: Tensor | None = None
 
     def update(self, stats: Tensor, count: Tensor | int) -> None:
         """Adds a block's statistics [B, N, H, 6], which ran over `count` tokens."""
@@ -57,51 +56,32 @@ class History:
         )
         if config.heads == "mean":
             x = x.mean(dim=2, keepdim=True)
-        self.latest = x
-        if "moments" not in config.features:
-            return
-        if isinstance(config.history, int):
-            self._window = [*self._window, x][-config.history :]
-            return
-        self._count += 1
-        if self._mean is None or self._squares is None:
-            self._mean, self._squares = x, torch.zeros_like(x)
-            return
-        delta = x - self._mean
-        self._mean = self._mean + delta / self._count
-        self._squares = self._squares + delta * (x - self._mean)
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        if isinstance(self.config.history, int):
-            window = torch.stack(self._window)
-            return window.mean(dim=0), window.var(dim=0, correction=0)
-        assert self._mean is not None and self._squares is not None
-        return self._mean, self._squares / self._count
+        self._latest = x
+        self._window.append(x)
+        if self._length is not None:
+            self._window = self._window[-self._length :]
 
     def features(self) -> Tensor | None:
         """[B, N, F] evidence for a decision, or None when the config asks for none."""
-        if not self.config.uses_statistics:
+        config = self.config
+        if not config.uses_statistics:
             return None
-        assert self.latest is not None, "a decision with statistics needs a block before it"
-        parts = []
-        if "cls" in self.config.features:
-            parts.append(self.latest[..., :2].flatten(2))
-        if "rowcol" in self.config.features:
-            parts.append(self.latest[..., 2:].flatten(2))
-        if "moments" in self.config.features:
-            parts += [moment.flatten(2) for moment in self._moments()]
-        return torch.cat(parts, dim=-1)
+        assert self._latest is not None, "a decision with statistics needs a block before it"
+        first = 0 if "cls" in config.evidence else 2
+        last = 6 if "rowcol" in config.evidence else 2
+        parts = [] if first == last else [self._latest[..., first:last]]
+        if "moments" in config.evidence:
+            window = torch.stack(self._window)
+            # Two passes: a sum of squares would lose digits, variances are tiny beside the squares.
+            variance, mean = torch.var_mean(window, dim=0, correction=0)
+            parts += [mean, variance]
+        return torch.cat([part.flatten(2) for part in parts], dim=-1)
 
     def decided(self, index: Tensor | None) -> None:
         """Follows a decision: keeps the rows of `index` [B, M] (None keeps all)."""
-        if index is not None:
-
-            def rows(x: Tensor | None) -> Tensor | None:
-                return None if x is None else spot_ext.compact_tokens(x, index, num_prefix=0)
-
-            self.latest, self._mean, self._squares = map(
-                rows, (self.latest, self._mean, self._squares)
-            )
-            self._window = [spot_ext.compact_tokens(x, index, num_prefix=0) for x in self._window]
         if self.config.history == "since_last":
-            self._count, self._mean, self._squares = 0, None, None
+            self._window = []
+        if index is None or self._latest is None:
+            return
+        self._latest = spot_ext.compact_tokens(self._latest, index, num_prefix=0)
+        self._window = [spot_ext.compact_tokens(x, index, num_prefix=0) for x in self._window]

@@ -1,14 +1,16 @@
 """Adapters: one module per family of timm models, and the table `sparsify` looks classes up in."""
 
-from spot_vit.adapters.base import ATTENTIONS, BLOCKS, MODELS, ClassAdapter
-from spot_vit.adapters.vit import SpotAttention, SpotBlock, SpotVisionTransformer
+from spot_vit.adapters import beit, eva, naflex, vit
+from spot_vit.adapters.base import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, ClassAdapter
 
 __all__ = [
     "ATTENTIONS",
     "BLOCKS",
     "MODELS",
+    "UNSUPPORTED",
     "ClassAdapter",
-    "SpotAttention",
-    "SpotBlock",
-    "SpotVisionTransformer",
+    "beit",
+    "eva",
+    "naflex",
+    "vit",
 ]

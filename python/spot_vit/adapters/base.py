@@ -11,7 +11,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from spot_vit.look import Look, Seen, cut_inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,60 @@ MODELS: dict[type[nn.Module], ClassAdapter] = {}
 BLOCKS: dict[type[nn.Module], ClassAdapter] = {}
 ATTENTIONS: dict[type[nn.Module], ClassAdapter] = {}
 
+UNSUPPORTED = {
+    "DiffAttention": "differential attention subtracts two softmaxes, so a row is no distribution",
+    "ParallelScalingBlock": "attention and MLP run side by side from one projection",
+    "DiffParallelScalingBlock": "attention and MLP run side by side from one projection",
+    "ParallelThingsBlock": "it has several attentions side by side",
+    "EvaBlockPostNorm": "there is no adapter for its norms after the branches",
+    "Qwen3VitEncoder": "it merges neighbouring tokens, which needs the full grid",
+}
+"""Why some timm classes have no adapter, by name: a class need not exist in every timm."""
+
 
 def register(table: dict[type[nn.Module], ClassAdapter], entry: ClassAdapter) -> None:
     """Adds an adapter to one of the tables."""
     table[entry.target] = entry
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The words of a text: parameter and attribute names."""
+    return tuple(text.split())
+
+
+class BlockLook(nn.Module):
+    """Mixin of block adapters: a block that can be looked at.
+
+    `stage` is the number of the decision taken at this block, or None; `relevance` is its
+    predictor, where the method has one. Both live on the block: models may be cut short.
+    """
+
+    stage: int | None
+    relevance: nn.Module | None
+
+    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """The first half of the block: x plus its attention branch, and statistics."""
+        raise NotImplementedError
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """The second half: x plus its MLP branch."""
+        raise NotImplementedError
+
+    def _look(self, x: Tensor, look: Look, **arguments: Any) -> Seen:
+        x, stats = self._attend(x, look, **arguments)
+        x, index = cut_inside(x, stats, look)
+        return Seen(self._mix(x), stats, index)
+
+
+def refuse_dropout(attention: Any) -> str | None:
+    """Why an attention module cannot be converted, or None."""
+    if attention.attn_drop.p > 0:
+        return "attention dropout (attn_drop > 0) has no counterpart in attention with statistics"
+    return None
+
+
+def refuse_patch_drop(model: Any) -> str | None:
+    """Why a model cannot be converted, or None."""
+    if model.patch_drop is None or isinstance(model.patch_drop, nn.Identity):
+        return None
+    return "patch_drop_rate is not 0: random dropping and SPOT would fight over the same tokens"

@@ -1,0 +1,162 @@
+"""timm's Beit: BEiT and BEiT v2, with relative position bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import beit
+from torch import Tensor
+from torch.nn import functional as F
+
+from spot_vit.adapters.base import (
+    ATTENTIONS,
+    BLOCKS,
+    MODELS,
+    BlockLook,
+    ClassAdapter,
+    names,
+    refuse_dropout,
+    register,
+)
+from spot_vit.intermediates import dense_intermediates
+from spot_vit.look import Look, attend
+from spot_vit.loop import SpotLoop
+from spot_vit.places import BiasPlaces, Places
+from spot_vit.pooling import pool_kept
+
+
+class SpotBeitAttention(beit.Attention):
+    """Attention with relative position bias that can be looked at."""
+
+    def forward(
+        self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *, look: Look | None = None
+    ) -> Any:
+        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
+        if look is None:
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        parts: Any = (self.q_bias, self.k_bias, self.v_bias)
+        bias = None if self.q_bias is None else torch.cat(parts)
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        table = None if shared_rel_pos_bias is None else shared_rel_pos_bias[None]
+        if self.relative_position_bias_table is not None:
+            own = self._get_rel_pos_bias()
+            table = own if table is None else own + table
+        if table is not None:
+            table = look.places.bias(table).to(q.dtype)
+        out, stats = attend(q, k, v, look, self.scale, table)
+        return self.proj_drop(self.proj(out)), stats
+
+
+class SpotBeitBlock(BlockLook, beit.Block):
+    """Pre-norm block with scales of its own."""
+
+    def forward(
+        self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *, look: Look | None = None
+    ) -> Any:
+        """Tokens [B, N, C]; with `look` a `Seen`."""
+        if look is None:
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        return self._look(x, look, shared_rel_pos_bias=shared_rel_pos_bias)
+
+    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        y, stats = self.attn(self.norm1(x), look=look, **arguments)
+        if self.gamma_1 is not None:
+            y = self.gamma_1 * y
+        return x + self.drop_path1(y), stats
+
+    def _mix(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.norm2(x))
+        if self.gamma_2 is not None:
+            y = self.gamma_2 * y
+        return x + self.drop_path2(y)
+
+
+class SpotBeit(SpotLoop, beit.Beit):
+    """A converted `Beit`."""
+
+    blocks: Any
+    has_class_token = True
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Places]:
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        shared = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return self.pos_drop(x), BiasPlaces(shared)
+
+    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
+        pool = {"": "", "avg": "avg"}.get(self.global_pool or "", "token")
+        x = pool_kept(x, mask, pool, self.num_prefix_tokens)
+        return self.head(self.head_drop(self.fc_norm(x)))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Block outputs on the full grid, see `dense_intermediates`."""
+        height, width = x.shape[-2:]
+        return dense_intermediates(
+            self,
+            x,
+            self.patch_embed.dynamic_feat_size((height, width)),
+            indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+
+_BIASED = names("x shared_rel_pos_bias")
+
+register(
+    MODELS,
+    ClassAdapter(
+        beit.Beit,
+        SpotBeit,
+        {
+            "forward": ("x",),
+            "forward_features": ("x",),
+            "forward_head": ("x", "pre_logits"),
+            "forward_intermediates": names(
+                "x indices return_prefix_tokens norm stop_early output_fmt intermediates_only"
+            ),
+        },
+        names(
+            "patch_embed cls_token pos_embed pos_drop rel_pos_bias blocks norm fc_norm head_drop "
+            "head num_prefix_tokens global_pool grad_checkpointing"
+        ),
+    ),
+)
+register(
+    BLOCKS,
+    ClassAdapter(
+        beit.Block,
+        SpotBeitBlock,
+        {"forward": _BIASED},
+        names("norm1 attn gamma_1 drop_path1 norm2 mlp gamma_2 drop_path2"),
+    ),
+)
+register(
+    ATTENTIONS,
+    ClassAdapter(
+        beit.Attention,
+        SpotBeitAttention,
+        {"forward": _BIASED},
+        names(
+            "num_heads scale qkv q_bias k_bias v_bias attn_drop relative_position_bias_table "
+            "_get_rel_pos_bias proj proj_drop"
+        ),
+        refuse_dropout,
+    ),
+)

@@ -1,0 +1,266 @@
+"""timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from torch import Tensor
+from torch.nn import functional as F
+
+from spot_vit.adapters.base import (
+    ATTENTIONS,
+    BLOCKS,
+    MODELS,
+    BlockLook,
+    ClassAdapter,
+    names,
+    refuse_dropout,
+    refuse_patch_drop,
+    register,
+)
+from spot_vit.intermediates import dense_intermediates
+from spot_vit.look import Look, attend
+from spot_vit.loop import SpotLoop, refuse_masks
+from spot_vit.places import Places, RopePlaces
+from spot_vit.pooling import pool_kept, refuse_attn_pool
+
+
+class SpotEvaAttention(EvaAttention):
+    """Attention with rotary embeddings and no bias of the keys, that can be looked at."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        look: Look | None = None,
+    ) -> Any:
+        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
+        if look is None:
+            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        if self.qkv is None:
+            q, k, v = (
+                project(x).unflatten(2, (self.num_heads, -1))
+                for project in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        else:
+            parts: Any = (self.q_bias, self.k_bias, self.v_bias)
+            bias = None if self.q_bias is None else torch.cat(parts)
+            if self.qkv_bias_separate and bias is not None:
+                qkv = self.qkv(x) + bias
+            else:
+                qkv = F.linear(x, self.qkv.weight, bias)
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        return _rotated_attention(self, x, q, k, v, rope, look)
+
+
+class SpotAttentionRope(AttentionRope):
+    """Attention with rotary embeddings, heads of keys and values in groups, that can be looked at.
+
+    Statistics are those of the queries' heads.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        look: Look | None = None,
+    ) -> Any:
+        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
+        if look is None:
+            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        if self.qkv is None:
+            q, k, v = (
+                project(x).unflatten(2, (-1, self.head_dim))
+                for project in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        else:
+            q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        return _rotated_attention(self, x, q, k, v, rope, look, self.num_kv_groups)
+
+
+def _rotated_attention(
+    module: Any,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor | None,
+    look: Look,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """What both attention classes do from q, k, v [B, N, H, D] on."""
+    q, k = module.q_norm(q), module.k_norm(k)
+    if rope is not None:
+        q, k = (_rotate(t, rope, look.num_prefix, module.rotate_half).type_as(v) for t in (q, k))
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    out, stats = attend(q, k, v, look, module.scale)
+    out = module.norm(out)
+    if module.gate is not None:
+        out = out * module.gate(x).sigmoid()
+    return module.proj_drop(module.proj(out)), stats
+
+
+def _rotate(t: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:
+    """Rotates the patches of t [B, N, H, D]; `rope` broadcasts against [B, H, N, D]."""
+    t = t.transpose(1, 2)
+    patches = apply_rot_embed_cat(t[:, :, num_prefix:], rope, half=half)
+    return torch.cat([t[:, :, :num_prefix], patches], dim=2).transpose(1, 2)
+
+
+class SpotEvaBlock(BlockLook, EvaBlock):
+    """Pre-norm block with scales of its own."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        look: Look | None = None,
+    ) -> Any:
+        """Tokens [B, N, C]; with `look` a `Seen`."""
+        if look is None:
+            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return self._look(x, look, rope=rope)
+
+    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        y, stats = self.attn(self.norm1(x), look=look, **arguments)
+        if self.gamma_1 is not None:
+            y = self.gamma_1 * y
+        return x + self.drop_path1(y), stats
+
+    def _mix(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.norm2(x))
+        if self.gamma_2 is not None:
+            y = self.gamma_2 * y
+        return x + self.drop_path2(y)
+
+
+class SpotEva(SpotLoop, Eva):
+    """A converted `Eva`."""
+
+    blocks: Any
+
+    @property
+    def has_class_token(self) -> bool:  # type: ignore[override]
+        """Whether the first prefix token is a class token."""
+        return self.cls_token is not None
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Places]:
+        x, rope = self._pos_embed(self.patch_embed(x))
+        places = Places() if rope is None else RopePlaces(rope, getattr(self, "rope_mixed", False))
+        return self.norm_pre(x), places
+
+    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = pool_kept(
+            x,
+            mask,
+            self.global_pool,
+            self.num_prefix_tokens,
+            include_prefix=self.attn_pool is not None,  # as `Eva.pool` has it
+            attn_pool=self.attn_pool,
+        )
+        return self.head(self.head_drop(self.fc_norm(x)))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Block outputs on the full grid, see `dense_intermediates`."""
+        refuse_masks(attn_mask, is_causal)
+        height, width = x.shape[-2:]
+        return dense_intermediates(
+            self,
+            x,
+            self.patch_embed.dynamic_feat_size((height, width)),
+            indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+
+def _refuse_model(model: Any) -> str | None:
+    return refuse_patch_drop(model) or refuse_attn_pool(model.attn_pool)
+
+
+_MASKED = names("x attn_mask is_causal")
+_ROTATED = names("x rope attn_mask is_causal")
+_ATTENTION = names(
+    "num_heads head_dim scale qkv q_proj k_proj v_proj q_norm k_norm attn_drop norm gate proj "
+    "proj_drop rotate_half num_prefix_tokens"
+)
+
+register(
+    MODELS,
+    ClassAdapter(
+        Eva,
+        SpotEva,
+        {
+            "forward": _MASKED,
+            "forward_features": _MASKED,
+            "forward_head": ("x", "pre_logits"),
+            "pool": ("x", "pool_type"),
+            "_pos_embed": ("x",),
+            "forward_intermediates": names(
+                "x indices return_prefix_tokens norm stop_early output_fmt intermediates_only "
+                "attn_mask is_causal"
+            ),
+        },
+        names(
+            "patch_embed patch_drop norm_pre blocks norm attn_pool fc_norm head_drop head "
+            "num_prefix_tokens cls_token global_pool grad_checkpointing rope"
+        ),
+        _refuse_model,
+    ),
+)
+register(
+    BLOCKS,
+    ClassAdapter(
+        EvaBlock,
+        SpotEvaBlock,
+        {"forward": _ROTATED},
+        names("norm1 attn gamma_1 drop_path1 norm2 mlp gamma_2 drop_path2"),
+    ),
+)
+register(
+    ATTENTIONS,
+    ClassAdapter(
+        EvaAttention,
+        SpotEvaAttention,
+        {"forward": _ROTATED},
+        (*_ATTENTION, *names("q_bias k_bias v_bias qkv_bias_separate")),
+        refuse_dropout,
+    ),
+)
+register(
+    ATTENTIONS,
+    ClassAdapter(
+        AttentionRope,
+        SpotAttentionRope,
+        {"forward": _ROTATED},
+        (*_ATTENTION, "num_kv_groups"),
+        refuse_dropout,
+    ),
+)

@@ -1,0 +1,107 @@
+"""What the loop asks of a block beyond its tokens, and what the block answers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+import spot_ext
+from spot_vit.places import Places
+
+
+class Cut(NamedTuple):
+    """A cut inside the block, between attention and MLP (EViT).
+
+    Attributes:
+        num_keep: patch tokens to keep.
+        fuse: leave one token in place of the others.
+        kept: [B, num_keep] positions to keep among the patch tokens; None lets attention decide.
+    """
+
+    num_keep: int
+    fuse: bool
+    kept: Tensor | None
+
+
+class Look(NamedTuple):
+    """What is asked.
+
+    Attributes:
+        num_prefix: tokens in front of the patches, fused ones included.
+        class_token: whether the first of them is a class token.
+        places: where the patches stand, for attention with a relative position bias.
+        keep: [B, N] 0/1 mask of the patches that are still seen (training), or None.
+        want: whether SPOT's statistics are wanted.
+        cut: a cut inside the block, or None.
+    """
+
+    num_prefix: int
+    class_token: bool
+    places: Places
+    keep: Tensor | None = None
+    want: bool = False
+    cut: Cut | None = None
+
+
+class Seen(NamedTuple):
+    """What the block answers.
+
+    Attributes:
+        x: [B, P+N, C] tokens.
+        stats: [B, P+N, H, 6] statistics of its attention, None where nobody wants them.
+        kept: [B, n] positions that its cut kept, or None.
+    """
+
+    x: Tensor
+    stats: Tensor | None
+    kept: Tensor | None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, look: Look, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with what `look` asks for.
+
+    Takes q, k, v [B, N, H, D], and a bias [1|B, H, N, N] that is added to the logits; returns
+    [B, N, H * D] and the statistics.
+    """
+    want = look.want or look.cut is not None
+    if look.keep is None and not want:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return out.transpose(1, 2).flatten(2), None
+    out, stats = spot_ext.attention_stats(
+        q,
+        k,
+        v,
+        look.keep,
+        bias,
+        scale=scale,
+        num_prefix=look.num_prefix,
+        class_token=look.class_token,
+        need_stats=want,
+    )
+    return out.flatten(2), stats if want else None
+
+
+def cut_inside(x: Tensor, stats: Tensor | None, look: Look) -> tuple[Tensor, Tensor | None]:
+    """EViT's cut: the tokens the class token attends to most, averaged over heads, stay.
+
+    The others are added up, weighted by that attention (not normalised, as published), into one
+    token in front of the patches, which competes with them in later cuts.
+    """
+    cut = look.cut
+    if cut is None:
+        return x, None
+    assert stats is not None
+    score = stats[:, look.num_prefix :, :, 0].mean(dim=2)
+    index = cut.kept
+    if index is None:
+        index = spot_ext.select_tokens(score, cut.num_keep)
+    fused = None
+    if cut.fuse:
+        weight = score.to(x.dtype)
+        fused = spot_ext.fuse_tokens(x, weight, index, look.num_prefix, normalize=False)[:, None]
+    return spot_ext.compact_tokens(x, index, look.num_prefix, fused), index
