@@ -58,10 +58,10 @@ def _lines(image: Tensor, draw: Draw, strength: float) -> Tensor:
 
 
 _KINDS: dict[str, tuple[Callable[[Tensor, Draw, float], Tensor], tuple[float, float, float]]] = {
-    "noise": (_noise, (0.1, 0.2, 0.3)),
-    "impulse": (_impulse, (0.02, 0.05, 0.1)),
-    "contrast": (_contrast, (0.4, 0.6, 0.75)),
-    "brightness": (_brightness, (0.1, 0.2, 0.3)),
+    "noise": (_noise, (0.03, 0.06, 0.1)),
+    "impulse": (_impulse, (0.005, 0.01, 0.03)),
+    "contrast": (_contrast, (0.1, 0.25, 0.4)),
+    "brightness": (_brightness, (0.03, 0.07, 0.12)),
     "blur": (_blur, (3, 5, 7)),
     "lines": (_lines, (1, 2, 3)),
 }

@@ -50,7 +50,7 @@ class SampledKeep:
         if spot is None:
             raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
         config = spot.spot_config
-        if config.method in ("spot", "dynamicvit") and config.train_decision != "topk":
+        if config.learned and config.train_decision != "topk":
             raise ValueError(
                 "a sampled budget needs train_decision='topk', which meets it exactly; "
                 f"got {config.train_decision!r}"
