@@ -105,7 +105,7 @@ def test_the_two_kinds_exclude_each_other(capsys: pytest.CaptureFixture[str]) ->
 def test_the_budget_is_the_largest_that_fits() -> None:
     dense = build_dense(SMALL)
     share = 0.8
-    keep = compare.matching_keep(dense, SMALL, "spot", share)
+    keep = compare.matching_keep(SMALL, "spot", share)
     limit = share * count_flops(dense, compare.INPUT).total
     below, above = (
         count_flops(sparsify(build_dense(SMALL), at=[1, 2], keep=ratio), compare.INPUT).total
@@ -113,7 +113,7 @@ def test_the_budget_is_the_largest_that_fits() -> None:
     )
     assert below <= limit < above
     with pytest.raises(ValueError, match="spot: no budget costs at most 1%"):
-        compare.matching_keep(dense, SMALL, "spot", 0.01)
+        compare.matching_keep(SMALL, "spot", 0.01)
 
 
 def test_the_error_of_a_difference_counts_images_and_seeds() -> None:

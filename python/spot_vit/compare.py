@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import time
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import spot_vit
 from spot_vit.corruptions import CORRUPTIONS, SEVERITIES, CorruptedDigits
-from spot_vit.demo import Recipe, versions
+from spot_vit.demo import Recipe, build_dense, versions
 from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
 from spot_vit.flops import count_flops
 from spot_vit.report import format_table, relevance
@@ -72,25 +71,22 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     started = time.perf_counter()
     torch.set_num_threads(threads)
     setting = FAST if quick else FULL
-    recipe, shares = setting.recipe, setting.shares
+    recipe = setting.recipe
+    keeps = {
+        (method, share): matching_keep(recipe, method, share)
+        for share in setting.shares
+        for method in METHODS
+    }
     dense_runs: list[Measured] = []
     runs: dict[tuple[str, float], list[Measured]] = {}
     for current in range(seed, seed + setting.seeds):
         dense = trained_dense(output, recipe, current)
         dense_runs.append(_measure(dense, setting, f"dense, seed {current}"))
-        for share in shares:
-            for method in METHODS:
-                keep = matching_keep(dense, recipe, method, share)
-                name = f"{method}-{share}-seed{current}"
-                model = trained_sparse(
-                    output / f"{name}.safetensors",
-                    dense,
-                    recipe,
-                    current,
-                    method=method,
-                    keep=keep,
-                )
-                runs.setdefault((method, share), []).append(_measure(model, setting, name))
+        for (method, share), keep in keeps.items():
+            name = f"{method}-{share}-seed{current}"
+            path = output / f"{name}.safetensors"
+            model = trained_sparse(path, dense, recipe, current, method=method, keep=keep)
+            runs.setdefault((method, share), []).append(_measure(model, setting, name))
     summary: dict[str, Any] = {
         "setting": dataclasses.asdict(setting),
         "first_seed": seed,
@@ -115,10 +111,11 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     return summary
 
 
-def matching_keep(dense: nn.Module, recipe: Recipe, method: str, share: float) -> float:
-    """The largest ρ, in thousandths, at which the method costs at most that share of `dense`."""
-    limit = share * count_flops(dense, INPUT).total
-    model: Any = spot_vit.sparsify(copy.deepcopy(dense), method=method, at=list(recipe.at))
+def matching_keep(recipe: Recipe, method: str, share: float) -> float:
+    """The largest ρ, in thousandths, at which the method costs at most that share of dense."""
+    model: Any = build_dense(recipe)
+    limit = share * count_flops(model, INPUT).total
+    spot_vit.sparsify(model, method=method, at=list(recipe.at))
     low, high = 0, 1000  # in thousandths: affordable, and not known to be
     while high - low > 1:
         middle = (low + high) // 2
