@@ -113,6 +113,52 @@ def test_noise_has_the_deviation_asked_for() -> None:
     assert abs(difference.mean().item()) < 0.003
 
 
+def test_among_distractors_the_corner_of_its_quarter_names_the_digit() -> None:
+    settings = {
+        "split": "train",
+        "length": 500,
+        "num_distractors": 3,
+        "num_fragments": 3,
+        "seed": 4,
+    }
+    batch = ClutteredDigits(**settings, patch_size=4).batch(range(500))
+    patches = batch.image[:, 0].unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(3, 4))  # [B, 16, 16]
+    middle = patches[:, 7:9, 7:9].flatten(1)
+    assert set(middle.unique().tolist()) == {0.0, 1.0}
+    assert (middle.sum(1) == 1).all()
+    asked = middle.argmax(1)
+    assert asked.bincount().min() > 80
+    quarter = batch.foreground.unflatten(1, (2, 8, 2, 8)).any(dim=4).any(dim=2).flatten(1)
+    assert torch.equal(quarter.long(), torch.nn.functional.one_hot(asked, 4))
+
+
+def test_distractors_are_whole_digits_in_the_other_quarters() -> None:
+    settings = {"split": "test", "length": 200, "digit": 8, "canvas": 32, "num_fragments": 0}
+    sources = load_digits().images.astype(np.float32) / 16
+    held_out = {sources[i].tobytes() for i in ClutteredDigits("test").sources(range(360))}
+    found = []
+    for sample in (ClutteredDigits(**settings, num_distractors=3)[i] for i in range(40)):
+        image = sample.image[0].numpy()
+        whole = [
+            2 * (top >= 16) + (left >= 16)
+            for top, left in np.ndindex(25, 25)
+            if image[top : top + 8, left : left + 8].tobytes() in held_out
+        ]
+        assert len(whole) == len(set(whole))  # never two in one quarter
+        found.append(len(whole))
+    assert max(found) == 4 and sum(found) > 100  # the sign covers a corner of the others
+
+
+def test_distractors_change_neither_label_nor_foreground_and_grow_with_the_ramp() -> None:
+    few, most, none = (
+        ClutteredDigits(num_distractors=count, num_fragments=0, ramp=ramp).batch(range(100))
+        for count, ramp in ((1, 0), (3, 0), (3, 10_000))
+    )
+    assert torch.equal(few.foreground, most.foreground) and torch.equal(few.label, most.label)
+    ink = [batch.image.sum(dim=(1, 2, 3)) for batch in (none, few, most)]
+    assert (ink[0] < ink[1]).all() and (ink[1] < ink[2]).all()
+
+
 def test_workers_see_the_same_samples() -> None:
     data = ClutteredDigits("test", 30)
     batches = list(DataLoader(data, batch_size=8, num_workers=2))
@@ -127,6 +173,8 @@ def test_workers_see_the_same_samples() -> None:
         ({"fragment": 0}, "fragment=0"),
         ({"patch_size": 7}, "patch_size"),
         ({"noise": -1.0}, "noise"),
+        ({"num_distractors": 4}, "0 to 3, got 4"),
+        ({"num_distractors": 1, "digit": 40}, "a canvas of 80"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:

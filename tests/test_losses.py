@@ -52,6 +52,27 @@ def test_every_term_equals_its_definition() -> None:
     assert total.item() == pytest.approx(ce + 0.5 * kl + 0.5 * mse + 2 * ratio, rel=1e-5)
 
 
+def test_removed_patches_are_compared_at_their_own_places() -> None:
+    """As masking does; EViT's fused tokens have no place and do not count."""
+    masked, teacher, target = make_output(), make_teacher(), torch.tensor([0, 4, 2])
+    index = torch.tensor([[0, 2], [1, 3], [2, 3]])
+    masked.masks[1] = torch.zeros(3, 4).scatter(1, index, 1.0)
+    _, expected = spot_loss(masked, target, RATIOS, teacher)
+    rows = index[..., None].expand(-1, -1, 6)
+    kept = masked.tokens[:, 1:].gather(1, rows)
+    removed = SimpleNamespace(**vars(masked))
+    removed.tokens = torch.cat([masked.tokens[:, :1], kept], dim=1)
+    removed.index = [index[:, :1], index]
+    _, parts = spot_loss(removed, target, RATIOS, teacher)
+    assert parts["mse"].item() == pytest.approx(expected["mse"].item(), rel=1e-6)
+
+    fused = torch.full((3, 1), 5)  # the token that cut 1 made, N + 1
+    removed.index = [index, torch.cat([fused, index], dim=1)]
+    removed.tokens = torch.cat([masked.tokens[:, :1], torch.randn(3, 1, 6), kept], dim=1)
+    _, parts = spot_loss(removed, target, RATIOS, teacher)
+    assert parts["mse"].item() == pytest.approx(expected["mse"].item(), rel=1e-6)
+
+
 def test_weights_scale_the_terms_and_parts_stay_unweighted() -> None:
     target, weights = torch.tensor([0, 4, 2]), LossWeights(ce=2.0, kl=3.0, mse=5.0, ratio=7.0)
     total, parts = spot_loss(make_output(), target, RATIOS, make_teacher(), weights)

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from spot_vit.flops import count_flops
     from spot_vit.loop import SpotOutput
     from spot_vit.optim import param_groups
+    from spot_vit.sampling import SampledKeep
 
 _HOME = {
+    "SampledKeep": "spot_vit.sampling",
     "SpotConfig": "spot_vit.config",
     "SpotOutput": "spot_vit.loop",
     "UnsupportedModelError": "spot_vit.convert",
@@ -36,6 +38,7 @@ _HOME = {
 }
 
 __all__ = [
+    "SampledKeep",
     "SpotConfig",
     "SpotOutput",
     "UnsupportedModelError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--output", type=Path, default=Path("spot-demo"), help="folder for the files")
     demo.add_argument("--quick", action="store_true", help="seconds instead of minutes, no result")
+    kind = demo.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--compare",
+        action="store_true",
+        help="instead: SPOT, DynamicViT, EViT and random selection at the same cost (half an hour)",
+    )
+    kind.add_argument(
+        "--budgets",
+        action="store_true",
+        help="instead: one checkpoint for every keep ratio against one for each (half an hour)",
+    )
     demo.add_argument("--seed", type=int, default=0, help="of everything random in training")
     demo.add_argument("--threads", type=int, default=2, help="CPU threads to use")
     demo.set_defaults(run=_demo)
@@ -34,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from spot_vit.demo import run
-
-        run(
+        name = "compare" if arguments.compare else "many_budgets" if arguments.budgets else "demo"
+        importlib.import_module(f"spot_vit.{name}").run(
             arguments.output,
             quick=arguments.quick,
             seed=arguments.seed,

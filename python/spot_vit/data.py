@@ -52,6 +52,10 @@ class ClutteredDigits(Dataset[DigitBatch]):
         ramp: number of leading samples over which the clutter grows from none to all of it: a
             curriculum, for reading in order.
         seed: changes positions, fragments and noise, never the split.
+        num_distractors: other whole digits in the image, at most three. If there are any, every
+            digit has a quarter of the canvas to itself, and the label is the digit of the quarter
+            whose inner corner holds a bright square of 4 px: which patches matter is then a
+            question that the image asks, and no patch can answer it alone.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class ClutteredDigits(Dataset[DigitBatch]):
         noise: float = 0.0,
         ramp: int = 0,
         seed: int = 0,
+        num_distractors: int = 0,
     ) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split: expected one of {_SPLITS}, got {split!r}")
@@ -79,10 +84,15 @@ class ClutteredDigits(Dataset[DigitBatch]):
             raise ValueError(f"patch_size: expected a divisor of {canvas}, got {patch_size}")
         if num_fragments < 0 or noise < 0 or ramp < 0:
             raise ValueError("num_fragments, noise and ramp must not be negative")
+        if not 0 <= num_distractors <= 3:
+            raise ValueError(f"num_distractors: expected 0 to 3, got {num_distractors}")
+        if num_distractors and 2 * digit > canvas:
+            raise ValueError(f"num_distractors: a digit of {digit} needs a canvas of {2 * digit}")
         self.split = split
         self.canvas, self.digit, self.patch_size = canvas, digit, patch_size
         self.num_fragments, self.fragment = num_fragments, fragment
         self.noise, self.ramp, self.seed = noise, ramp, seed
+        self.num_distractors = num_distractors
         self._ink, labels, self._ids = _source_images(split, digit)
         self._labels = torch.from_numpy(labels)
         self.length = 4 * len(self._ids) if length is None else length
@@ -109,17 +119,24 @@ class ClutteredDigits(Dataset[DigitBatch]):
         if index.size and not (index.min() >= 0 and index.max() < self.length):
             raise IndexError(f"index out of range for {self.length} samples")
         source = index % len(self._ids)
-        draws = self._uniform(index, 2 + 5 * self.num_fragments)
+        draws = self.uniform(index, 2 + 5 * self.num_fragments)
         image = np.zeros((index.size, self.canvas, self.canvas), np.float32)
-        _paste(image, self._ink[source], draws[:, 0], draws[:, 1])
+        room = self.canvas - self.digit + 1
+        quarters = self._quarters(index) if self.num_distractors else None
+        if quarters is None:
+            _paste(image, self._ink[source], _scale(draws[:, 0], room), _scale(draws[:, 1], room))
+        else:
+            self._paste_in(image, self._ink[source], quarters[:, 0], draws[:, :2])
         foreground = self._foreground(image)
-        shown = np.full(index.size, self.num_fragments)
-        if self.ramp:
-            shown = np.minimum(index * (self.num_fragments + 1) // self.ramp, self.num_fragments)
+        if quarters is not None:
+            self._distract(image, index, source, quarters)
+        room = self.canvas - self.fragment + 1
         for i in range(self.num_fragments):
             draw = draws[:, 2 + 5 * i : 7 + 5 * i]
-            cut = self._fragments(source, draw) * (i < shown)[:, None, None]
-            _paste(image, cut, draw[:, 3], draw[:, 4])
+            cut = self._cut_out(source, draw) * self._shown(index, i, self.num_fragments)
+            _paste(image, cut, _scale(draw[:, 3], room), _scale(draw[:, 4], room))
+        if quarters is not None:
+            self._ask(image, quarters[:, 0])
         if self.noise:
             image += self._gaussian(index, image[0].size).reshape(image.shape) * self.noise
         return DigitBatch(
@@ -132,7 +149,45 @@ class ClutteredDigits(Dataset[DigitBatch]):
         """Which of scikit-learn's 1,797 images each sample shows, int64 [B]."""
         return self._ids[np.asarray(indices, dtype=np.int64) % len(self._ids)]
 
-    def _fragments(self, source: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    def _shown(self, index: np.ndarray, item: int, count: int) -> np.ndarray:
+        """Whether that one of `count` pieces of clutter is there yet: bool [B, 1, 1]."""
+        there = np.full(index.size, count)
+        if self.ramp:
+            there = np.minimum(index * (count + 1) // self.ramp, count)
+        return (item < there)[:, None, None]
+
+    def _quarters(self, index: np.ndarray) -> np.ndarray:
+        """The quarters of the canvas in random order, int64 [B, 4]: asked for, then the others."""
+        return np.argsort(self.uniform(index, 4, stream=3), axis=1, kind="stable")
+
+    def _paste_in(
+        self, image: np.ndarray, ink: np.ndarray, quarter: np.ndarray, draw: np.ndarray
+    ) -> None:
+        """Draws ink [B, S, S] somewhere in a quarter [B] of the canvas, as draw [B, 2] says."""
+        half = self.canvas // 2
+        top, left = _scale(draw, half - self.digit + 1).T
+        _paste(image, ink, top + half * (quarter // 2), left + half * (quarter % 2))
+
+    def _distract(
+        self, image: np.ndarray, index: np.ndarray, source: np.ndarray, quarters: np.ndarray
+    ) -> None:
+        """Draws the digits that are not asked for."""
+        count = len(self._ids)
+        draws = self.uniform(index, 3 * self.num_distractors, stream=4)
+        for i in range(self.num_distractors):
+            draw = draws[:, 3 * i : 3 * i + 3]
+            other = (source + 1 + _scale(draw[:, 0], count - 1)) % count
+            ink = self._ink[other] * self._shown(index, i, self.num_distractors)
+            self._paste_in(image, ink, quarters[:, 1 + i], draw[:, 1:])
+
+    def _ask(self, image: np.ndarray, quarter: np.ndarray) -> None:
+        """Clears the middle of the canvas but for the corner of the quarter asked for."""
+        half = self.canvas // 2
+        image[:, half - 4 : half + 4, half - 4 : half + 4] = 0
+        square = np.ones((len(image), 4, 4), np.float32)
+        _paste(image, square, half - 4 + 4 * (quarter // 2), half - 4 + 4 * (quarter % 2))
+
+    def _cut_out(self, source: np.ndarray, draw: np.ndarray) -> np.ndarray:
         """Cuts a random square out of another digit: float32 [B, fragment, fragment]."""
         count = len(self._ids)
         other = (source + 1 + _scale(draw[:, 0], count - 1)) % count
@@ -148,7 +203,7 @@ class ClutteredDigits(Dataset[DigitBatch]):
         patches = image.reshape(len(image), side, self.patch_size, side, self.patch_size)
         return patches.mean(axis=(2, 4)).reshape(len(image), side * side) > 0.05
 
-    def _uniform(self, index: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
+    def uniform(self, index: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
         """Numbers in [0, 1), float64 [B, count], from index, seed, split and stream alone."""
         key = np.array([self.seed, _SPLITS.index(self.split), stream], np.int64).view(np.uint64)
         state = np.zeros(1, np.uint64)
@@ -159,17 +214,15 @@ class ClutteredDigits(Dataset[DigitBatch]):
 
     def _gaussian(self, index: np.ndarray, count: int) -> np.ndarray:
         """Standard normal numbers, float32 [B, count] (Box-Muller)."""
-        radius = np.sqrt(-2 * np.log1p(-self._uniform(index, count, stream=1)))
-        angle = 2 * np.pi * self._uniform(index, count, stream=2)
+        radius = np.sqrt(-2 * np.log1p(-self.uniform(index, count, stream=1)))
+        angle = 2 * np.pi * self.uniform(index, count, stream=2)
         return (radius * np.cos(angle)).astype(np.float32)
 
 
 def _paste(image: np.ndarray, ink: np.ndarray, top: np.ndarray, left: np.ndarray) -> None:
-    """Draws ink [B, S, S] into image [B, H, W], brighter wins, at places drawn from [0, 1)."""
-    size = ink.shape[-1]
-    room = image.shape[-1] - size + 1
-    rows = (_scale(top, room)[:, None] + np.arange(size))[:, :, None]
-    cols = (_scale(left, room)[:, None] + np.arange(size))[:, None, :]
+    """Draws ink [B, S, S] into image [B, H, W], brighter wins, at top, left int64 [B]."""
+    span = np.arange(ink.shape[-1])
+    rows, cols = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
     item = np.arange(len(image))[:, None, None]
     image[item, rows, cols] = np.maximum(image[item, rows, cols], ink)
 

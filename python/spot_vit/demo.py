@@ -7,8 +7,8 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ class Recipe:
     at: Sequence[int] = (1, 2, 3)
     test_images: int = 1440
     latency_rounds: int = 40
+    data: Mapping[str, Any] = field(default_factory=dict)  # settings of ClutteredDigits
+
+    def digits(self, split: str, length: int, **settings: Any) -> ClutteredDigits:
+        """The data set of the demonstration."""
+        return ClutteredDigits(split, length, **self.data, **settings)
 
 
 _BATCH_SIZES = (1, 32)  # at which latency is measured
@@ -124,13 +129,13 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     started = time.perf_counter()
     torch.set_num_threads(threads)
     recipe = QUICK if quick else Recipe()
-    test = ClutteredDigits("test", recipe.test_images)
+    test = recipe.digits("test", recipe.test_images)
 
     torch.manual_seed(seed)
     dense = build_dense(recipe)
-    _train(dense, dense.parameters(), recipe, seed, "dense ViT", first=True)
+    train_phase(dense, dense.parameters(), recipe, seed, "dense ViT", first=True)
     longer = copy.deepcopy(dense)
-    _train(longer, longer.parameters(), recipe, seed, "dense, longer")
+    train_phase(longer, longer.parameters(), recipe, seed, "dense, longer")
     spot: Any = spot_vit.sparsify(copy.deepcopy(dense), keep=recipe.keep, at=list(recipe.at))
     groups = spot_vit.param_groups(
         spot,
@@ -140,7 +145,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
         freeze_epochs=0,
     )
     objective = SpotObjective(spot.spot_config.keep_ratios(), teacher=copy.deepcopy(dense))
-    _train(spot, groups, recipe, seed, "SPOT ViT", objective)
+    train_phase(spot, groups, recipe, seed, "SPOT ViT", objective)
 
     models = {"dense": dense, "dense, longer": longer, "SPOT": spot}
     summary = {
@@ -148,11 +153,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
         "seed": seed,
         "quick": quick,
         "threads": threads,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
+        "versions": versions(),
         "rows": _compare(models, recipe, test),
     }
     files = [output / name for name in ("spot.safetensors", "summary.json", "kept.png")]
@@ -165,7 +166,16 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     return summary
 
 
-def _train(
+def versions() -> dict[str, str]:
+    """What the figures were measured with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def train_phase(
     model: nn.Module,
     parameters: Any,
     recipe: Recipe,
@@ -180,7 +190,7 @@ def _train(
     images = steps * recipe.batch_size
     ramp = int(recipe.ramp * images) if first else 0
     # Seeds are even for the first phase and odd for the others: no image comes back.
-    data = ClutteredDigits("train", images, ramp=ramp, seed=2 * seed + (not first))
+    data = recipe.digits("train", images, ramp=ramp, seed=2 * seed + (not first))
     fit(
         model,
         DataLoader(data, batch_size=recipe.batch_size),

@@ -55,7 +55,8 @@ def spot_loss(
     - ratio: mean over stages and images of (target keep ratio - kept share)^2.
 
     Args:
-        output: what ``model(x, aux=True)`` returned in training mode (tokens of all N patches).
+        output: what ``model(x, aux=True)`` returned in training mode: tokens of all N patches, or
+            of the survivors where training removes the others.
         target: int64 [B] class indices, or [B, classes] probabilities.
         keep_ratios: the share of the N patches that each of the K stages should keep.
         teacher: the dense teacher's view of the same batch; without it kl and mse are left out.
@@ -80,13 +81,21 @@ def spot_loss(
             reduction="batchmean",
             log_target=True,
         )
-        parts["mse"] = _kept_mse(output.tokens, teacher.tokens, masks[-1].detach())
+        parts["mse"] = _kept_mse(output, teacher.tokens)
     total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
     return total, {name: part.detach() for name, part in parts.items()}
 
 
-def _kept_mse(tokens: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of [B, P+N, C] features over the patches with mask [B, N] one."""
+def _kept_mse(output: SpotOutput, reference: Tensor) -> Tensor:
+    """Mean squared difference of final features to `reference` [B, P+N, C], over kept patches."""
+    mask, tokens = output.masks[-1].detach(), output.tokens
+    grid = mask.shape[1]
+    if output.index:  # training removed the others: survivors [B, n, C] against their own places
+        index = output.index[-1]
+        mask = (index < grid).to(mask.dtype)  # the teacher has no fused tokens
+        places = index.clamp(max=grid - 1)[..., None].expand(-1, -1, reference.shape[2])
+        tokens = tokens[:, tokens.shape[1] - index.shape[1] :]
+        reference = reference[:, reference.shape[1] - grid :].gather(1, places)
     if tokens.shape != reference.shape:
         raise ValueError(
             f"teacher.tokens: expected shape {list(tokens.shape)}, as the student's in training, "

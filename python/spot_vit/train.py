@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from spot_vit.losses import LossWeights, Teacher, spot_loss
+from spot_vit.sampling import SampledKeep
 
 Parts = dict[str, Tensor]
 Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Parts]]
@@ -38,14 +39,15 @@ class SpotObjective:
     """The loss of a SPOT ViT, with a frozen timm ViT as teacher or without one.
 
     Args:
-        keep_ratios: the share of patches each stage should keep.
+        keep_ratios: the share of patches each stage should keep, or a `SampledKeep` that draws a
+            budget at every step.
         teacher: dense model with the student's token grid; it is put in eval mode and frozen.
         weights: weights of the loss terms.
     """
 
     def __init__(
         self,
-        keep_ratios: list[float],
+        keep_ratios: list[float] | SampledKeep,
         teacher: nn.Module | None = None,
         weights: LossWeights | None = None,
     ) -> None:
@@ -59,7 +61,12 @@ class SpotObjective:
             with torch.no_grad():
                 tokens = self.teacher.forward_features(images)
                 view = Teacher(self.teacher.forward_head(tokens), tokens)
-        return spot_loss(model(images, aux=True), target, self.keep_ratios, view, self.weights)
+        if isinstance(self.keep_ratios, SampledKeep):
+            with self.keep_ratios(model) as ratios:
+                output = model(images, aux=True)
+        else:
+            output, ratios = model(images, aux=True), self.keep_ratios
+        return spot_loss(output, target, ratios, view, self.weights)
 
 
 def cosine_schedule(
