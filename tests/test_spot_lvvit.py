@@ -62,6 +62,19 @@ def test_masked_training_equals_compacted_inference(method: str, soft: str | Non
 
 
 @torch.no_grad()
+def test_the_60_wide_heads_of_the_tiny_model():
+    model = build("lvvit_tiny", embed_dim=240, num_heads=4, depth=3)
+    x = images()
+    expected = model(x)
+    spot_vit.sparsify(model, keep=1.0, at=[1, 2])
+    torch.testing.assert_close(model(x, aux=True).logits, expected, rtol=0, atol=1e-10)
+    spot_vit.set_keep(model, 0.5)
+    out = model(x, aux=True)
+    masked = masking(model)(x, kept=out.index)
+    torch.testing.assert_close(masked, out.logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_the_auxiliary_head_sees_kept_patches_only():
     model = convert(keep=0.5)
     x = images()
