@@ -174,6 +174,8 @@ def test_latency_is_measured_as_asked(monkeypatch: pytest.MonkeyPatch):
     assert torch.get_num_threads() == 2 and model.spot_config.keep == 0.7
     with pytest.raises(ValueError, match="12 ms is out of reach"):
         solve_keep(model, {"latency_ms": 12})
+    with pytest.raises(ValueError, match="meta device"):
+        solve_keep(model.to("meta"), {"latency_ms": 6})
 
 
 def test_median_latency_is_a_median_of_eval_passes():

@@ -130,7 +130,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, zipped: bool):
     evil, file = tmp_path / "executed", tmp_path / "weights.pth"
     content = {"model": {"head.weight": torch.ones(1), "x": Malicious(evil)}}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="was not executed"):
+    with pytest.raises(ValueError, match=r"was executed.*mkdir$"):
         convert_checkpoint(file, "deit")
     assert not evil.exists()
     pickle.loads(pickle.dumps(Malicious(evil)))
@@ -144,7 +144,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, name: str):
         convert_checkpoint(file, "deit")
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="weights"):
+        with pytest.raises(ValueError, match=f"{name} was not read.* damaged"):
             convert_checkpoint(file, "deit")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list"):

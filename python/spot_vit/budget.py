@@ -94,9 +94,9 @@ def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
             )
         assert wanted.latency_ms is not None
         parameter = next(model.parameters())
-        images = torch.zeros(
-            wanted.batch, *size, device=parameter.device, dtype=parameter.dtype
-        ).normal_()
+        if parameter.is_meta:
+            raise ValueError("a budget of latency_ms needs a model with weights, not a meta device")
+        images = torch.randn(wanted.batch, *size, device=parameter.device, dtype=parameter.dtype)
         with _threads(wanted.threads):
             return largest_ratio(
                 lambda ratio: median_latency(at(ratio), images),

@@ -103,9 +103,12 @@ def _read(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        # torch's own text advises to read the file anyway.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "it is damaged, or no checkpoint"
         raise ValueError(
-            f"{path} holds more than tensors and plain data, or is no checkpoint; it was not "
-            f"executed: {error}"
+            f"{path} was not read, and nothing in it was executed: only tensors and plain data are "
+            f"accepted, and {reason}"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
