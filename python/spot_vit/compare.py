@@ -19,7 +19,8 @@ from spot_vit.corruptions import CORRUPTIONS, SEVERITIES, CorruptedDigits
 from spot_vit.demo import Recipe, build_dense, versions
 from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
 from spot_vit.flops import count_flops
-from spot_vit.report import format_table, relevance
+from spot_vit.report import relevance
+from spot_vit.table import format_table
 from spot_vit.train import evaluate, save_json
 
 METHODS = {"spot": "SPOT", "dynamicvit": "DynamicViT", "evit": "EViT", "random": "random"}
