@@ -156,6 +156,15 @@ def test_named_models(name: str):
         assert cfg[key] == other[key], key
 
 
+@pytest.mark.parametrize("name", ["spot_deit_tiny_patch16_224", "spot_lvvit_tiny"])
+@torch.no_grad()
+def test_named_models_as_feature_extractors(name: str):
+    features = timm.create_model(name, keep=0.5, features_only=True, **SMALL).eval()
+    assert isinstance(features.model, spot_vit.loop.SpotLoop)
+    maps = features(images(dtype=torch.float32))
+    assert [tuple(m.shape) for m in maps] == [(3, 48, 4, 4)] * 3
+
+
 def test_named_models_refuse():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for spot_lvvit_tiny"):
         timm.create_model("spot_lvvit_tiny", pretrained=True)

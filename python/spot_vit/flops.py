@@ -49,7 +49,7 @@ class FlopCount:
     Attributes:
         total: stem, blocks, head, predictors and statistics.
         predictor: the share of the relevance modules.
-        statistics: the share of the attention statistics, which the papers' figures leave out.
+        statistics: the share of the attention statistics.
         layers: the layers in order; their totals add up to `total`.
     """
 

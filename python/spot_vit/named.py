@@ -63,7 +63,9 @@ def _entrypoint(name: str, dense: str) -> Callable[..., Any]:
         fields = {field.name for field in dataclasses.fields(SpotConfig)} & set(kwargs)
         config = {field: kwargs.pop(field) for field in fields}
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or timm.get_pretrained_cfg(name)
-        return sparsify(timm.create_model(dense, **kwargs), **config)
+        model = timm.create_model(dense, **kwargs)
+        sparsify(model.model if kwargs.get("features_only") else model, **config)
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`sparsify` of timm's `{dense}`."
