@@ -12,8 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-import spot_vit  # noqa: E402
-from benchmarks.timing import Case  # noqa: E402
+import spot_vit
+
+from benchmarks.timing import Case
 
 GIVEN = "the same decisions, given"
 DENSE = "dense DeiT-S"
