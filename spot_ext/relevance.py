@@ -5,8 +5,8 @@
     u_t    = [z_local_t, shared, features_t]
     logits = log_softmax(fc3(GELU(fc2(GELU(fc1(u_t))))))      index 0 = keep
 
-The remap with its two halves and the MLP over attention statistics are published (arXiv 2511.10488);
-widths and GELU follow DynamicViT's predictor, which this is without features.
+The remap with its two halves and the MLP over attention statistics are published (arXiv
+2511.10488); widths and GELU follow DynamicViT's predictor, which this is without features.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def _check_relevance(
     batch, num_tokens = like.shape[:2]
     width: Any = 0
     if features is not None:
-        _check_like("features", features, like_name, like, (batch, num_tokens, None))
+        _check_like("features", features, like_name, like, (None, None, None))
+        _check.size("features", features, 0, batch, "the batch")
+        _check.size("features", features, 1, num_tokens, "the tokens")
         width = features.shape[2]
     if keep is not None:
         _check.tensor("keep", keep, 2)
@@ -186,8 +188,8 @@ def _check_relevance(
         width = rows + width
     for number in (1, 2, 3):
         weight, bias = values[f"fc{number}_weight"], values[f"fc{number}_bias"]
-        rows = 2 if number == 3 else None
-        _check_like(f"fc{number}_weight", weight, like_name, like, (rows, width))
+        outputs = 2 if number == 3 else None
+        _check_like(f"fc{number}_weight", weight, like_name, like, (outputs, width))
         assert weight is not None
         _check_like(f"fc{number}_bias", bias, like_name, like, (weight.shape[0],))
         width = weight.shape[0]
@@ -329,13 +331,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 14
-    args = ctx.saved_tensors[:13]
+    saved = ctx.saved_tensors
+    args = saved[:13]
     needed = [
         value is not None and _register.needs_grad(ctx, place) for place, value in enumerate(args)
     ]
     needed[2] = needed[2] and args[0] is not None
     grads = torch.ops.spot.token_relevance_backward(
-        grad, *ctx.saved_tensors, ctx.eps, *needed[:3], any(needed[3:])
+        grad, *saved, ctx.eps, *needed[:3], any(needed[3:])
     )
     found = [value if flag else None for value, flag in zip(grads, needed, strict=True)]
     if found[2] is not None:
@@ -360,11 +363,16 @@ def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return (tokens, features, args[2], *weights, *args[13:]), kwargs
 
 
+@_register.autocast("token_relevance_backward")
+def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs  # as they are; but the products inside must not be cast either
+
+
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
 def _products(args: tuple[Any, ...]) -> dict[str, int]:
-    """Multiply-accumulates of each product of the forward pass, from the shapes of its arguments."""
+    """Multiply-accumulates of each product of the forward pass, from its arguments' shapes."""
     tokens, features, _, _, _, remap_weight, _, fc1_weight, _, fc2_weight = args[:10]
     batch, count = (features if tokens is None else tokens)[:2]
     rows, hidden1, hidden2 = batch * count, fc1_weight[0], fc2_weight[0]

@@ -61,11 +61,16 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = FLOATING
     once_only: str = ""  # words of the error when differentiated beyond what it can
     weights: tuple[int, ...] = ()  # argument places without a batch dimension
+    roundings: int = 0  # of intermediate results, on the way to one of the outputs
     large: str = ""  # sample that is large as it is; otherwise one is repeated to be
 
     @property
     def call(self) -> Callable[..., Any]:
         return getattr(torch.ops.spot, self.name)
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """What 16-bit intermediate results may lose, relative to the result."""
+        return self.roundings * torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
 
     def sample(self, name: str) -> Sample:
         return next(sample for sample in self.samples if sample.name == name)
@@ -537,9 +542,10 @@ _RELEVANCE = (
     _Relevance("empty batch", batch=0, traced=True),
     _Relevance("no tokens", num_tokens=0, keep="", traced=True),
     _Relevance("no tokens, a mask", num_tokens=0),
-    _Relevance("one token", batch=1, num_tokens=1, traced=True),
+    # One kept token, or equal ones, would leave no gradient of keep, only rounding errors.
+    _Relevance("one token", batch=1, num_tokens=1, keep="", traced=True),
     _Relevance("one token, dropped", batch=1, num_tokens=1, keep="none"),
-    _Relevance("one channel", channels=1),
+    _Relevance("three channels", channels=3),
     _Relevance("narrow", remap=2, features=1, hidden1=1, hidden2=1),
     _Relevance("no hidden units", hidden1=0, hidden2=0),
     _Relevance("large eps", eps=0.5),
@@ -548,7 +554,8 @@ _RELEVANCE = (
     _Relevance("ViT", num_tokens=196, channels=48, remap=48, features=36, hidden1=42, hidden2=21),
     _Relevance("twelve ViT images", batch=12, num_tokens=196, channels=48, remap=48, features=36,
                hidden1=42, hidden2=21),
-    *(_Relevance(f"{layout}", layout=layout, traced=layout == "swapped") for layout in LAYOUTS[1:]),
+    *(_Relevance(f"{layout}", layout=layout, keep="none" if layout == "flat" else "random",
+                 traced=layout == "swapped") for layout in LAYOUTS[1:]),
 )  # fmt: skip
 _RELEVANCE_WANTED = tuple(
     replace(_RELEVANCE[1], name=f"wanted {wanted}", wanted=wanted, traced=not any(wanted))
@@ -1099,7 +1106,7 @@ def _relevance_errors(backward: bool = False) -> tuple[Bad, ...]:
 def _relevance_flops(tokens: Tensor | None, features: Tensor | None, *rest: Any) -> tuple[int, int]:
     """The matrix products, the shared half once per image."""
     like = features if tokens is None else tokens
-    rows, remap_weight, fc1_weight, fc2_weight = like[..., 0].numel(), rest[3], rest[5], rest[7]
+    rows, remap_weight, fc2_weight = like[..., 0].numel(), rest[3], rest[7]
     (hidden2, hidden1), width = fc2_weight.shape, 0
     if tokens is not None:
         width += tokens.shape[2] * remap_weight.shape[0] + remap_weight.shape[0] // 2 * hidden1
@@ -1159,12 +1166,12 @@ OPS: dict[str, Op] = {
            tuple(Sample(r.name, r.args, r.traced) for r in _RELEVANCE), _relevance_errors(),
            _relevance_flops, grads=tuple(range(13)), exact=False, public=_public_relevance,
            once_only="differentiable once", weights=tuple(range(3, 13)),
-           large="twelve ViT images"),
+           roundings=8, large="twelve ViT images"),
         Op("token_relevance_backward", relevance_backward_reference,
            tuple(Sample(r.name, r.backward_args, r.traced) for r in _RELEVANCE + _RELEVANCE_WANTED),
            _relevance_errors(backward=True), _relevance_backward_flops, exact=False,
            once_only="differentiable once", weights=tuple(range(4, 14)),
-           large="twelve ViT images"),
+           roundings=8, large="twelve ViT images"),
     )
 }  # fmt: skip
 

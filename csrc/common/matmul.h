@@ -2,7 +2,7 @@
 // any strides; nothing is copied that BLAS can read in place.
 #pragma once
 
-#include "stable.h"
+#include "check.h"
 
 #include <array>
 
@@ -12,7 +12,11 @@ namespace spot {
 inline Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+  // Autocast, where nothing has switched it off, would change the dtype.
+  SPOT_CHECK(result.scalar_type() == a.scalar_type(), "mm", "expected ",
+             dtype_name(a.scalar_type()), ", got ", dtype_name(result.scalar_type()));
+  return result;
 }
 
 // aten::mm.out(Tensor self, Tensor mat2, *, Tensor(a!) out) -> Tensor(a!)

@@ -116,7 +116,9 @@ def test_values(op: Op, sample: Sample, dtype: torch.dtype, device: torch.device
                     scale=mean**2,
                 )
         else:
-            assert_accurate(mine, theirs, truth, what=f"output {number}")
+            assert_accurate(
+                mine, theirs, truth, what=f"output {number}", rounding=op.rounding(dtype)
+            )
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=_name)
@@ -131,7 +133,7 @@ def test_gradients(op: Op, sample: Sample, dtype: torch.dtype, device: torch.dev
         if theirs is None and mine is not None:  # an argument that the output does not depend on
             assert not mine.any(), f"gradient {number} should be zero"
             continue
-        assert_gradient(mine, theirs, truth, f"gradient {number}")
+        assert_gradient(mine, theirs, truth, f"gradient {number}", rounding=op.rounding(dtype))
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed", "partial"])
@@ -318,6 +320,9 @@ def test_any_number_of_threads_gives_the_same_bits(op: Op) -> None:
         with threads(count):
             results.append(_outcome(op, args))
     for other in results[1:]:
+        if op.weights:  # torch's matrix products split long sums among threads
+            assert_close(other, results[0], 1e-5)
+            continue
         for mine, theirs in zip(other, results[0], strict=True):
             assert_same_bits(mine, theirs)
 
