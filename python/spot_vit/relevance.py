@@ -47,15 +47,15 @@ class TokenRelevance(nn.Module):
         Returns:
             [B, N, 2] float32 (float64) log-probabilities, index 0 = keep.
         """
-        embedding: tuple[Tensor | None, ...] = (None,) * 4
-        if self.norm is not None and self.remap is not None:
-            embedding = self.norm.weight, self.norm.bias, self.remap.weight, self.remap.bias
         like = self.fc1.weight if self.norm is None else tokens
         return token_relevance(
             None if self.norm is None else tokens,
             None if features is None else features.to(like.dtype),
             keep,
-            *embedding,
+            None if self.norm is None else self.norm.weight,
+            None if self.norm is None else self.norm.bias,
+            None if self.remap is None else self.remap.weight,
+            None if self.remap is None else self.remap.bias,
             self.fc1.weight,
             self.fc1.bias,
             self.fc2.weight,
