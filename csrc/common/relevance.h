@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "matmul.h"
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
