@@ -88,24 +88,13 @@ class Inputs:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Bars are modest: both sides spend most of their time in the same matrix products."""
+    """Nine tenths of both sides' time are the same matrix products, which bounds what can be won."""
     cpu = device == "cpu"
     dtype = torch.float32 if cpu else torch.bfloat16
-    sizes = [(8, 196), (8, 137), (8, 96), (1, 196)] if cpu else [(64, 196), (64, 96), (1, 196)]
-    forward = {(8, 196): 1.1, (8, 137): 1.1, (8, 96): 1.1, (1, 196): 1.0}
-    training = {(8, 196): 1.1, (8, 96): 1.1}
-    for batch, tokens in sizes:
+    bars = {EAGER: 1.03} if cpu else {}
+    for batch, tokens in [(8, 196), (8, 137), (8, 96), (1, 196)] if cpu else [(64, 196), (1, 196)]:
         inputs = Inputs(batch, tokens, dtype, device)
         name = f"[{batch},{tokens},{DIM}] + {FEATURES} {str(dtype).removeprefix('torch.')}"
-        for what, side, bars in (
-            ("forward", inputs.forward, forward),
-            ("forward + backward", inputs.training, training),
-        ):
-            bar = bars.get((batch, tokens)) if cpu else None
-            yield Case(
-                f"{what} {name}",
-                side(token_relevance),
-                {EAGER: side(eager)},
-                {} if bar is None else {EAGER: bar},
-                inputs.bytes,
-            )
+        for what, side in (("forward", inputs.forward), ("forward + backward", inputs.training)):
+            ours, other = side(token_relevance), side(eager)
+            yield Case(f"{what} {name}", ours, {EAGER: other}, bars, inputs.bytes)
