@@ -88,7 +88,7 @@ class Inputs:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Nine tenths of both sides' time are the same matrix products, which bounds what can be won."""
+    """Both sides spend nine tenths of their time in the same products: that bounds the gain."""
     cpu = device == "cpu"
     dtype = torch.float32 if cpu else torch.bfloat16
     bars = {EAGER: 1.03} if cpu else {}

@@ -65,6 +65,9 @@ struct ElementOf<BFloat16> {
 template <typename T>
 using Element = typename ElementOf<T>::type;
 
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
 // f(Int<n>) for the n in [1, kMax] at hand.
 template <int kMax, typename F>
 inline void with_count(int n, F&& f) {

@@ -43,9 +43,6 @@ template <typename A>
 inline void vec_store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof(v));
 }
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
-
 template <typename A>
 inline Vec<A> splat(A x) {
   return x - Vec<A>{};
@@ -108,11 +105,18 @@ inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
 
 // ---- rows of any dtype and length ---------------------------------------------------------------
 
-// f(first, Int<kLanes>) for the whole vectors of a row of n elements, then f(first, the rest).
+// The number of lanes as a type, for which a loop over whole vectors is compiled. Not
+// std::integral_constant: the ISAs would share its conversion in debug builds.
+template <typename A>
+struct AllLanes {
+  constexpr operator int64_t() const { return kLanes<A>; }
+};
+
+// f(first, AllLanes) for the whole vectors of a row of n elements, then f(first, the rest).
 template <typename A, typename F>
 inline void for_vectors(int64_t n, F&& f) {
   int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, Int<kLanes<A>>{});
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, AllLanes<A>{});
   if (i < n) f(i, n - i);
 }
 
