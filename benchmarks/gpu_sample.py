@@ -197,7 +197,63 @@ def attention_stats() -> Iterator[tuple[str, bool]]:
                 yield f"{name} {what}", fitting(x, y, 3 * tolerance, 0.1)
 
 
-SAMPLES = {"attention_stats": attention_stats, "compact": compact}
+# tokens, channels (0: no embeddings), remap, features, hidden units, mask, strided views
+RELEVANCE = [
+    (1, 4, 2, 0, (1, 1), False, False),
+    (7, 5, 6, 3, (4, 3), True, True),
+    (33, 0, 0, 9, (5, 2), False, False),
+    (64, 33, 34, 0, (17, 9), True, True),
+    (196, 96, 96, 36, (66, 33), True, True),
+    (300, 384, 384, 108, (246, 123), True, False),
+    (70, 64, 600, 7, (300, 280), True, False),  # more columns than a block has threads
+]
+
+
+def relevance() -> Iterator[tuple[str, bool]]:
+    """The op and its backward op, against the definition in float64."""
+    draw = torch.Generator().manual_seed(0)
+    for tokens, channels, remap, features, hidden, masked, strided in RELEVANCE:
+        for dtype, tolerance in DTYPES.items():
+            batch = 3
+            what = f"[{batch},{tokens},{channels}] remap {remap} features {features} {dtype}"
+
+            def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+                scale = max(shape[-1], 1) ** -0.5 if len(shape) == 2 else 1.0
+                return (torch.randn(shape, generator=draw) * scale).to(kind)
+
+            keep = (torch.rand(batch, tokens, generator=draw) < 0.7).float() if masked else None
+            values = [normal(batch, tokens, channels), normal(batch, tokens, features), keep]
+            values += [normal(channels), normal(channels), normal(remap, channels), normal(remap)]
+            width = remap + features
+            for rows in (*hidden, 2):
+                values += [normal(rows, width), normal(rows)]
+                width = rows
+            if channels == 0:
+                values = [v if i not in (0, 3, 4, 5, 6) else None for i, v in enumerate(values)]
+            wide = [v if v is None else v.double().requires_grad_() for v in values]
+            gpu = [v if v is None else v.cuda() for v in values]
+            if strided and gpu[0] is not None:
+                gpu[0] = torch.cat([gpu[0][:, :1], gpu[0]], dim=1)[:, 1:]
+            gpu = [v if v is None else v.requires_grad_() for v in gpu]
+            want = spot_ext.token_relevance_reference(*wide)
+            pull = torch.randn(want.shape, generator=draw)
+            leaves = [v for v in wide if v is not None]
+            grads = torch.autograd.grad(want, leaves, pull.double())
+            runs = []
+            for _ in range(2):
+                got = spot_ext.token_relevance(*gpu)
+                leaves = [v for v in gpu if v is not None]
+                sent = pull.to(got.dtype).cuda()
+                runs.append([got.detach(), *torch.autograd.grad(got, leaves, sent)])
+            yield (
+                f"token_relevance twice {what}",
+                all(torch.equal(x, y) for x, y in zip(*runs, strict=True)),
+            )
+            for number, (x, y) in enumerate(zip(runs[0], (want.detach(), *grads), strict=True)):
+                yield f"result {number} {what}", fitting(x, y, 8 * tolerance, 0.1)
+
+
+SAMPLES = {"attention_stats": attention_stats, "compact": compact, "relevance": relevance}
 
 
 def main(ops: list[str]) -> int:

@@ -44,4 +44,27 @@ STABLE_TORCH_LIBRARY(spot, m) {
       "Tensor? keep, Tensor? bias, Tensor out, Tensor stats, Tensor lse, float? scale=None, "
       "SymInt num_prefix=1, bool class_token=True, bool keep_grad=False, bool bias_grad=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // tokens [B, N, D], features [B, N, F], keep [B, N], norm [D], remap [R, D] and [R], fc1
+  // [H1, R+F] and [H1], fc2 [H2, H1] and [H2], fc3 [2, H2] and [2]
+  // -> logits [B, N, 2], and for the backward pass remapped [B, N, R], shared [B, R/2] (both empty
+  // without tokens), hidden1 [B, N, H1], hidden2 [B, N, H2]
+  m.def(
+      "token_relevance(Tensor? tokens, Tensor? features, Tensor? keep, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor? remap_weight, Tensor? remap_bias, Tensor fc1_weight, "
+      "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor fc3_weight, Tensor fc3_bias, "
+      "float eps=1e-5) "
+      "-> (Tensor logits, Tensor remapped, Tensor shared, Tensor hidden1, Tensor hidden2)");
+  // grad [B, N, 2], arguments and results of the forward pass -> gradients of tokens, features,
+  // keep (float32, or float64 for float64) and of the ten parameters; empty where absent or not
+  // asked for
+  m.def(
+      "token_relevance_backward(Tensor grad, Tensor? tokens, Tensor? features, Tensor? keep, "
+      "Tensor? norm_weight, Tensor? norm_bias, Tensor? remap_weight, Tensor? remap_bias, "
+      "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor fc3_weight, "
+      "Tensor fc3_bias, Tensor logits, Tensor remapped, Tensor shared, Tensor hidden1, "
+      "Tensor hidden2, float eps=1e-5, bool tokens_grad=True, bool features_grad=True, "
+      "bool keep_grad=True, bool weights_grad=True) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }

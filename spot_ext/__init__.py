@@ -1,4 +1,4 @@
-"""SPOT's operators: token compaction and attention statistics with autograd, for CPU and CUDA.
+"""SPOT's operators: compaction, attention statistics, relevance; with autograd, for CPU and CUDA.
 
 Importing this package registers `torch.ops.spot.*`. Functions take and return torch tensors; each
 module holds one slice: public functions, `*_reference` definitions in plain PyTorch, and what torch
@@ -21,6 +21,7 @@ from spot_ext.compact import (  # noqa: E402
     select_tokens,
     select_tokens_reference,
 )
+from spot_ext.relevance import token_relevance, token_relevance_reference  # noqa: E402
 
 __all__ = [
     "__version__",
@@ -34,4 +35,6 @@ __all__ = [
     "scatter_tokens_reference",
     "select_tokens",
     "select_tokens_reference",
+    "token_relevance",
+    "token_relevance_reference",
 ]

@@ -45,13 +45,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> 
     assert not len(differ), f"{what}: {len(differ)} bytes differ, first at {differ[0].tolist()}"
 
 
-def error_bound(plain: Tensor, exact: Tensor, factor: float, scale: float = 0.0) -> float:
+def error_bound(
+    plain: Tensor, exact: Tensor, factor: float, scale: float = 0.0, rounding: float = 0.0
+) -> float:
     """Largest allowed error: `factor` times that of `plain`, plus a floor.
 
     `exact` is the float64 result, `plain` that of plain PyTorch at the same dtype. The floor is one
     unit in the last place of the largest value for 16 bits, where the final rounding dominates, and
     twelve for 32 bits (PyTorch's own tolerance): few terms in another order differ by that much.
-    `scale` is given where larger terms cancel: the floor is that of the terms then.
+    `scale` is given where larger terms cancel: the floor is that of the terms then. `rounding` is
+    what intermediate results of 16 bits lose, relative to the result: by luck `plain` loses less.
     """
     finite = exact.isfinite()
     scale = max(scale, exact[finite].abs().max().item() if finite.any() else 0.0)
@@ -60,7 +63,7 @@ def error_bound(plain: Tensor, exact: Tensor, factor: float, scale: float = 0.0)
     info = torch.finfo(plain.dtype)
     worst = error.max().item() if error.numel() else 0.0
     units = 1 if plain.dtype.itemsize == 2 else 12
-    return factor * worst + units * info.eps * scale + info.tiny
+    return factor * worst + max(units * info.eps, rounding) * scale + info.tiny
 
 
 def assert_accurate(
@@ -70,6 +73,7 @@ def assert_accurate(
     factor: float = FORWARD,
     what: str = "result",
     scale: float = 0.0,
+    rounding: float = 0.0,
 ) -> None:
     """The error rule: within the bound of `exact`; NaN and inf exactly where `plain` has them.
 
@@ -91,7 +95,7 @@ def assert_accurate(
     lost = finite & ~wide.isfinite()
     assert not lost.any(), f"{what}: {int(lost.sum())} values are not finite"
     error = (wide - exact).abs().masked_fill(~finite, 0)
-    bound = error_bound(plain.detach(), exact, factor, scale)
+    bound = error_bound(plain.detach(), exact, factor, scale, rounding)
     worst = int(error.argmax())
     assert error.max().item() <= bound, (
         f"{what}: error {error.max().item():.3e} above {bound:.3e} at "
@@ -106,6 +110,7 @@ def assert_gradient(
     exact: Tensor | None,
     what: str = "gradient",
     scale: float = 0.0,
+    rounding: float = 0.0,
 ) -> None:
     """A gradient is there, accurate by element, direction and norm, and not zeroed anywhere."""
     if exact is None:
@@ -113,7 +118,7 @@ def assert_gradient(
         return
     assert actual is not None, f"{what}: no gradient"
     assert plain is not None
-    assert_accurate(actual, plain, exact, BACKWARD, what, scale)
+    assert_accurate(actual, plain, exact, BACKWARD, what, scale, rounding)
     wide, truth = actual.to(torch.float64).flatten(), exact.to(torch.float64).flatten()
     eps = torch.finfo(actual.dtype).eps
     floor = (1e-12 if actual.dtype == torch.float64 else 4 * eps) * scale * truth.numel() ** 0.5
@@ -121,7 +126,7 @@ def assert_gradient(
     if math.isfinite(norm) and norm > floor:
         plain_error = (plain.to(torch.float64).flatten() - truth).norm().item() / norm
         error = (wide - truth).norm().item() / norm
-        least = 1e-12 if actual.dtype == torch.float64 else 4 * eps
+        least = 1e-12 if actual.dtype == torch.float64 else max(4 * eps, rounding)
         allowed = BACKWARD * plain_error + least + floor / norm
         assert error <= allowed, f"{what}: relative L2 error {error:.3e} above {allowed:.3e}"
         cosine = (wide @ truth / (wide.norm() * truth.norm()).clamp(min=1e-300)).item()

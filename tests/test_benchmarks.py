@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_stats, compact, run, timing
+from benchmarks import attention_stats, compact, relevance, run, timing
 from benchmarks.timing import Case, Clock
 
 
@@ -120,3 +120,7 @@ def test_the_sides_of_a_case_do_the_same() -> None:
     one = inputs.training(attention_stats.attention_stats, *sent)(0)
     other = inputs.training(attention_stats.sdpa, inputs.grad_out)(0)
     torch.testing.assert_close(one, other)
+    scored = relevance.Inputs(2, 9, torch.float32, "cpu")
+    for side in (scored.forward, scored.training):
+        ours, eager = side(relevance.token_relevance)(0), side(relevance.eager)(0)
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

@@ -43,6 +43,8 @@ PUBLIC = {
     "scatter_tokens_reference",
     "select_tokens",
     "select_tokens_reference",
+    "token_relevance",
+    "token_relevance_reference",
 }
 
 # ---- sources and symbols -------------------------------------------------------------------------
@@ -292,6 +294,8 @@ CALLS = {
     "scatter_tokens": "s.scatter_tokens(torch.rand(2, 3, 3), index, 5)",
     "fuse_tokens": "s.fuse_tokens(torch.rand(2, 6, 3), torch.rand(2, 5), index)",
     "attention_stats": "s.attention_stats(*[torch.rand(2, 6, 2, 4)] * 3)",
+    "token_relevance": "s.token_relevance(None, torch.rand(2, 5, 3), *[None] * 5, "
+    "*map(torch.rand, [(4, 3), 4, (3, 4), 3, (2, 3), 2]))",
 }
 TRY_ALL = f"""
 import torch

@@ -187,3 +187,32 @@ def test_mask_of_index():
     index = torch.tensor([[0, 2], [1, 3]])
     expected = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
     assert torch.equal(mask_of(index, 4, torch.float32), expected)
+
+
+def test_relevance_is_the_predictor_of_dynamicvit_without_evidence():
+    torch.manual_seed(0)
+    module = TokenRelevance(384, 0, 384)
+    assert set(module.state_dict()) == {
+        f"{layer}.{kind}"
+        for layer in ("norm", "remap", "fc1", "fc2", "fc3")
+        for kind in ("weight", "bias")
+    }
+    x, policy = torch.randn(2, 30, 384), (torch.rand(2, 30) < 0.7).float()
+    expected = _as_written(module, x, x[..., :0], policy)
+    torch.testing.assert_close(module(x, None, policy), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("d_remap", [16, 0])
+def test_relevance_under_autocast(d_remap: int):
+    torch.manual_seed(0)
+    module = TokenRelevance(24, 12, d_remap)
+    x, a = torch.randn(2, 9, 24, requires_grad=True), torch.randn(2, 9, 12)
+    keep = torch.ones(2, 9, requires_grad=True)
+    plain = module(x, a, keep)
+    for tokens in (x, x.bfloat16()):  # as a layer before leaves them
+        with torch.amp.autocast("cpu", dtype=torch.bfloat16):
+            logp = module(tokens, a, keep)
+        assert logp.dtype == torch.float32
+        torch.testing.assert_close(logp, plain, rtol=0, atol=2e-2)
+    logp.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in module.parameters())

@@ -19,11 +19,6 @@ struct AttentionShape {
   int64_t num_patches() const { return num_tokens - num_prefix; }
 };
 
-// float32 for all dtypes but float64.
-inline ScalarType wide_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_like_q(const char* op, const char* name, const Tensor& t, const Tensor& q) {
   check_rank(op, name, t, 4);
   check_dtype(op, name, t, q.scalar_type());

@@ -13,16 +13,6 @@ struct Rows {
   const char* data() const { return static_cast<const char*>(tensor.const_data_ptr()); }
 };
 
-// `t` itself when its dimensions from 2 on are dense, else a contiguous copy.
-inline Tensor dense_rows(const Tensor& t) {
-  int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return dense(t);
-    expected *= t.size(d);
-  }
-  return t;
-}
-
 inline Rows rows_of(const Tensor& given) {
   const Tensor t = dense_rows(given);
   const int64_t item = static_cast<int64_t>(t.element_size());

@@ -19,4 +19,9 @@ inline Dtype dtype_slot(const char* op, const char* name, const Tensor& t) {
        dtype_name(t.scalar_type()));
 }
 
+// Of sums and statistics: float32 for all dtypes but float64.
+inline ScalarType wide_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 }  // namespace spot

@@ -25,6 +25,16 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// `t` itself when its dimensions from 2 on are dense, else a contiguous copy.
+inline Tensor dense_rows(const Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return dense(t);
+    expected *= t.size(d);
+  }
+  return t;
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};

@@ -75,4 +75,74 @@ struct AttentionGradArgs {
   bool one_bias;           // the bias gradient sums over the batch
 };
 
+// Tokens of an image are cut into spans by shape alone, so that sums over tokens, which are made of
+// sums over spans, do not depend on threads. Work items are the spans of all images.
+struct Spans {
+  int64_t num_tokens, rows, count;  // N, tokens per span, spans per image
+};
+
+// Below, T is the dtype of the tokens and A that of sums: float32, or float64 for float64. What is
+// not a pointer to [B, N, D] tokens is dense. Sums are [B, spans, ...] of A.
+
+struct NormArgs {
+  Spans spans;
+  const void* tokens;  // [B, N, D], last dimension dense
+  int64_t tokens_batch, tokens_row;
+  const void *weight, *bias;  // [D]
+  int64_t channels;
+  double eps;
+  void* out;          // [B, N, D]
+  const void* grad;   // [B, N, D], of `out` (backward)
+  void* tokens_grad;  // [B, N, D] or null (backward)
+  void* sums;         // [B, spans, 2, D] (backward): gradients of weight and bias
+};
+
+struct RemapArgs {
+  Spans spans;
+  const void* remapped;  // [B, N, 2 half], before the bias
+  const void* bias;      // [2 half]
+  const void* keep;      // [B, N] of A, or null
+  int64_t half;
+  void* local;              // [B, N, half]: GELU of the first half
+  void* sums;               // [B, spans, half] of GELU of the second; backward: [B, spans, 2 half]
+  const void* mass;         // [B] of A, kept tokens (backward)
+  const void* shared;       // [B, half] (backward)
+  const void* local_grad;   // [B, N, half] (backward)
+  const void* shared_grad;  // [B, half] (backward)
+  void* remapped_grad;      // [B, N, 2 half] (backward)
+  void* keep_grad;          // [B, N] of A, or null (backward)
+};
+
+struct HiddenArgs {
+  Spans spans;
+  const void* hidden;  // [B, N, H], before `once` and the bias
+  const void* once;    // [B, H], or null
+  const void* bias;    // [H]
+  int64_t width;
+  void* active;  // [B, N, H]: GELU of their sum; backward: or null
+  void* grad;    // [B, N, H] (backward): of `active` before, of `hidden` after
+  void* sums;    // [B, spans, H] (backward): of the latter
+};
+
+struct ScoreArgs {
+  Spans spans;
+  const void* hidden;  // [B, N, H], before its bias
+  const void* bias;    // [H]
+  int64_t width;
+  const void *weight, *weight_bias;  // [2, H], [2]
+  void* logits;                      // [B, N, 2] of A; in the backward pass its input
+  const void* grad;                  // [B, N, 2] of A (backward)
+  void* hidden_grad;                 // [B, N, H] (backward)
+  void* sums;  // [B, spans, 3 H + 2] (backward): gradients of bias, weight and weight_bias
+};
+
+// out[g] = sum over p of parts[g, p], in order; with `mass` divided by max(mass[g], 1).
+struct SumArgs {
+  const void* parts;  // [groups, count, columns] of A, group by group `stride` apart
+  int64_t count, columns, row, stride;
+  const void* mass;  // [groups] of A, or null
+  void* out;         // [groups, columns], of A if `wide`
+  bool wide;
+};
+
 }  // namespace spot

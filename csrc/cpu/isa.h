@@ -24,6 +24,17 @@ struct KernelTable {
   void (*attention_stats_columns[4])(const AttentionArgs&, int64_t begin, int64_t end);
   // Heads [begin, end) of all images; with one_bias heads of all images at once.
   void (*attention_stats_backward[4])(const AttentionGradArgs&, int64_t begin, int64_t end);
+  // Spans [begin, end) of all images.
+  void (*normalize[4])(const NormArgs&, int64_t begin, int64_t end);
+  void (*normalize_backward[4])(const NormArgs&, int64_t begin, int64_t end);
+  void (*remap[4])(const RemapArgs&, int64_t begin, int64_t end);
+  void (*remap_backward[4])(const RemapArgs&, int64_t begin, int64_t end);
+  void (*hidden[4])(const HiddenArgs&, int64_t begin, int64_t end);
+  void (*hidden_backward[4])(const HiddenArgs&, int64_t begin, int64_t end);
+  void (*score[4])(const ScoreArgs&, int64_t begin, int64_t end);
+  void (*score_backward[4])(const ScoreArgs&, int64_t begin, int64_t end);
+  // Groups [begin, end).
+  void (*sum_parts[4])(const SumArgs&, int64_t begin, int64_t end);
 };
 
 const KernelTable& kernels();

@@ -4,6 +4,7 @@
 #include "attention_stats.h"
 #include "attention_stats_backward.h"
 #include "compact.h"
+#include "relevance.h"
 
 #define SPOT_JOIN_(a, b) a##b
 #define SPOT_JOIN(a, b) SPOT_JOIN_(a, b)
@@ -23,6 +24,15 @@ const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
     SPOT_PER_DTYPE(attention_stats),
     SPOT_PER_DTYPE(attention_stats_columns),
     SPOT_PER_DTYPE(attention_stats_backward),
+    SPOT_PER_DTYPE(normalize),
+    SPOT_PER_DTYPE(normalize_backward),
+    SPOT_PER_DTYPE(remap),
+    SPOT_PER_DTYPE(remap_backward),
+    SPOT_PER_DTYPE(hidden),
+    SPOT_PER_DTYPE(hidden_backward),
+    SPOT_PER_DTYPE(score),
+    SPOT_PER_DTYPE(score_backward),
+    SPOT_PER_DTYPE(sum_parts),
 };
 
 }  // namespace spot

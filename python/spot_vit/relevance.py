@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+
+from spot_ext import token_relevance
 
 
 class TokenRelevance(nn.Module):
@@ -47,27 +47,20 @@ class TokenRelevance(nn.Module):
         Returns:
             [B, N, 2] float32 (float64) log-probabilities, index 0 = keep.
         """
-        if self.norm is None or self.remap is None:
-            assert features is not None
-            hidden = self.fc1(features.to(self.fc1.weight.dtype))
-        else:
-            local, shared = F.gelu(self.remap(self.norm(tokens))).chunk(2, dim=-1)
-            if keep is None:
-                shared = shared.mean(dim=1)
-            else:  # the mean of nothing is 0
-                wide = torch.promote_types(shared.dtype, torch.float32)
-                weight = keep.to(wide)
-                total = (shared * weight[..., None]).sum(dim=1)
-                shared = (total / weight.sum(dim=1, keepdim=True).clamp(min=1)).to(shared.dtype)
-            # The global half is the same for all tokens of an image: it enters once per image.
-            half = self.d_remap // 2
-            weight_local, weight_shared, weight_features = self.fc1.weight.split(
-                [half, half, self.num_features], dim=1
-            )
-            once = F.linear(shared, weight_shared, self.fc1.bias)[:, None]
-            hidden = F.linear(local, weight_local) + once
-            if features is not None:
-                hidden = hidden + F.linear(features.to(local.dtype), weight_features)
-        hidden = self.fc2(F.gelu(hidden))
-        logits = self.fc3(F.gelu(hidden))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+        like = self.fc1.weight if self.norm is None else tokens
+        return token_relevance(
+            None if self.norm is None else tokens,
+            None if features is None else features.to(like.dtype),
+            keep,
+            None if self.norm is None else self.norm.weight,
+            None if self.norm is None else self.norm.bias,
+            None if self.remap is None else self.remap.weight,
+            None if self.remap is None else self.remap.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.fc3.weight,
+            self.fc3.bias,
+            eps=1e-5 if self.norm is None else self.norm.eps,
+        )

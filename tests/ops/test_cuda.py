@@ -31,6 +31,8 @@ KERNELS = list(OPS.values())
 
 
 def _arguments(op: Op, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    if op.large:
+        return op.sample(op.large).args(device, dtype)
     plain = op.exact or op.name.startswith("attention_stats")
     name = {"select_tokens": "(2, 196, 137)"}.get(op.name, "ViT" if plain else "ViT, mean")
     return op.sample(name).args(device, dtype)

@@ -43,6 +43,8 @@ def _has(op: Op, key: str) -> bool:
 
 def _large(op: Op, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> tuple[Any, ...]:
     """A call that several threads share: 12 ViT images."""
+    if op.large:
+        return op.sample(op.large).args(device, dtype)
     names = {"select_tokens": "(2, 196, 137)"}
     plain = op.exact or op.name.startswith("attention_stats")
     name = names.get(op.name, "ViT" if plain else "ViT, mean")
@@ -114,7 +116,9 @@ def test_values(op: Op, sample: Sample, dtype: torch.dtype, device: torch.device
                     scale=mean**2,
                 )
         else:
-            assert_accurate(mine, theirs, truth, what=f"output {number}")
+            assert_accurate(
+                mine, theirs, truth, what=f"output {number}", rounding=op.rounding(dtype)
+            )
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=_name)
@@ -129,7 +133,7 @@ def test_gradients(op: Op, sample: Sample, dtype: torch.dtype, device: torch.dev
         if theirs is None and mine is not None:  # an argument that the output does not depend on
             assert not mine.any(), f"gradient {number} should be zero"
             continue
-        assert_gradient(mine, theirs, truth, f"gradient {number}")
+        assert_gradient(mine, theirs, truth, f"gradient {number}", rounding=op.rounding(dtype))
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed", "partial"])
@@ -279,7 +283,8 @@ def test_results_are_leaves_of_nothing_under_no_grad(op: Op, device: torch.devic
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_many_calls_do_not_grow_the_process(op: Op) -> None:
     good = with_grad(op.samples[0].args("cpu", torch.float32), op.grads)
-    bad = next(b for b in op.errors if b.values or b.name.startswith("num_keep too"))
+    values = (b for b in op.errors if b.values or b.name.startswith("num_keep too"))
+    bad = next(values, op.errors[0])
     wrong = bad.args("cpu")
 
     def calls(count: int) -> None:
@@ -315,6 +320,9 @@ def test_any_number_of_threads_gives_the_same_bits(op: Op) -> None:
         with threads(count):
             results.append(_outcome(op, args))
     for other in results[1:]:
+        if op.weights:  # torch's matrix products split long sums among threads
+            assert_close(other, results[0], 1e-5)
+            continue
         for mine, theirs in zip(other, results[0], strict=True):
             assert_same_bits(mine, theirs)
 
@@ -439,7 +447,10 @@ def test_dynamic_sizes_compile_at_most_twice(op: Op) -> None:
     compiled = torch.compile(lambda *a: op.call(*a), fullgraph=True, backend=counter, dynamic=True)
     for batch in (3, 4, 5, 6, 7, 8):
         args = _large(op)
-        args = tree_map_only(Tensor, lambda value, b=batch: value[:b].contiguous(), args)
+        args = tuple(
+            a[:batch].contiguous() if isinstance(a, Tensor) and i not in op.weights else a
+            for i, a in enumerate(args)
+        )
         assert_close(compiled(*args), op.call(*args), 1e-5)
     assert counter.frame_count <= 2
 
@@ -717,8 +728,14 @@ def _cast_by_hand(op: Op, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[An
     """What autocast should do to float32 arguments: row ops keep them, arithmetic is cast."""
     if op.exact or op.name.endswith("_backward"):
         return args
-    places = {"fuse_tokens": (0, 1), "attention_stats": (0, 1, 2)}[op.name]
-    return tuple(a.to(dtype) if i in places else a for i, a in enumerate(args))
+    places = {
+        "fuse_tokens": (0, 1),
+        "attention_stats": (0, 1, 2),
+        "token_relevance": (0, 1, *range(3, 13)),
+    }[op.name]
+    return tuple(
+        a.to(dtype) if i in places and isinstance(a, Tensor) else a for i, a in enumerate(args)
+    )
 
 
 @pytest.mark.parametrize("ambient", [torch.bfloat16, torch.float16], ids=_name)
