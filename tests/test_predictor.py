@@ -87,8 +87,7 @@ def test_moments_equal_the_two_pass_definition(history, heads):
         seen = seen.mean(dim=3, keepdim=True)
     expected = torch.cat(
         [
-            seen[-1][..., :2].flatten(2),
-            seen[-1][..., 2:].flatten(2),
+            seen[-1].flatten(2),
             seen.mean(0).flatten(2),
             seen.var(0, correction=0).flatten(2),
         ],
@@ -97,6 +96,14 @@ def test_moments_equal_the_two_pass_definition(history, heads):
     found = state.features()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert found.shape[-1] == config.num_features(2)
+
+
+def test_groups_that_are_off_are_absent():
+    (stats,) = _layers(1)
+    for features, columns in ((["cls"], stats[..., :2]), (["rowcol", "embed"], stats[..., 2:])):
+        state = History(SpotConfig(features=features, scaling="raw"))
+        state.update(stats, 7)
+        assert torch.equal(state.features(), columns.flatten(2))
 
 
 def test_moments_keep_digits_when_variances_are_tiny():
