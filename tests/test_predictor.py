@@ -167,6 +167,17 @@ def test_topk_mask_hits_the_budget_among_survivors(n, keep, seed, dtype):
     assert logp.grad.isfinite().all()
 
 
+def test_topk_mask_has_no_gradient_towards_more_tokens():
+    """Only the order decides, so raising all scores alike must not seem to help."""
+    logp = torch.randn(3, 10, 2, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    first = topk_mask(logp, None, 7, 1.0)
+    second = topk_mask(logp, first, 4, 1.0)
+    ((first + second) * torch.rand_like(first)).sum().backward()
+    push = logp.grad[..., 0]
+    assert (push.abs().sum(1) > 0.1).all()
+    assert push.sum(1).abs().max() < 1e-12
+
+
 def test_gumbel_mask_draws_with_the_stated_probability():
     torch.manual_seed(0)
     p = torch.tensor([0.05, 0.3, 0.5, 0.9])

@@ -31,7 +31,8 @@ def gumbel_mask(logp: Tensor, previous: Tensor | None, tau: float) -> Tensor:
 def topk_mask(logp: Tensor, previous: Tensor | None, num_keep: int, tau: float) -> Tensor:
     """Keeps the `num_keep` best noisy log-odds; a sigmoid around the cut is the gradient.
 
-    Our choice: it hits budgets exactly and needs no ratio loss.
+    Our choice: it hits budgets exactly and needs no ratio loss. As the gradient sees it, the cut
+    moves with the scores so that the soft mask keeps its sum: only the order decides.
 
     Args:
         logp: [B, N, 2] log-probabilities, index 0 = keep.
@@ -56,7 +57,12 @@ def topk_mask(logp: Tensor, previous: Tensor | None, num_keep: int, tau: float) 
     cut = torch.where(
         cut.isfinite(), cut, torch.zeros_like(cut)
     )  # nothing dropped, or nothing kept
-    soft = ((noisy - cut) / tau).sigmoid()
+    # With a cut that stood still, raising all scores would seem to keep more: they grew without end.
+    slope = ((scores - cut) / tau).sigmoid()  # 0 for those that are gone, whose score is -inf
+    slope = slope * (1 - slope)
+    total = slope.sum(dim=1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
+    moves = (slope * noisy).sum(dim=1, keepdim=True) / total
+    soft = ((noisy - cut - (moves - moves.detach())) / tau).sigmoid()
     mask = straight_through(hard, soft)
     return mask if previous is None else mask * previous
 
