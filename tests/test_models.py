@@ -549,4 +549,5 @@ def test_deit_small_costs_what_the_papers_say():
 
 def test_supported_names_the_classes():
     names = [name.rpartition(".")[2] for name in spot_vit.supported()]
-    assert names == ["Beit", "VisionTransformerDistilled", "Eva", "NaFlexVit", "VisionTransformer"]
+    timms = ["Beit", "VisionTransformerDistilled", "Eva", "NaFlexVit", "VisionTransformer"]
+    assert names == ["LVViT", *timms]

@@ -14,7 +14,8 @@ import torch
 from matplotlib.image import imread
 from spot_vit.data import ClutteredDigits
 from spot_vit.latency import compare_latency, compare_training
-from spot_vit.report import format_table, paired_difference, relevance, save_kept
+from spot_vit.report import paired_difference, relevance, save_kept
+from spot_vit.table import format_table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -1,7 +1,8 @@
 """SPOT on timm Vision Transformers: sparse models, training and evaluation.
 
 Names are imported when first used: the command `spot` starts without torch and timm, and can say
-which of them is missing.
+which of them is missing. The named models are registered with timm in whichever order the two are
+imported.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spot_vit._register import register_with_timm
+
 if TYPE_CHECKING:
     from spot_ext import __version__
+    from spot_vit.checkpoints import convert_checkpoint
     from spot_vit.config import SpotConfig
     from spot_vit.convert import UnsupportedModelError, restore, set_keep, sparsify, supported
     from spot_vit.flops import count_flops
@@ -24,6 +28,7 @@ _HOME = {
     "SpotOutput": "spot_vit.loop",
     "UnsupportedModelError": "spot_vit.convert",
     "__version__": "spot_ext",
+    "convert_checkpoint": "spot_vit.checkpoints",
     "count_flops": "spot_vit.flops",
     "param_groups": "spot_vit.optim",
     "restore": "spot_vit.convert",
@@ -38,6 +43,7 @@ __all__ = [
     "SpotOutput",
     "UnsupportedModelError",
     "__version__",
+    "convert_checkpoint",
     "count_flops",
     "param_groups",
     "restore",
@@ -62,3 +68,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_with_timm()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 from torch import nn
 
 from spot_vit.adapters import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, ClassAdapter
+from spot_vit.budget import solve_keep
 from spot_vit.config import SpotConfig
 from spot_vit.loop import SpotLoop
 from spot_vit.relevance import TokenRelevance
@@ -28,20 +30,25 @@ def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> 
     Args:
         model: a timm model of a supported class (see `supported`).
         config: configuration; the default one when None.
-        **overrides: fields of `SpotConfig` to change, e.g. `keep=0.7, at=[3, 6, 9]`.
+        **overrides: fields of `SpotConfig` to change, e.g. `keep=0.7, at=[3, 6, 9]`; `keep` may
+            name a budget instead, `{"gmacs": 2.8}` or `{"latency_ms": 20, "batch": 8}`, see
+            `spot_vit.budget.Budget`. The configuration holds the ratio it comes to.
 
     Returns:
         The same object, now a `SpotLoop`.
 
     Raises:
         UnsupportedModelError: the model, or one of its blocks, has no adapter or does not fit it.
-        ValueError: the configuration does not fit the model.
+        ValueError: the configuration does not fit the model, or the budget is out of reach.
         TypeError: an unknown field, or a model that is already converted.
     """
     if isinstance(model, SpotLoop):
         raise TypeError(
             "the model is a SPOT model already; set_keep changes its budget, restore undoes it"
         )
+    budget = overrides.get("keep")
+    if isinstance(budget, Mapping):
+        del overrides["keep"]
     config = (config or SpotConfig()).replace(**overrides)
     entry = _adapter_for(MODELS, model, "model")
     blocks = list(model.blocks)
@@ -72,6 +79,12 @@ def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> 
         block.stage, block.relevance = stages[b], new[b]
     model._configure(config)
     model.train(model.training)
+    if isinstance(budget, Mapping):
+        try:
+            set_keep(model, budget)
+        except BaseException:
+            restore(model)
+            raise
     return model
 
 
@@ -91,9 +104,23 @@ def restore(model: Any) -> Any:
     return model
 
 
-def set_keep(model: Any, keep: float | list[float] | tuple[float, ...]) -> Any:
-    """Changes the budget of a SPOT model at run time; see `SpotConfig.keep`."""
+def set_keep(model: Any, keep: float | list[float] | tuple[float, ...] | Mapping[str, Any]) -> Any:
+    """Changes how much a SPOT model keeps, at run time.
+
+    Args:
+        model: a SPOT model.
+        keep: as `SpotConfig.keep`, or a budget as in `sparsify`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: ratios that do not fit the model, or a budget out of reach; the model keeps what
+            it kept.
+    """
     _require_spot(model)
+    if isinstance(keep, Mapping):
+        keep = solve_keep(model, keep)
     model._configure(model.spot_config.replace(keep=keep))
     return model
 

@@ -23,7 +23,8 @@ import spot_vit
 from spot_vit.data import ClutteredDigits
 from spot_vit.flops import count_flops
 from spot_vit.latency import compare_latency, compare_training
-from spot_vit.report import format_table, paired_difference, relevance, save_kept
+from spot_vit.report import paired_difference, relevance, save_kept
+from spot_vit.table import format_table
 from spot_vit.train import (
     Objective,
     SpotObjective,

@@ -3,24 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from spot_vit.table import format_table
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFlops:
+    """Multiply-accumulates of one layer per image.
+
+    Attributes:
+        name: "stem", "blocks.0", ..., "head".
+        tokens: tokens that enter it, prefix included; 0 where they are pixels or feature maps.
+        attention: projections and the two products with the map, without statistics.
+        mlp: the block's MLP.
+        predictor: its relevance module, which looks at the tokens before they are cut.
+        statistics: of the attention map.
+        other: the rest; all of it for stem and head, fused tokens for a block.
+    """
+
+    name: str
+    tokens: int
+    attention: int = 0
+    mlp: int = 0
+    predictor: int = 0
+    statistics: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.attention + self.mlp + self.predictor + self.statistics + self.other
 
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """Multiply-accumulates per image.
+    """Multiply-accumulates per image; as text an aligned table of the layers in millions.
 
     Attributes:
         total: stem, blocks, head, predictors and statistics.
         predictor: the share of the relevance modules.
+        statistics: the share of the attention statistics, which the papers' figures leave out.
+        layers: the layers in order; their totals add up to `total`.
     """
 
     total: int
     predictor: int
+    statistics: int
+    layers: tuple[LayerFlops, ...]
+
+    def __str__(self) -> str:
+        parts = ("attention", "mlp", "predictor", "statistics", "other", "total")
+        rows = [["layer", "tokens", *parts]]
+        for layer in self.layers:
+            costs = [_millions(getattr(layer, part)) for part in parts]
+            rows.append([layer.name, str(layer.tokens or ""), *costs])
+        sums = [_millions(sum(getattr(layer, part) for layer in self.layers)) for part in parts]
+        rows.append(["sum, MMACs", "", *sums])
+        return format_table(rows)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count else ""
 
 
 def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount:
@@ -31,7 +81,8 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount
     not counted, as in the papers' figures.
 
     Args:
-        model: any model; a SPOT model is counted at the budget it is set to.
+        model: any model; a SPOT model is counted at the budget it is set to. Layers are told apart
+            where it has `blocks`.
         input_size: (channels, height, width) of one image.
 
     Returns:
@@ -41,15 +92,103 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount
     shapes = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
     dtype = next(iter(model.parameters())).dtype
     image = torch.empty(1, *input_size, device="meta", dtype=dtype)
+    watch = _Watch(model)
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), watch:
             functional_call(model, shapes, (image,))
     finally:
         model.train(training)
-    by_module = {
-        name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()
-    }
-    predictor = sum(count for name, count in by_module.items() if name.endswith(".relevance"))
-    return FlopCount(by_module["Global"], predictor)
+    layers = watch.layers()
+    return FlopCount(
+        watch.counter.get_total_flops() // 2,
+        sum(layer.predictor for layer in layers),
+        sum(layer.statistics for layer in layers),
+        layers,
+    )
+
+
+class _Watch:
+    """Counts a forward pass, and notes where the counts stand as each block starts and ends."""
+
+    def __init__(self, model: nn.Module) -> None:
+        blocks = getattr(model, "blocks", None)
+        self.blocks = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
+        self.root = type(model).__name__
+        self.statistics = 0  # running, in FLOPs
+        self.tokens: list[int] = []  # entering each block
+        self.leaving = 0  # the last block
+        self.marks: list[tuple[int, int]] = []  # total and statistics, before and after each block
+        split = {
+            op: self._attention_stats(formula)
+            for op, formula in flop_registry.items()
+            if str(op) == "spot.attention_stats"
+        }
+        self.counter = FlopCounterMode(display=False, custom_mapping=split)
+
+    def _attention_stats(self, formula: Any) -> Any:
+        """The op's own formula, which also notes what exceeds the two products with the map."""
+
+        def count(q: Tensor, *args: Any, **kwargs: Any) -> int:
+            flops = formula(q, *args, **kwargs)
+            self.statistics += flops - 4 * q.numel() * q.shape[1]
+            return flops
+
+        count._get_raw = True  # type: ignore[attr-defined]  # tensors rather than shapes
+        return count
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        self._stack.enter_context(self.counter)
+        for block in self.blocks:
+            for handle in (
+                block.register_forward_pre_hook(self._starts),
+                block.register_forward_hook(self._ends),
+            ):
+                self._stack.callback(handle.remove)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _mark(self) -> None:
+        self.marks.append((self.counter.get_total_flops(), self.statistics))
+
+    def _starts(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self.tokens.append(_tokens(args[0]))
+        self._mark()
+
+    def _ends(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._mark()
+        self.leaving = _tokens(output[0] if isinstance(output, tuple) else output)
+
+    def _inside(self, *path: str) -> int:
+        counts = self.counter.get_flop_counts().get(".".join([self.root, *path]), {})
+        return sum(counts.values())
+
+    def layers(self) -> tuple[LayerFlops, ...]:
+        """The layers in order, in multiply-accumulates."""
+        total = self.counter.get_total_flops()
+        if not self.blocks:
+            return (LayerFlops("model", 0, other=total // 2),)
+        # What runs between two blocks, such as a predictor, belongs to the second one.
+        begin = self.marks[0][0] - self._inside("blocks", "0", "relevance")
+        result = [LayerFlops("stem", 0, other=begin // 2)]
+        before = 0
+        for b, tokens in enumerate(self.tokens):
+            end, after = self.marks[2 * b + 1]
+            statistics = after - before
+            attention, mlp, predictor = (
+                self._inside("blocks", str(b), part) for part in ("attn", "mlp", "relevance")
+            )
+            attention -= statistics
+            other = end - begin - attention - mlp - predictor - statistics
+            parts = (attention, mlp, predictor, statistics, other)
+            result.append(LayerFlops(f"blocks.{b}", tokens, *(part // 2 for part in parts)))
+            begin, before = end, after
+        result.append(LayerFlops("head", self.leaving, other=(total - begin) // 2))
+        return tuple(result)
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[1] if x.dim() == 3 else 0  # feature maps of a convolutional network have none

@@ -117,12 +117,3 @@ def paired_difference(
     sums.index_add_(0, torch.from_numpy(group), delta - delta.mean())
     variance = sums.square().sum() * count / max(count - 1, 1)
     return delta.mean().item(), variance.sqrt().item() / len(delta)
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns cells in columns, the first to the left, and rules off the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,6 +1,6 @@
 """Adapters: one module per family of timm models, and the table `sparsify` looks classes up in."""
 
-from spot_vit.adapters import beit, eva, naflex, vit
+from spot_vit.adapters import beit, eva, lvvit, naflex, vit
 from spot_vit.adapters.base import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, ClassAdapter
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ClassAdapter",
     "beit",
     "eva",
+    "lvvit",
     "naflex",
     "vit",
 ]

@@ -1,0 +1,49 @@
+"""Registers the named models with timm, without importing timm or torch for it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_MODULES = ("spot_vit.lvvit", "spot_vit.named")  # they import timm, and register when imported
+
+
+def register_with_timm() -> None:
+    """Registers now if timm is there, else as soon as it is imported."""
+    if "timm" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenTimmIsImported())
+
+
+def _register() -> None:
+    for name in _MODULES:
+        importlib.import_module(name)
+
+
+class _WhenTimmIsImported(importlib.abc.MetaPathFinder):
+    """Has the other finders find timm, and registers behind its import."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "timm":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:  # a spec may be asked for without an import
+                    sys.meta_path.remove(self)
+                _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,86 @@
+"""LV-ViT: divided residuals, and a head that looks at every kept token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from spot_vit.adapters.base import (
+    BLOCKS,
+    MODELS,
+    BlockLook,
+    ClassAdapter,
+    names,
+    refuse_patch_drop,
+    register,
+)
+from spot_vit.adapters.vit import SpotVisionTransformer
+from spot_vit.look import Look
+from spot_vit.lvvit import LVBlock, LVViT
+
+
+class SpotLVBlock(BlockLook, LVBlock):
+    """Pre-norm block with divided residuals."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        look: Look | None = None,
+    ) -> Any:
+        """Tokens [B, N, C]; with `look` a `Seen`."""
+        if look is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self._look(x, look)
+
+    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        y, stats = self.attn(self.norm1(x), look=look, **arguments)
+        return x + self.drop_path1(self.ls1(y)) / self.skip_lam, stats
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) / self.skip_lam
+
+
+class SpotLVViT(SpotVisionTransformer, LVViT):
+    """A converted `LVViT`: the auxiliary head's maximum runs over kept tokens."""
+
+    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.logits(x, mask)
+
+
+_MASKED = names("x attn_mask is_causal")
+
+register(
+    MODELS,
+    ClassAdapter(
+        LVViT,
+        SpotLVViT,
+        {
+            "forward": _MASKED,
+            "forward_features": _MASKED,
+            "forward_head": names("x pre_logits"),
+            "logits": names("x keep"),
+            "forward_intermediates": names(
+                "x indices return_prefix_tokens norm stop_early output_fmt intermediates_only "
+                "output_dict attn_mask is_causal"
+            ),
+        },
+        names(
+            "patch_embed patch_drop norm_pre blocks norm head aux_head num_prefix_tokens "
+            "has_class_token grad_checkpointing"
+        ),
+        refuse_patch_drop,
+    ),
+)
+register(
+    BLOCKS,
+    ClassAdapter(
+        LVBlock,
+        SpotLVBlock,
+        {"forward": _MASKED},
+        names("norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2 skip_lam"),
+    ),
+)
