@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import spot_vit
+from spot_vit.budget import solve_keep
 from spot_vit.corruptions import CORRUPTIONS, SEVERITIES, CorruptedDigits
 from spot_vit.demo import Recipe, build_dense, versions
 from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
 from spot_vit.flops import count_flops
-from spot_vit.report import format_table, relevance
+from spot_vit.report import relevance
+from spot_vit.table import format_table
 from spot_vit.train import evaluate, save_json
 
 METHODS = {"spot": "SPOT", "dynamicvit": "DynamicViT", "evit": "EViT", "random": "random"}
@@ -114,19 +116,9 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
 def matching_keep(recipe: Recipe, method: str, share: float) -> float:
     """The largest ρ, in thousandths, at which the method costs at most that share of dense."""
     model: Any = build_dense(recipe)
-    limit = share * count_flops(model, INPUT).total
+    gmacs = share * count_flops(model, INPUT).total / 1e9
     spot_vit.sparsify(model, method=method, at=list(recipe.at))
-    low, high = 0, 1000  # in thousandths: affordable, and not known to be
-    while high - low > 1:
-        middle = (low + high) // 2
-        spot_vit.set_keep(model, middle / 1000)
-        if count_flops(model, INPUT).total <= limit:
-            low = middle
-        else:
-            high = middle
-    if low == 0:
-        raise ValueError(f"{method}: no budget costs at most {share:.0%} of the dense model")
-    return low / 1000
+    return solve_keep(model, {"gmacs": gmacs, "input_size": INPUT})
 
 
 @dataclass

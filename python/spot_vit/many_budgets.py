@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import spot_vit
 from spot_vit.demo import Recipe, versions
 from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
-from spot_vit.report import format_table
+from spot_vit.table import format_table
 from spot_vit.train import evaluate, save_json
 
 KEEPS = (0.3, 0.5, 0.7, 0.9)
