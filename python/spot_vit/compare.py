@@ -242,6 +242,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         cells = [spread(row["damaged"][kind]) for kind in CORRUPTIONS]
         damage.append([METHODS.get(row["method"], row["method"]) + share, *cells])
     seeds, recipe = setting["seeds"], setting["recipe"]
+    strengths = len(setting["severities"])
     note = ""
     if summary["quick"]:
         note = "\n\nA quick run: nothing is trained enough for the figures to mean anything."
@@ -249,7 +250,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     return f"""{format_table(accuracy)}
 
 accuracy         on {recipe["test_images"]} images, mean ± standard deviation over {seeds} seeds
-damaged          the same, mean over {len(CORRUPTIONS)} corruptions at {len(setting["severities"])} severities
+damaged          the same, mean over {len(CORRUPTIONS)} corruptions at {strengths} severities
 SPOT leads by    paired difference in points and its standard error, over images and seeds
 foreground kept  patches of the digit asked for that survive each stage, mean over seeds
 
