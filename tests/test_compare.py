@@ -150,3 +150,21 @@ def test_the_verdict_follows_the_figures() -> None:
     assert "clean images" in clean and "damaged images" in damaged
     assert "SPOT ties with DynamicViT" in damaged
     assert "leads" not in damaged and "trails" not in damaged
+
+
+@pytest.mark.parametrize("name", ["compare", "budgets"])
+def test_the_page_shows_the_committed_runs(name: str) -> None:
+    """And none but these; without a run the page says so."""
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs/comparison.md").read_text()
+    section = page.split("\n## ")[1 + (name == "budgets")]
+    runs = sorted((root / "benchmarks/results").glob(f"{name}-*.json"))
+    describe = compare.describe if name == "compare" else many_budgets.describe
+    assert ("No run is committed yet." in section) is not bool(runs)
+    assert section.count("±") == sum(
+        describe(json.loads(run.read_text())).count("±") for run in runs
+    )
+    for run in runs:
+        summary = json.loads(run.read_text())
+        assert not summary["quick"] and run.name in section
+        assert f"```\n{describe(summary)}\n```" in section
