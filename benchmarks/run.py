@@ -26,12 +26,13 @@ import torch  # noqa: E402
 
 from benchmarks.timing import keep_memory, measure  # noqa: E402
 
-OPS = ("compact", "attention_stats")
+OPS = ("compact", "attention_stats", "predictor")
 
 
 def tests_pass(op: str, device: str) -> bool:
-    """Whether tests/ops/test_<op>.py is green: all of it on the CPU, its CUDA tests on a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/ops/test_{op}.py"]
+    """Whether the tests of <op> are green: all of them on the CPU, its CUDA tests on a GPU."""
+    path = next(p for p in (f"tests/ops/test_{op}.py", f"tests/test_{op}.py") if (ROOT / p).exists())
+    command = [sys.executable, "-m", "pytest", "-q", "-x", path]
     if device == "cuda":
         command += ["-m", "cuda"]
     return subprocess.run(command, cwd=ROOT).returncode == 0

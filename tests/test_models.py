@@ -377,34 +377,6 @@ def test_bfloat16_model_runs():
     model(images(model)).float().sum().backward()
 
 
-def test_compile_without_graph_breaks():
-    torch._dynamo.reset()
-    model = spot_vit.sparsify(build(), keep=0.6, at=[1, 2])
-    x = images(model)
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    model.train()
-    out = torch.compile(model, fullgraph=True, backend="aot_eager")(x, aux=True)
-    (out.logits.sum() + sum(mask.sum() for mask in out.masks)).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    torch._dynamo.reset()
-    dynamic = torch.compile(model.eval(), fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad():
-        for batch in (2, 5):
-            y = images(model, batch)
-            torch.testing.assert_close(dynamic(y), model(y), rtol=1e-4, atol=1e-4)
-
-
-def test_export_with_a_dynamic_batch():
-    model = spot_vit.sparsify(build(), keep=0.6, at=[1, 2, 3])
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (images(model),), dynamic_shapes=({0: batch},))
-    x = images(model, 9, seed=4)
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(x), model(x))
-
-
 def test_distributed_data_parallel(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
