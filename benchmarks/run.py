@@ -31,7 +31,9 @@ OPS = ("compact", "attention_stats", "predictor")
 
 def tests_pass(op: str, device: str) -> bool:
     """Whether the tests of <op> are green: all of them on the CPU, its CUDA tests on a GPU."""
-    path = next(p for p in (f"tests/ops/test_{op}.py", f"tests/test_{op}.py") if (ROOT / p).exists())
+    path = next(
+        p for p in (f"tests/ops/test_{op}.py", f"tests/test_{op}.py") if (ROOT / p).exists()
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", path]
     if device == "cuda":
         command += ["-m", "cuda"]

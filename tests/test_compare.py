@@ -70,6 +70,8 @@ def test_the_table_says_what_the_json_says(compared: tuple[str, Any]) -> None:
         assert row["spot_leads"][0] == pytest.approx(lead, abs=1e-9)
         lead = np.mean([*ours["damaged"].values()]) - np.mean([*row["damaged"].values()])
         assert row["spot_leads_damaged"][0] == pytest.approx(lead, abs=1e-9)
+        recall = [stages[-1] for stages in row["foreground"]]
+        assert f"{np.mean(recall):.0%} ± {100 * np.std(recall, ddof=1):.1f}" in line
         for stages in row["foreground"]:
             assert len(stages) == len(row["random"]) == 3
 

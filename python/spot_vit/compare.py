@@ -232,9 +232,9 @@ def describe(summary: Mapping[str, Any]) -> str:
             cells.append(spread(values))
             shown = row["method"] not in ("dense", "spot")
             cells.append(signed(row[lead]) if shown else "")
-        stages = [statistics.mean(stage) for stage in zip(*row["foreground"], strict=True)]
-        for shares in (stages, row["random"]):
-            cells.append(" ".join(f"{share:.0%}" for share in shares))
+        stages = zip(*row["foreground"], strict=True)
+        cells.append(", ".join(spread(stage, 0) for stage in stages))
+        cells.append(", ".join(f"{share:.0%}" for share in row["random"]))
         accuracy.append(cells)
     damage = [["damaged", *CORRUPTIONS]]
     for row in [{"method": "dense", **dense}, *rows]:
@@ -252,7 +252,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 accuracy         on {recipe["test_images"]} images, mean ± standard deviation over {seeds} seeds
 damaged          the same, mean over {len(CORRUPTIONS)} corruptions at {strengths} severities
 SPOT leads by    paired difference in points and its standard error, over images and seeds
-foreground kept  patches of the digit asked for that survive each stage, mean over seeds
+foreground kept  patches of the digit asked for that survive each stage, in the same way
 
 {format_table(damage)}
 

@@ -109,10 +109,10 @@ def difference(ours: Tensor, theirs: Tensor, groups: np.ndarray) -> tuple[float,
     return mean, math.hypot(images, seeds)
 
 
-def spread(shares: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, in percent."""
+def spread(shares: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds, in percent; of the latter at least one decimal."""
     deviation = statistics.stdev(shares) if len(shares) > 1 else 0.0
-    return f"{statistics.mean(shares):.2%} ± {100 * deviation:.2f}"
+    return f"{statistics.mean(shares):.{digits}%} ± {100 * deviation:.{max(digits, 1)}f}"
 
 
 def signed(found: Sequence[float]) -> str:
