@@ -70,6 +70,8 @@ def test_the_table_says_what_the_json_says(compared: tuple[str, Any]) -> None:
         assert row["spot_leads"][0] == pytest.approx(lead, abs=1e-9)
         lead = np.mean([*ours["damaged"].values()]) - np.mean([*row["damaged"].values()])
         assert row["spot_leads_damaged"][0] == pytest.approx(lead, abs=1e-9)
+        recall = [stages[-1] for stages in row["foreground"]]
+        assert f"{np.mean(recall):.0%} ± {100 * np.std(recall, ddof=1):.1f}" in line
         for stages in row["foreground"]:
             assert len(stages) == len(row["random"]) == 3
 
@@ -112,7 +114,7 @@ def test_the_budget_is_the_largest_that_fits() -> None:
         for ratio in (keep, round(keep + 0.001, 3))
     )
     assert below <= limit < above
-    with pytest.raises(ValueError, match="spot: no budget costs at most 1%"):
+    with pytest.raises(ValueError, match="out of reach"):
         compare.matching_keep(SMALL, "spot", 0.01)
 
 
@@ -150,3 +152,21 @@ def test_the_verdict_follows_the_figures() -> None:
     assert "clean images" in clean and "damaged images" in damaged
     assert "SPOT ties with DynamicViT" in damaged
     assert "leads" not in damaged and "trails" not in damaged
+
+
+@pytest.mark.parametrize("name", ["compare", "budgets"])
+def test_the_page_shows_the_committed_runs(name: str) -> None:
+    """And none but these; without a run the page says so."""
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs/comparison.md").read_text()
+    section = page.split("\n## ")[1 + (name == "budgets")]
+    runs = sorted((root / "benchmarks/results").glob(f"{name}-*.json"))
+    describe = compare.describe if name == "compare" else many_budgets.describe
+    assert ("No run is committed yet." in section) is not bool(runs)
+    assert section.count("±") == sum(
+        describe(json.loads(run.read_text())).count("±") for run in runs
+    )
+    for run in runs:
+        summary = json.loads(run.read_text())
+        assert not summary["quick"] and run.name in section
+        assert f"```\n{describe(summary)}\n```" in section

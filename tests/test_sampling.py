@@ -41,13 +41,14 @@ def test_every_step_keeps_exactly_what_was_drawn_and_then_the_own_budget_is_back
             assert model.spot_config.keep == keep
 
 
-def test_the_draws_cover_the_whole_range() -> None:
-    model, draw, seen = make_model(), SampledKeep(0.3, 1.0), []
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_the_draws_cover_the_whole_range(power: float) -> None:
+    model, draw, seen = make_model(), SampledKeep(0.3, 1.0, power=power), []
     for _ in range(400):
         with draw(model):
             seen.append(model.spot_config.keep)
     assert min(seen) < 0.33 and max(seen) > 0.97
-    assert sum(seen) / 400 == pytest.approx(0.65, abs=0.03)
+    assert sum(seen) / 400 == pytest.approx(0.3 + 0.7 / (1 + power), abs=0.04)
 
 
 def test_an_error_inside_brings_the_budget_back_too() -> None:
@@ -90,3 +91,5 @@ def test_what_cannot_work_is_refused() -> None:
     for low, high in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.1)):
         with pytest.raises(ValueError, match="0 < low <= high <= 1"):
             SampledKeep(low, high)
+    with pytest.raises(ValueError, match="power: expected more than 0, got 0"):
+        SampledKeep(power=0)

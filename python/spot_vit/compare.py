@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import spot_vit
+from spot_vit.budget import solve_keep
 from spot_vit.corruptions import CORRUPTIONS, SEVERITIES, CorruptedDigits
 from spot_vit.demo import Recipe, build_dense, versions
 from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
@@ -36,20 +37,23 @@ class Setting:
         shares: GMACs of the sparse models as shares of the dense model's.
         seeds: number of seeds, counted up from the first one.
         damaged_images: test images for each corruption and severity.
+        severities: of the corruptions.
     """
 
     recipe: Recipe
     shares: Sequence[float] = (0.5,)
     seeds: int = 3
     damaged_images: int = 360
+    severities: Sequence[int] = SEVERITIES
 
 
 # Four whole digits, one of them asked for: no patch can know by itself whether it matters.
 FULL = Setting(Recipe(steps=2800, data={"num_distractors": 3, "num_fragments": 0}))
 FAST = Setting(
-    dataclasses.replace(FULL.recipe, steps=4, extra_steps=2, test_images=60),
+    dataclasses.replace(FULL.recipe, steps=4, extra_steps=2, batch_size=8, test_images=60),
     seeds=2,
     damaged_images=12,
+    severities=(2,),
 )
 
 
@@ -115,19 +119,9 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
 def matching_keep(recipe: Recipe, method: str, share: float) -> float:
     """The largest ρ, in thousandths, at which the method costs at most that share of dense."""
     model: Any = build_dense(recipe)
-    limit = share * count_flops(model, INPUT).total
+    gmacs = share * count_flops(model, INPUT).total / 1e9
     spot_vit.sparsify(model, method=method, at=list(recipe.at))
-    low, high = 0, 1000  # in thousandths: affordable, and not known to be
-    while high - low > 1:
-        middle = (low + high) // 2
-        spot_vit.set_keep(model, middle / 1000)
-        if count_flops(model, INPUT).total <= limit:
-            low = middle
-        else:
-            high = middle
-    if low == 0:
-        raise ValueError(f"{method}: no budget costs at most {share:.0%} of the dense model")
-    return low / 1000
+    return solve_keep(model, {"gmacs": gmacs, "input_size": INPUT})
 
 
 @dataclass
@@ -152,6 +146,7 @@ class Measured:
 
 
 def _measure(model: Any, setting: Setting, name: str) -> Measured:
+    torch.manual_seed(0)  # random selection draws here too; whether it was just trained is the same
     test = setting.recipe.digits("test", setting.recipe.test_images)
     loader = DataLoader(test, batch_size=120)
     few = setting.recipe.digits("test", setting.damaged_images)
@@ -163,7 +158,7 @@ def _measure(model: Any, setting: Setting, name: str) -> Measured:
                     DataLoader(CorruptedDigits(few, kind, severity), batch_size=120),
                     f"{name}: {kind} {severity}",
                 ).correct
-                for severity in SEVERITIES
+                for severity in setting.severities
             ]
         )
         for kind in CORRUPTIONS
@@ -237,9 +232,9 @@ def describe(summary: Mapping[str, Any]) -> str:
             cells.append(spread(values))
             shown = row["method"] not in ("dense", "spot")
             cells.append(signed(row[lead]) if shown else "")
-        stages = [statistics.mean(stage) for stage in zip(*row["foreground"], strict=True)]
-        for shares in (stages, row["random"]):
-            cells.append(" ".join(f"{share:.0%}" for share in shares))
+        stages = zip(*row["foreground"], strict=True)
+        cells.append(", ".join(spread(stage, 0) for stage in stages))
+        cells.append(", ".join(f"{share:.0%}" for share in row["random"]))
         accuracy.append(cells)
     damage = [["damaged", *CORRUPTIONS]]
     for row in [{"method": "dense", **dense}, *rows]:
@@ -247,6 +242,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         cells = [spread(row["damaged"][kind]) for kind in CORRUPTIONS]
         damage.append([METHODS.get(row["method"], row["method"]) + share, *cells])
     seeds, recipe = setting["seeds"], setting["recipe"]
+    strengths = len(setting["severities"])
     note = ""
     if summary["quick"]:
         note = "\n\nA quick run: nothing is trained enough for the figures to mean anything."
@@ -254,9 +250,9 @@ def describe(summary: Mapping[str, Any]) -> str:
     return f"""{format_table(accuracy)}
 
 accuracy         on {recipe["test_images"]} images, mean ± standard deviation over {seeds} seeds
-damaged          the same, mean over {len(CORRUPTIONS)} corruptions at {len(SEVERITIES)} severities
+damaged          the same, mean over {len(CORRUPTIONS)} corruptions at {strengths} severities
 SPOT leads by    paired difference in points and its standard error, over images and seeds
-foreground kept  patches of the digit asked for that survive each stage, mean over seeds
+foreground kept  patches of the digit asked for that survive each stage, in the same way
 
 {format_table(damage)}
 

@@ -172,6 +172,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
+        "spot": spot_vit.__version__,
     }
 
 

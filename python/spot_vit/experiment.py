@@ -62,15 +62,14 @@ def trained_sparse(
         backbone_lr_scale=recipe.extra_lr / recipe.predictor_lr,
         freeze_epochs=0,
     )
-    ratios = model.spot_config.keep_ratios()
-    if sample_keep is not None:
-        ratios = spot_vit.SampledKeep(*sample_keep, seed=seed)
+    draw = sample_keep and spot_vit.SampledKeep(*sample_keep, seed=seed)
+    ratios = draw or model.spot_config.keep_ratios()
     objective = SpotObjective(ratios, teacher=copy.deepcopy(dense))
     config = {
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
         "spot": model.spot_config.to_dict(),
-        "sample_keep": sample_keep,
+        "sample_keep": draw and [draw.low, draw.high, draw.power],
     }
     _train_once(
         path, model, config, lambda: train_phase(model, groups, recipe, seed, path.stem, objective)
@@ -110,10 +109,10 @@ def difference(ours: Tensor, theirs: Tensor, groups: np.ndarray) -> tuple[float,
     return mean, math.hypot(images, seeds)
 
 
-def spread(shares: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, in percent."""
+def spread(shares: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds, in percent; of the latter at least one decimal."""
     deviation = statistics.stdev(shares) if len(shares) > 1 else 0.0
-    return f"{statistics.mean(shares):.2%} ± {100 * deviation:.2f}"
+    return f"{statistics.mean(shares):.{digits}%} ± {100 * deviation:.{max(digits, 1)}f}"
 
 
 def signed(found: Sequence[float]) -> str:

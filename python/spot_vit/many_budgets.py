@@ -42,7 +42,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     torch.set_num_threads(threads)
     recipe = Recipe()
     if quick:
-        recipe = dataclasses.replace(recipe, steps=4, extra_steps=2, test_images=60)
+        recipe = dataclasses.replace(recipe, steps=4, extra_steps=2, batch_size=8, test_images=60)
     seeds = range(seed, seed + (2 if quick else 3))
     test = recipe.digits("test", recipe.test_images)
     loader = DataLoader(test, batch_size=120)
