@@ -57,7 +57,7 @@ def topk_mask(logp: Tensor, previous: Tensor | None, num_keep: int, tau: float) 
     cut = torch.where(
         cut.isfinite(), cut, torch.zeros_like(cut)
     )  # nothing dropped, or nothing kept
-    # With a cut that stood still, raising all scores would seem to keep more: they grew without end.
+    # With a cut that stood still, raising all scores would seem to keep more, without end.
     slope = ((scores - cut) / tau).sigmoid()  # 0 for those that are gone, whose score is -inf
     slope = slope * (1 - slope)
     total = slope.sum(dim=1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
