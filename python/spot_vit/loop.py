@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,6 +65,7 @@ class SpotLoop(nn.Module):
     _spot_ratios: tuple[tuple[int, int], ...]  # numerator, denominator per stage
     blocks: Any
     norm: nn.Module
+    patch_embed: Any
     num_prefix_tokens: int
     has_class_token: bool
     grad_checkpointing: bool
@@ -128,6 +130,52 @@ class SpotLoop(nn.Module):
         """Final normalised tokens: all of them where training masks, otherwise survivors."""
         refuse_masks(attn_mask, is_causal)
         return self.norm(self._run(x).tokens)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Block outputs as timm gives them, on the full grid.
+
+        A token that was dropped keeps the last value it had, so maps stay dense. The final features
+        are those of `forward_features`: survivors only, where training does not mask.
+        """
+        refuse_masks(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        run = self._run(x, take=take, stop=last + 1 if stop_early else None)
+        full = [run.taken[b] for b in sorted(run.taken)]
+        if norm:
+            full = [self.norm(y) for y in full]
+        prefix = [y[:, : self.num_prefix_tokens] for y in full]
+        maps = [y[:, self.num_prefix_tokens :] for y in full]
+        if output_fmt == "NCHW":
+            grid = self._grid(*x.shape[-2:])
+            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self.norm(run.tokens)
+            return result
+        outputs: list[Any] = list(zip(maps, prefix, strict=True)) if with_prefix else maps
+        return outputs if intermediates_only else (self.norm(run.tokens), outputs)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        return self.patch_embed.dynamic_feat_size((height, width))
 
     # ---- the loop --------------------------------------------------------------------------------
 

@@ -81,6 +81,14 @@ class BlockLook(nn.Module):
     stage: int | None
     relevance: nn.Module | None
 
+    def forward(self, x: Tensor, *args: Any, look: Look | None = None, **arguments: Any) -> Any:
+        """Tokens [B, N, C], by timm's own forward method; with `look` a `Seen`."""
+        if look is None:
+            return super().forward(x, *args, **arguments)
+        x, stats = self._attend(x, look, **arguments)
+        x, kept = cut_inside(x, stats, look)
+        return Seen(self._mix(x), stats, kept)
+
     def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The first half of the block: x plus its attention branch, and statistics."""
         raise NotImplementedError
@@ -89,10 +97,26 @@ class BlockLook(nn.Module):
         """The second half: x plus its MLP branch."""
         raise NotImplementedError
 
-    def _look(self, x: Tensor, look: Look, **arguments: Any) -> Seen:
-        x, stats = self._attend(x, look, **arguments)
-        x, index = cut_inside(x, stats, look)
-        return Seen(self._mix(x), stats, index)
+
+class GammaBlockLook(BlockLook):
+    """Mixin for pre-norm blocks with scales `gamma_1` and `gamma_2`, or None for them."""
+
+    norm1: nn.Module
+    attn: nn.Module
+    gamma_1: Tensor | None
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    gamma_2: Tensor | None
+    drop_path2: nn.Module
+
+    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        y, stats = self.attn(self.norm1(x), look=look, **arguments)
+        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), stats
+
+    def _mix(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
 def refuse_dropout(attention: Any) -> str | None:

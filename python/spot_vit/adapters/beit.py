@@ -13,13 +13,12 @@ from spot_vit.adapters.base import (
     ATTENTIONS,
     BLOCKS,
     MODELS,
-    BlockLook,
     ClassAdapter,
+    GammaBlockLook,
     names,
     refuse_dropout,
     register,
 )
-from spot_vit.intermediates import dense_intermediates
 from spot_vit.look import Look, attend
 from spot_vit.loop import SpotLoop
 from spot_vit.places import BiasPlaces, Places
@@ -49,28 +48,8 @@ class SpotBeitAttention(beit.Attention):
         return self.proj_drop(self.proj(out)), stats
 
 
-class SpotBeitBlock(BlockLook, beit.Block):
+class SpotBeitBlock(GammaBlockLook, beit.Block):  # type: ignore[misc]
     """Pre-norm block with scales of its own."""
-
-    def forward(
-        self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *, look: Look | None = None
-    ) -> Any:
-        """Tokens [B, N, C]; with `look` a `Seen`."""
-        if look is None:
-            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        return self._look(x, look, shared_rel_pos_bias=shared_rel_pos_bias)
-
-    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
-        y, stats = self.attn(self.norm1(x), look=look, **arguments)
-        if self.gamma_1 is not None:
-            y = self.gamma_1 * y
-        return x + self.drop_path1(y), stats
-
-    def _mix(self, x: Tensor) -> Tensor:
-        y = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            y = self.gamma_2 * y
-        return x + self.drop_path2(y)
 
 
 class SpotBeit(SpotLoop, beit.Beit):
@@ -91,30 +70,6 @@ class SpotBeit(SpotLoop, beit.Beit):
         pool = {"": "", "avg": "avg"}.get(self.global_pool or "", "token")
         x = pool_kept(x, mask, pool, self.num_prefix_tokens)
         return self.head(self.head_drop(self.fc_norm(x)))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Block outputs on the full grid, see `dense_intermediates`."""
-        height, width = x.shape[-2:]
-        return dense_intermediates(
-            self,
-            x,
-            self.patch_embed.dynamic_feat_size((height, width)),
-            indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
 
 
 _BIASED = names("x shared_rel_pos_bias")

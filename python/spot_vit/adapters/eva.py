@@ -14,16 +14,15 @@ from spot_vit.adapters.base import (
     ATTENTIONS,
     BLOCKS,
     MODELS,
-    BlockLook,
     ClassAdapter,
+    GammaBlockLook,
     names,
     refuse_dropout,
     refuse_patch_drop,
     register,
 )
-from spot_vit.intermediates import dense_intermediates
 from spot_vit.look import Look, attend
-from spot_vit.loop import SpotLoop, refuse_masks
+from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
 from spot_vit.pooling import pool_kept, refuse_attn_pool
 
@@ -117,37 +116,11 @@ def _rotate(t: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:
     return torch.cat([t[:, :, :num_prefix], patches], dim=2).transpose(1, 2)
 
 
-class SpotEvaBlock(BlockLook, EvaBlock):
+class SpotEvaBlock(GammaBlockLook, EvaBlock):  # type: ignore[misc]
     """Pre-norm block with scales of its own."""
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        look: Look | None = None,
-    ) -> Any:
-        """Tokens [B, N, C]; with `look` a `Seen`."""
-        if look is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        return self._look(x, look, rope=rope)
 
-    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
-        y, stats = self.attn(self.norm1(x), look=look, **arguments)
-        if self.gamma_1 is not None:
-            y = self.gamma_1 * y
-        return x + self.drop_path1(y), stats
-
-    def _mix(self, x: Tensor) -> Tensor:
-        y = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            y = self.gamma_2 * y
-        return x + self.drop_path2(y)
-
-
-class SpotEva(SpotLoop, Eva):
+class SpotEva(SpotLoop, Eva):  # type: ignore[misc]
     """A converted `Eva`."""
 
     blocks: Any
@@ -172,33 +145,6 @@ class SpotEva(SpotLoop, Eva):
             attn_pool=self.attn_pool,
         )
         return self.head(self.head_drop(self.fc_norm(x)))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """Block outputs on the full grid, see `dense_intermediates`."""
-        refuse_masks(attn_mask, is_causal)
-        height, width = x.shape[-2:]
-        return dense_intermediates(
-            self,
-            x,
-            self.patch_embed.dynamic_feat_size((height, width)),
-            indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
 
 
 def _refuse_model(model: Any) -> str | None:

@@ -23,19 +23,6 @@ from spot_vit.lvvit import LVBlock, LVViT
 class SpotLVBlock(BlockLook, LVBlock):
     """Pre-norm block with divided residuals."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        look: Look | None = None,
-    ) -> Any:
-        """Tokens [B, N, C]; with `look` a `Seen`."""
-        if look is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self._look(x, look)
-
     def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
         y, stats = self.attn(self.norm1(x), look=look, **arguments)
         return x + self.drop_path1(self.ls1(y)) / self.skip_lam, stats

@@ -8,7 +8,6 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
 from spot_vit.adapters.base import MODELS, ClassAdapter, names, refuse_patch_drop, register
-from spot_vit.intermediates import dense_intermediates
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
 from spot_vit.pooling import pool_kept, refuse_attn_pool
@@ -66,32 +65,17 @@ class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
     def forward_intermediates(
         self,
         x: Any,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
+        *args: Any,
         patch_coord: Tensor | None = None,
         patch_valid: Tensor | None = None,
-        attn_mask: Tensor | None = None,
+        **arguments: Any,
     ) -> Any:
-        """Block outputs on the full grid, see `dense_intermediates`."""
+        """Block outputs on the full grid, see `SpotLoop.forward_intermediates`."""
         _refuse_patches(x, patch_coord, patch_valid)
-        height, width = x.shape[-2:]
-        return dense_intermediates(
-            self,
-            x,
-            self.embeds.dynamic_feat_size((height, width)),
-            indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-        )
+        return super().forward_intermediates(x, *args, **arguments)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.embeds.dynamic_feat_size((height, width))
 
 
 def _refuse_patches(x: Any, patch_coord: Any, patch_valid: Any) -> None:

@@ -20,9 +20,8 @@ from spot_vit.adapters.base import (
     refuse_patch_drop,
     register,
 )
-from spot_vit.intermediates import dense_intermediates
 from spot_vit.look import Look, attend
-from spot_vit.loop import SpotLoop, refuse_masks
+from spot_vit.loop import SpotLoop
 from spot_vit.places import Places
 from spot_vit.pooling import pool_kept, refuse_attn_pool
 
@@ -54,19 +53,6 @@ class SpotAttention(Attention):
 class SpotBlock(BlockLook, Block):
     """Pre-norm block."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        look: Look | None = None,
-    ) -> Any:
-        """Tokens [B, N, C]; with `look` a `Seen`."""
-        if look is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self._look(x, look)
-
     def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
         y, stats = self.attn(self.norm1(x), look=look, **arguments)
         return x + self.drop_path1(self.ls1(y)), stats
@@ -77,19 +63,6 @@ class SpotBlock(BlockLook, Block):
 
 class SpotResPostBlock(BlockLook, ResPostBlock):
     """Block with norms at the end of its branches."""
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        look: Look | None = None,
-    ) -> Any:
-        """Tokens [B, N, C]; with `look` a `Seen`."""
-        if look is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self._look(x, look)
 
     def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
         y, stats = self.attn(x, look=look, **arguments)
@@ -118,35 +91,6 @@ class SpotVisionTransformer(SpotLoop, VisionTransformer):
             attn_pool=self.attn_pool,
         )
         return self.head(self.head_drop(self.fc_norm(x)))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """Block outputs on the full grid, see `dense_intermediates`."""
-        refuse_masks(attn_mask, is_causal)
-        height, width = x.shape[-2:]
-        return dense_intermediates(
-            self,
-            x,
-            self.patch_embed.dynamic_feat_size((height, width)),
-            indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-        )
 
 
 class SpotVisionTransformerDistilled(SpotVisionTransformer, VisionTransformerDistilled):
