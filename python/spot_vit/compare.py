@@ -18,7 +18,14 @@ import spot_vit
 from spot_vit.budget import solve_keep
 from spot_vit.corruptions import CORRUPTIONS, SEVERITIES, CorruptedDigits
 from spot_vit.demo import Recipe, build_dense, versions
-from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
+from spot_vit.experiment import (
+    difference,
+    over_seeds,
+    signed,
+    spread,
+    trained_dense,
+    trained_sparse,
+)
 from spot_vit.flops import count_flops
 from spot_vit.report import relevance
 from spot_vit.table import format_table
@@ -249,7 +256,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     judged = "\n".join(verdict(rows))
     return f"""{format_table(accuracy)}
 
-accuracy         on {recipe["test_images"]} images, mean ± standard deviation over {seeds} seeds
+accuracy         on {recipe["test_images"]} images, {over_seeds(seeds)}
 damaged          the same, mean over {len(CORRUPTIONS)} corruptions at {strengths} severities
 SPOT leads by    paired difference in points and its standard error, over images and seeds
 foreground kept  patches of the digit asked for that survive each stage, in the same way

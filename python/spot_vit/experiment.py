@@ -110,9 +110,16 @@ def difference(ours: Tensor, theirs: Tensor, groups: np.ndarray) -> tuple[float,
 
 
 def spread(shares: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds, in percent; of the latter at least one decimal."""
-    deviation = statistics.stdev(shares) if len(shares) > 1 else 0.0
-    return f"{statistics.mean(shares):.{digits}%} ± {100 * deviation:.{max(digits, 1)}f}"
+    """Mean ± standard deviation over seeds, in percent; of one seed the figure alone."""
+    mean = f"{statistics.mean(shares):.{digits}%}"
+    if len(shares) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(shares):.{max(digits, 1)}f}"
+
+
+def over_seeds(count: int) -> str:
+    """What `spread` shows for so many seeds."""
+    return f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed only"
 
 
 def signed(found: Sequence[float]) -> str:

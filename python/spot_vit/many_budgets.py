@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader
 
 import spot_vit
 from spot_vit.demo import Recipe, versions
-from spot_vit.experiment import difference, signed, spread, trained_dense, trained_sparse
+from spot_vit.experiment import (
+    difference,
+    over_seeds,
+    signed,
+    spread,
+    trained_dense,
+    trained_sparse,
+)
 from spot_vit.table import format_table
 from spot_vit.train import evaluate, save_json
 
@@ -117,7 +124,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 one checkpoint  trained with ρ drawn from {low} to {high} at every step, run at the ρ of the row
 one for each ρ  as many steps on the same images, at that ρ alone
-                both: accuracy on {summary["recipe"]["test_images"]} images, mean ± standard \
-deviation over {len(summary["seeds"])} seeds
+                both: accuracy on {summary["recipe"]["test_images"]} images, \
+{over_seeds(len(summary["seeds"]))}
 difference      paired, in points, and its standard error, over images and seeds
 dense           {spread(summary["dense"])}{note}"""
