@@ -25,7 +25,20 @@ def command(folder: Path, *options: str) -> tuple[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         assert (
-            cli.main(["demo", "--quick", "--threads", "1", "--output", str(folder), *options]) == 0
+            cli.main(
+                [
+                    "demo",
+                    "--quick",
+                    "--seeds",
+                    "2",
+                    "--threads",
+                    "1",
+                    "--output",
+                    str(folder),
+                    *options,
+                ]
+            )
+            == 0
         )
     torch.set_num_threads(threads)
     (path,) = folder.glob("*.json")

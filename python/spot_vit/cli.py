@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="instead: one checkpoint for every keep ratio against one for each (half an hour)",
     )
     demo.add_argument("--seed", type=int, default=0, help="of everything random in training")
+    demo.add_argument(
+        "--seeds", type=int, default=3, help="how many of them --compare and --budgets run"
+    )
     demo.add_argument("--threads", type=int, default=2, help="CPU threads to use")
     demo.set_defaults(run=_demo)
 
@@ -47,11 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     try:
         name = "compare" if arguments.compare else "many_budgets" if arguments.budgets else "demo"
+        several = {} if name == "demo" else {"seeds": arguments.seeds}
         importlib.import_module(f"spot_vit.{name}").run(
             arguments.output,
             quick=arguments.quick,
             seed=arguments.seed,
             threads=arguments.threads,
+            **several,
         )
     except ModuleNotFoundError as error:
         hint = "install what the demonstration needs: pip install 'spot-vit[demo]'"

@@ -58,13 +58,14 @@ class Setting:
 FULL = Setting(Recipe(steps=2800, data={"num_distractors": 3, "num_fragments": 0}))
 FAST = Setting(
     dataclasses.replace(FULL.recipe, steps=4, extra_steps=2, batch_size=8, test_images=60),
-    seeds=2,
     damaged_images=12,
     severities=(2,),
 )
 
 
-def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -> dict[str, Any]:
+def run(
+    output: Path, *, quick: bool = False, seed: int = 0, seeds: int = 3, threads: int = 2
+) -> dict[str, Any]:
     """Trains and measures everything, prints the tables, and writes compare.json.
 
     Every method starts from the same dense model of its seed, sees the same images for the same
@@ -75,6 +76,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
         output: folder for the files, made when it is not there.
         quick: a run of seconds that only shows that everything works.
         seed: the first one.
+        seeds: how many.
         threads: CPU threads that torch may use.
 
     Returns:
@@ -82,7 +84,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     """
     started = time.perf_counter()
     torch.set_num_threads(threads)
-    setting = FAST if quick else FULL
+    setting = dataclasses.replace(FAST if quick else FULL, seeds=seeds)
     recipe = setting.recipe
     keeps = {
         (method, share): matching_keep(recipe, method, share)

@@ -29,7 +29,9 @@ KEEPS = (0.3, 0.5, 0.7, 0.9)
 RANGE = (0.3, 1.0)
 
 
-def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -> dict[str, Any]:
+def run(
+    output: Path, *, quick: bool = False, seed: int = 0, seeds: int = 3, threads: int = 2
+) -> dict[str, Any]:
     """Trains and measures, prints the table, and writes budgets.json.
 
     All models of a seed start from the same dense one and see the same images for the same number
@@ -39,7 +41,8 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     Args:
         output: folder for the files, made when it is not there.
         quick: a run of seconds that only shows that everything works.
-        seed: the first of three.
+        seed: the first one.
+        seeds: how many.
         threads: CPU threads that torch may use.
 
     Returns:
@@ -50,12 +53,11 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     recipe = Recipe()
     if quick:
         recipe = dataclasses.replace(recipe, steps=4, extra_steps=2, batch_size=8, test_images=60)
-    seeds = range(seed, seed + (2 if quick else 3))
     test = recipe.digits("test", recipe.test_images)
     loader = DataLoader(test, batch_size=120)
     dense_correct: list[Tensor] = []
     correct: dict[tuple[str, float], list[Tensor]] = {}
-    for current in seeds:
+    for current in range(seed, seed + seeds):
         dense = trained_dense(output, recipe, current)
         dense_correct.append(evaluate(dense, loader, f"test dense, seed {current}").correct)
         one = trained_sparse(
@@ -83,7 +85,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
     sources = test.sources(range(len(test)))
     summary: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
-        "seeds": [*seeds],
+        "seeds": [*range(seed, seed + seeds)],
         "quick": quick,
         "threads": threads,
         "versions": versions(),
