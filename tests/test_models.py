@@ -17,6 +17,7 @@ from spot_vit.adapters import BLOCKS
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+FAMILIES = ["distilled", "EVA-02", "BEiT", "NaFlex, rotary"]  # one model of each class
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 7}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "class token": ("vit_tiny_patch16_224", SMALL),
@@ -182,7 +183,7 @@ def test_decisions_pick_the_highest_scores():
 
 
 @pytest.mark.parametrize("decision", ["gumbel", "topk"])
-@pytest.mark.parametrize("variant", ["class token", "avg", "map pooling (SigLIP)"])
+@pytest.mark.parametrize("variant", ["class token", "avg", "map pooling (SigLIP)", *FAMILIES])
 def test_training_reaches_every_parameter(variant: str, decision: str):
     model = spot_vit.sparsify(build(variant), keep=0.6, at=[1, 2, 3], train_decision=decision)
     model.train()
@@ -245,9 +246,10 @@ def test_set_keep_and_set_back():
         spot_vit.set_keep(model, [0.9, 0.6])
 
 
+@pytest.mark.parametrize("variant", ["class token", *FAMILIES])
 @torch.no_grad()
-def test_object_life():
-    model = spot_vit.sparsify(build(), keep=0.6, at=[1, 2, 3])
+def test_object_life(variant: str):
+    model = spot_vit.sparsify(build(variant), keep=0.6, at=[1, 2, 3])
     x = images(model)
     expected = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -256,7 +258,7 @@ def test_object_life():
     ema = ModelEmaV3(model, decay=0.9)
     ema.update(model)
     assert torch.equal(ema.module(x), expected)
-    fresh = spot_vit.sparsify(build(), keep=0.6, at=[1, 2, 3])
+    fresh = spot_vit.sparsify(build(variant), keep=0.6, at=[1, 2, 3])
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), expected)
     calls = []
@@ -316,33 +318,53 @@ def test_intermediates_take_timm_arguments(arguments: dict[str, Any]):
     assert all(torch.equal(a, b) for a, b in zip(flat, other, strict=True))
 
 
-def test_timm_interfaces_keep_working():
-    model = spot_vit.sparsify(build(), keep=0.6, at=[1, 2, 3])
+@pytest.mark.parametrize("variant", ["class token", *FAMILIES])
+def test_timm_interfaces_keep_working(variant: str):
+    model = spot_vit.sparsify(build(variant), keep=0.6, at=[1, 2, 3])
+    assert set(spot_vit.restore(copy.deepcopy(model)).no_weight_decay()) == set(
+        model.no_weight_decay()
+    )
     model.reset_classifier(4)
     assert model(images(model)).shape == (3, 4)
-    model.set_input_size(img_size=96)
-    assert model(images(model)).shape == (3, 4)
+    side = 4
+    if hasattr(model, "set_input_size"):
+        side = 6
+        model.set_input_size(img_size=side * model.patch_embed.patch_size[0])
+        assert model(images(model)).shape == (3, 4)
     with torch.no_grad():
-        counts = [index.shape[1] for index in model(images(model), aux=True).index]
-    assert counts == [21, 12, 7]
-    assert {"pos_embed", "cls_token"} <= model.no_weight_decay()
+        out = model(images(model), aux=True)
+    ratios = model.spot_config.ratios(3)
+    counts = [side**2 * ratio.numerator // ratio.denominator for ratio in ratios]
+    assert [index.shape[1] for index in out.index] == counts
     model.prune_intermediate_layers([1])
     assert len(model.blocks) == 2
     features, maps = model.forward_intermediates(images(model), indices=[1])
-    assert maps[0].shape == (3, 48, 6, 6)
-    assert features.shape[1] == 1 + 21
+    assert maps[0].shape == (3, 48, side, side)
+    assert features.shape[1] == model.num_prefix_tokens + counts[0]
 
 
-def test_dynamic_image_size():
-    model = spot_vit.sparsify(build(dynamic_img_size=True), keep=0.5, at=[1, 2])
+def test_feature_extractors_stay_dense():
+    name, arguments = VARIANTS["EVA-02"]
+    extractor = timm.create_model(name, features_only=True, **arguments)
+    spot_vit.sparsify(extractor.model, keep=0.5, at=[1, 2])
+    extractor.eval()
+    with torch.no_grad():
+        maps = extractor(torch.randn(2, 3, 56, 56))
+    assert [tuple(m.shape) for m in maps] == [(2, 48, 4, 4)] * len(maps)
+
+
+@pytest.mark.parametrize("variant", ["class token", "DINOv3, registers"])
+def test_dynamic_image_size(variant: str):
+    model = spot_vit.sparsify(build(variant, dynamic_img_size=True), keep=0.5, at=[1, 2])
     with torch.no_grad():
         for size, counts in ((64, [8, 4]), (96, [18, 9])):
             out = model(torch.randn(2, 3, size, size), aux=True)
             assert [index.shape[1] for index in out.index] == counts
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    model = spot_vit.sparsify(build(), keep=0.6, at=[1, 2, 3]).train()
+@pytest.mark.parametrize("variant", ["class token", *FAMILIES])
+def test_gradient_checkpointing_changes_no_gradient(variant: str):
+    model = spot_vit.sparsify(build(variant), keep=0.6, at=[1, 2, 3]).train()
     x = images(model)
 
     def gradients() -> list[Tensor]:
@@ -358,8 +380,9 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(found, expected)
 
 
-def test_autocast_trains():
-    model = spot_vit.sparsify(build(), keep=0.6, at=[1, 2, 3]).train()
+@pytest.mark.parametrize("variant", ["class token", *FAMILIES])
+def test_autocast_trains(variant: str):
+    model = spot_vit.sparsify(build(variant), keep=0.6, at=[1, 2, 3]).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(images(model), aux=True)
     assert out.masks[0].dtype == torch.float32
