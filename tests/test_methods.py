@@ -77,6 +77,17 @@ def test_fused_tokens_train_every_parameter():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["spot", "dynamicvit", "evit", "random"])
+def test_half_precision(method: str, dtype: torch.dtype):
+    model = spot_vit.sparsify(build("EVA-02"), method=method, keep=0.6, at=[1, 2], soft="fuse")
+    model = model.to(dtype)
+    x = images(model)
+    assert model(x).isfinite().all()
+    model.train()(x).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 class PlainEViT:
     """EViT on timm's VisionTransformer, stated without any of our operators."""
 

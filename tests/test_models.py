@@ -499,6 +499,19 @@ def test_given_decisions_must_nest_in_training_too():
     index = torch.tensor([[0, 1]] * 3)
     with pytest.raises(ValueError, match="not kept by the stage before"):
         model(images(model), kept=[index, torch.full((3, 1), 5)])
+    with pytest.raises(ValueError, match="out of range for 16 patch tokens"):
+        model(images(model), kept=[index + 15, index])
+
+
+@torch.no_grad()
+def test_a_head_that_pools_nothing_is_refused():
+    for variant in ("avg", "map pooling (SigLIP)", "BEiT"):
+        model = spot_vit.sparsify(build(variant), keep=0.1, at=[1, 2, 3])
+        with pytest.raises(ValueError, match=r"keep=0.1 leaves none of 16 patch tokens"):
+            model(images(model))
+        assert model.train()(images(model)).isfinite().all()
+    model = spot_vit.sparsify(build("class token"), keep=0.1, at=[1, 2, 3])
+    assert model(images(model)).isfinite().all()
 
 
 def _macs(model: nn.Module, counts: list[int], at: list[int]) -> tuple[int, int]:

@@ -81,6 +81,12 @@ class SpotLoop(nn.Module):
         def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
             """Logits from tokens."""
 
+    @property
+    def _pools_patches(self) -> bool:
+        """Whether the head needs patch tokens."""
+        pool = getattr(self, "global_pool", "") or ""
+        return getattr(self, "attn_pool", None) is not None or pool not in ("", "token")
+
     def _configure(self, config: SpotConfig) -> None:
         """Sets the configuration; ratios as plain ints, which torch.compile can trace."""
         ratios = config.ratios(len(config.at or ()))
@@ -117,6 +123,11 @@ class SpotLoop(nn.Module):
         """
         refuse_masks(attn_mask, is_causal)
         run = self._run(x, kept=kept, every_decision=aux)
+        if self._pools_patches and run.x.shape[1] == run.front and run.grid:
+            raise ValueError(
+                f"keep={self.spot_config.keep} leaves none of {run.grid} patch tokens at the last "
+                "stage, and this model's head pools over them"
+            )
         tokens = self.norm(run.tokens)
         mask = run.pooled()
         logits = self.forward_head(tokens) if mask is None else self._head_kept(tokens, mask)
@@ -265,8 +276,10 @@ class SpotLoop(nn.Module):
             if config.train_decision == "topk":
                 return topk_mask(logp, run.mask, stage.num_keep, config.tau)
             return gumbel_mask(logp, run.mask, config.tau)
-        mask = mask_of(stage.given, run.grid, run.x.dtype)
         eager = not torch.compiler.is_compiling()
+        if eager and ((stage.given < 0) | (stage.given >= run.grid)).any():
+            raise ValueError(f"kept names a position out of range for {run.grid} patch tokens")
+        mask = mask_of(stage.given, run.grid, run.x.dtype)
         if eager and run.mask is not None and (mask > run.mask).any():
             raise ValueError("kept names a token that was not kept by the stage before")
         return mask

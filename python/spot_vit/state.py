@@ -94,7 +94,7 @@ class Pass:
         """
         if weight is not None:
             before = 1 if self.mask is None else self.mask.detach()
-            gone = weight * (before - mask.detach())
+            gone = (weight * (before - mask.detach())).to(self.x.dtype)
             self._add_fused(spot_ext.fuse_tokens(self.x, gone, self._none(), self.front))
             self._place()
         self.mask = mask

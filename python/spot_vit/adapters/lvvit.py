@@ -34,6 +34,10 @@ class SpotLVBlock(BlockLook, LVBlock):
 class SpotLVViT(SpotVisionTransformer, LVViT):
     """A converted `LVViT`: the auxiliary head's maximum runs over kept tokens."""
 
+    @property
+    def _pools_patches(self) -> bool:
+        return self.num_classes > 0 and self.global_pool == "token"
+
     def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.logits(x, mask)
 
