@@ -3,7 +3,7 @@
     python tools/backbones.py [--run] [--check]
 
 Structure is tried on the meta device, for all of timm. With --run each architecture that converts
-is also run on random weights and a random image at its own size, and the outcome is added to
+is also run on random weights and a random image, and the outcome is added to
 benchmarks/results/backbones.json, from which a later call goes on; models of more than 12 GB of
 weights are left at their structure. With --check nothing is written; the exit status is 1 when the
 page is out of date.
@@ -33,6 +33,8 @@ import spot_vit  # noqa: E402
 PAGE = "docs/backbones.md"
 RESULTS = "benchmarks/results/backbones.json"
 LARGEST = 12e9  # bytes of weights that 16 GB of memory can run
+OWN_SIZE = 250e6  # weights up to which a model runs at its own image size
+SIDE = 8  # patches along the side of the images that larger models get
 TOLERANCE = 1e-5  # of the largest output
 
 
@@ -67,10 +69,18 @@ def _short(reason: str) -> str:
     return where + told
 
 
+def _stem(model: Any) -> Any:
+    return model.embeds if hasattr(model, "embeds") else model.patch_embed
+
+
 def randomised(name: str) -> Any:
     """The architecture with random weights, made faster than its own initialisation makes them."""
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
+        if sum(p.numel() for p in model.parameters()) > OWN_SIZE:
+            size = [SIDE * ratio for ratio in _stem(model).feat_ratio(as_scalar=False)]
+            model = timm.create_model(name, pretrained=False, img_size=size)
+            model.pretrained_cfg["input_size"] = (3, *size)
     model = model.to_empty(device="cpu").eval()
     for module in model.modules():
         if hasattr(module, "init_non_persistent_buffers"):
@@ -131,8 +141,9 @@ def page(found: Iterable[Structure], results: dict[str, float]) -> str:
         f"Written by `python tools/backbones.py` with timm {timm.__version__}; do not edit.",
         "",
         f"{len(good) - len(flexible)} of {len(found)} timm architectures convert, and "
-        f"{len(flexible)} of NaFlexVit on top. {len(run)} of them were run with random weights at "
-        "their own size, in eval: at keep = 1.0 every output is bit for bit the dense model's, and "
+        f"{len(flexible)} of NaFlexVit on top. {len(run)} of them were run with random weights in "
+        f"eval, at their own image size (beyond {OWN_SIZE / 1e6:.0f} million weights on {SIDE} x "
+        f"{SIDE} patches): at keep = 1.0 every output is bit for bit the dense model's, and "
         "the loop with statistics that cuts nothing differs by at most "
         f"{worst:.1e} of the largest output. The others (*) have more weights than 16 GB of memory "
         "can run, and are tried for their structure only.",
