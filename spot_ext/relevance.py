@@ -91,7 +91,6 @@ def token_relevance(
         tokens, features, keep, norm_weight, norm_bias, remap_weight, remap_bias, fc1_weight,
         fc1_bias, fc2_weight, fc2_bias, fc3_weight, fc3_bias,
     )  # fmt: skip
-    op = torch.ops.spot.token_relevance
     if _check.eager():
         _check.number("eps", eps)
         _check_relevance(*args)
@@ -100,8 +99,8 @@ def token_relevance(
         assert like is not None
         if not _check.has_kernel("token_relevance", like):
             return token_relevance_reference(*args, eps=eps)
-        return _check.call(op, *args, eps)[0]
-    return op(*args, eps)[0]
+        return _check.call(torch.ops.spot.token_relevance, *args, eps)[0]
+    return torch.ops.spot.token_relevance(*args, eps)[0]
 
 
 # ---- reference: the definition -------------------------------------------------------------------

@@ -14,7 +14,7 @@ _MODULES = ("spot_vit.lvvit", "spot_vit.named")  # they import timm, and registe
 
 def register_with_timm() -> None:
     """Registers now if timm is there, else as soon as it is imported."""
-    if "timm" in sys.modules:
+    if sys.modules.get("timm") is not None:
         _register()
     else:
         sys.meta_path.insert(0, _WhenTimmIsImported())
