@@ -22,6 +22,7 @@ import torch
 
 Side = Callable[[int], Any]
 TURN = 25  # calls of one side before the next has its turn: enough to fill the caches its own way
+TURN_SECONDS = 0.5  # a turn of slow calls is shorter: clocks drift within seconds
 
 
 @dataclass
@@ -125,9 +126,13 @@ def _page_faults() -> int:
 
 
 def _measure_cpu(sides: dict[str, Side], seconds: float) -> tuple[dict[str, Any], str | None]:
+    slowest = 0.0
     for side in sides.values():
         for i in range(3):
+            began = time.perf_counter()
             side(i)
+        slowest = max(slowest, time.perf_counter() - began)
+    turn = min(TURN, max(1, int(TURN_SECONDS / slowest)))
     wall: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
     faults: dict[str, list[int]] = {name: [] for name in sides}
@@ -135,7 +140,7 @@ def _measure_cpu(sides: dict[str, Side], seconds: float) -> tuple[dict[str, Any]
     stop, i = time.perf_counter() + seconds, 0
     while i < 2 * TURN * len(sides) or time.perf_counter() < stop:
         for name, side in sides.items():
-            for _ in range(TURN):
+            for _ in range(turn):
                 faults_start = _page_faults()
                 cpu_start, wall_start = time.process_time(), time.perf_counter()
                 result = side(i)
