@@ -67,6 +67,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "naflexvit_base_patch16_gap",
         {**SMALL, "rope_type": "mixed"},
     ),
+    "NaFlex, multimodal rotary": (
+        "naflexvit_base_patch16_gap",
+        {**SMALL, "rope_type": "mrope", "rope_mrope_section": (2, 3, 3)},
+    ),
     "grouped queries": (
         "naflexvit_base_patch16_gap",
         {
