@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spot_vit.look import Look, Seen, cut_inside
+from spot_vit.pooling import refuse_attn_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,11 @@ def refuse_dropout(attention: Any) -> str | None:
     if attention.attn_drop.p > 0:
         return "attention dropout (attn_drop > 0) has no counterpart in attention with statistics"
     return None
+
+
+def refuse_model(model: Any) -> str | None:
+    """Why a model with timm's `patch_drop` and `attn_pool` cannot be converted, or None."""
+    return refuse_patch_drop(model) or refuse_attn_pool(model.attn_pool)
 
 
 def refuse_patch_drop(model: Any) -> str | None:

@@ -18,13 +18,13 @@ from spot_vit.adapters.base import (
     GammaBlockLook,
     names,
     refuse_dropout,
-    refuse_patch_drop,
+    refuse_model,
     register,
 )
 from spot_vit.look import Look, attend
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
-from spot_vit.pooling import pool_kept, refuse_attn_pool
+from spot_vit.pooling import pool_kept
 
 
 class SpotEvaAttention(EvaAttention):
@@ -147,10 +147,6 @@ class SpotEva(SpotLoop, Eva):  # type: ignore[misc]
         return self.head(self.head_drop(self.fc_norm(x)))
 
 
-def _refuse_model(model: Any) -> str | None:
-    return refuse_patch_drop(model) or refuse_attn_pool(model.attn_pool)
-
-
 _MASKED = names("x attn_mask is_causal")
 _ROTATED = names("x rope attn_mask is_causal")
 _ATTENTION = names(
@@ -178,7 +174,7 @@ register(
             "patch_embed patch_drop norm_pre blocks norm attn_pool fc_norm head_drop head "
             "num_prefix_tokens cls_token global_pool grad_checkpointing rope"
         ),
-        _refuse_model,
+        refuse_model,
     ),
 )
 register(

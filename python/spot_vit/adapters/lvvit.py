@@ -15,7 +15,7 @@ from spot_vit.adapters.base import (
     refuse_patch_drop,
     register,
 )
-from spot_vit.adapters.vit import SpotVisionTransformer
+from spot_vit.adapters.vit import SIGNATURES, SpotVisionTransformer
 from spot_vit.look import Look
 from spot_vit.lvvit import LVBlock, LVViT
 
@@ -42,23 +42,12 @@ class SpotLVViT(SpotVisionTransformer, LVViT):
         return self.logits(x, mask)
 
 
-_MASKED = names("x attn_mask is_causal")
-
 register(
     MODELS,
     ClassAdapter(
         LVViT,
         SpotLVViT,
-        {
-            "forward": _MASKED,
-            "forward_features": _MASKED,
-            "forward_head": names("x pre_logits"),
-            "logits": names("x keep"),
-            "forward_intermediates": names(
-                "x indices return_prefix_tokens norm stop_early output_fmt intermediates_only "
-                "output_dict attn_mask is_causal"
-            ),
-        },
+        {**SIGNATURES, "logits": names("x keep")},
         names(
             "patch_embed patch_drop norm_pre blocks norm head aux_head num_prefix_tokens "
             "has_class_token grad_checkpointing"
@@ -71,7 +60,7 @@ register(
     ClassAdapter(
         LVBlock,
         SpotLVBlock,
-        {"forward": _MASKED},
+        {"forward": names("x attn_mask is_causal")},
         names("norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2 skip_lam"),
     ),
 )

@@ -7,10 +7,10 @@ from typing import Any
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from spot_vit.adapters.base import MODELS, ClassAdapter, names, refuse_patch_drop, register
+from spot_vit.adapters.base import MODELS, ClassAdapter, names, refuse_model, register
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
-from spot_vit.pooling import pool_kept, refuse_attn_pool
+from spot_vit.pooling import pool_kept
 
 
 class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
@@ -88,10 +88,6 @@ def _refuse_patches(x: Any, patch_coord: Any, patch_valid: Any) -> None:
         )
 
 
-def _refuse_model(model: Any) -> str | None:
-    return refuse_patch_drop(model) or refuse_attn_pool(model.attn_pool)
-
-
 _PATCHES = names("patch_coord patch_valid attn_mask")
 
 register(
@@ -115,6 +111,6 @@ register(
             "num_prefix_tokens has_class_token pool_include_prefix global_pool grad_checkpointing "
             "rope rope_is_mixed"
         ),
-        _refuse_model,
+        refuse_model,
     ),
 )

@@ -17,13 +17,13 @@ from spot_vit.adapters.base import (
     ClassAdapter,
     names,
     refuse_dropout,
-    refuse_patch_drop,
+    refuse_model,
     register,
 )
 from spot_vit.look import Look, attend
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places
-from spot_vit.pooling import pool_kept, refuse_attn_pool
+from spot_vit.pooling import pool_kept
 
 
 class SpotAttention(Attention):
@@ -100,12 +100,8 @@ class SpotVisionTransformerDistilled(SpotVisionTransformer, VisionTransformerDis
         return self.forward_head(x)
 
 
-def _refuse_model(model: Any) -> str | None:
-    return refuse_patch_drop(model) or refuse_attn_pool(model.attn_pool)
-
-
 _MASKED = names("x attn_mask is_causal")
-_MODEL = {
+SIGNATURES = {
     "forward": _MASKED,
     "forward_features": _MASKED,
     "forward_head": ("x", "pre_logits"),
@@ -121,16 +117,16 @@ _PARTS = names(
 )
 
 register(
-    MODELS, ClassAdapter(VisionTransformer, SpotVisionTransformer, _MODEL, _PARTS, _refuse_model)
+    MODELS, ClassAdapter(VisionTransformer, SpotVisionTransformer, SIGNATURES, _PARTS, refuse_model)
 )
 register(
     MODELS,
     ClassAdapter(
         VisionTransformerDistilled,
         SpotVisionTransformerDistilled,
-        _MODEL,
+        SIGNATURES,
         (*_PARTS, "head_dist"),
-        _refuse_model,
+        refuse_model,
     ),
 )
 register(
