@@ -25,12 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind.add_argument(
         "--compare",
         action="store_true",
-        help="instead: SPOT, DynamicViT, EViT and random selection at the same cost (half an hour)",
+        help="instead: SPOT, DynamicViT, EViT and random selection at equal cost (up to an hour)",
     )
     kind.add_argument(
         "--budgets",
         action="store_true",
-        help="instead: one checkpoint for every keep ratio against one for each (half an hour)",
+        help="instead: one checkpoint for every keep ratio against one for each (up to an hour)",
     )
     demo.add_argument("--seed", type=int, default=0, help="of everything random in training")
     demo.add_argument(
