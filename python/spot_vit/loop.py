@@ -22,6 +22,7 @@ from spot_vit.decide import gumbel_mask, mask_of, topk_mask
 from spot_vit.look import Cut, Look
 from spot_vit.moments import History
 from spot_vit.places import Places
+from spot_vit.pooling import pool_kept
 from spot_vit.state import Pass
 
 
@@ -69,17 +70,35 @@ class SpotLoop(nn.Module):
     num_prefix_tokens: int
     has_class_token: bool
     grad_checkpointing: bool
+    global_pool: Any
+    fc_norm: Any
+    head_drop: Any
+    head: Any
 
     if TYPE_CHECKING:  # what an adapter and its timm class provide
 
         def _tokens(self, x: Tensor) -> tuple[Tensor, Places]:
             """Image [B, 3, H, W] to tokens [B, P+N, C], ready for the first block, and places."""
 
-        def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-            """Logits from all tokens [B, P+N, C], pooled over the prefix and those in `mask`."""
-
         def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
             """Logits from tokens."""
+
+    @property
+    def _pools_prefix(self) -> bool:
+        """Whether the head pools over prefix tokens together with patches."""
+        return getattr(self, "pool_include_prefix", False)
+
+    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Logits from tokens [B, P+N, C], pooled over the prefix and those in `mask` [B, N]."""
+        x = pool_kept(
+            x,
+            mask,
+            self.global_pool,
+            self.num_prefix_tokens,
+            include_prefix=self._pools_prefix,
+            attn_pool=getattr(self, "attn_pool", None),
+        )
+        return self.head(self.head_drop(self.fc_norm(x)))
 
     @property
     def _pools_patches(self) -> bool:
@@ -133,7 +152,7 @@ class SpotLoop(nn.Module):
         logits = self.forward_head(tokens) if mask is None else self._head_kept(tokens, mask)
         if not aux:
             return logits
-        return SpotOutput(logits, tokens, run.masks, run.logp, run.index)
+        return SpotOutput(logits, tokens, run.all_masks(), run.logp, run.index)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

@@ -37,16 +37,18 @@ def scale_statistics(stats: Tensor, count: Tensor | int, scaling: str) -> Tensor
 class History:
     """Running evidence of one forward pass; local to it, so checkpointing and threads are safe.
 
-    Memory: one tensor [B, N, H, 6] for every block of the window, less than one activation.
+    Memory: one tensor [B, N, H, 6] for every block of the window, less than one activation. Cuts
+    are followed when the next decision asks, so none are after the last.
     """
 
     def __init__(self, config: SpotConfig) -> None:
         self.config = config
         wants_moments = "moments" in config.evidence
         window = config.history if isinstance(config.history, int) else None
-        self._window: list[Tensor] = []
         self._length = window if wants_moments else 1
-        self._latest: Tensor | None = None
+        self._window: list[Tensor] = []
+        self._followed: list[int] = []  # cuts that each of the window has followed
+        self._cuts: list[Tensor] = []
 
     def update(self, stats: Tensor, count: Tensor | int) -> None:
         """Adds a block's statistics [B, N, H, 6], which ran over `count` tokens."""
@@ -56,33 +58,38 @@ class History:
         )
         if config.heads == "mean":
             x = x.mean(dim=2, keepdim=True)
-        self._latest = x
         self._window.append(x)
+        self._followed.append(len(self._cuts))
         if self._length is not None:
-            self._window = self._window[-self._length :]
+            del self._window[: -self._length], self._followed[: -self._length]
 
     def features(self) -> Tensor | None:
         """[B, N, F] evidence for a decision, or None when the config asks for none."""
         config = self.config
         if not config.uses_statistics:
             return None
-        assert self._latest is not None, "a decision with statistics needs a block before it"
+        assert len(self._window) > 0, "a decision with statistics needs a block before it"
+        self._follow()
         first = 0 if "cls" in config.evidence else 2
         last = 6 if "rowcol" in config.evidence else 2
-        parts = [] if first == last else [self._latest[..., first:last]]
+        parts = [] if first == last else [self._window[-1][..., first:last]]
         if "moments" in config.evidence:
             window = torch.stack(self._window)
             # Two passes: a sum of squares would lose digits, variances are tiny beside the squares.
-            # Not torch.var_mean, which takes ten times as long along the first dimension.
+            # Not torch.var_mean, which is slow along the first dimension.
             mean = window.mean(dim=0)
             parts += [mean, (window - mean).square().mean(dim=0)]
         return torch.cat([part.flatten(2) for part in parts], dim=-1)
 
     def decided(self, index: Tensor | None) -> None:
-        """Follows a decision: keeps the rows of `index` [B, M] (None keeps all)."""
+        """Notes a decision: only the rows of `index` [B, M] are left (None keeps all)."""
+        if index is not None:
+            self._cuts.append(index)
         if self.config.history == "since_last":
-            self._window = []
-        if index is None or self._latest is None:
-            return
-        self._latest = spot_ext.compact_tokens(self._latest, index, num_prefix=0)
-        self._window = [spot_ext.compact_tokens(x, index, num_prefix=0) for x in self._window]
+            self._window, self._followed = [], []
+
+    def _follow(self) -> None:
+        for i, followed in enumerate(self._followed):
+            for index in self._cuts[followed:]:
+                self._window[i] = spot_ext.compact_tokens(self._window[i], index, num_prefix=0)
+            self._followed[i] = len(self._cuts)

@@ -72,6 +72,13 @@ class Pass:
             return (self.position < self.grid).to(self.x.dtype)
         return self.mask
 
+    def all_masks(self) -> list[Tensor]:
+        """[B, N] cumulative mask of each stage."""
+        if self.mask is not None:
+            return self.masks
+        size = self.grid + self.num_rivals
+        return [mask_of(index, size, self.x.dtype)[:, : self.grid] for index in self.index]
+
     def positions(self) -> Tensor:
         """[B, alive] grid positions of the patch tokens."""
         if self.position is not None:
@@ -123,21 +130,16 @@ class Pass:
     def keep_all(self) -> None:
         """A stage that cuts nothing."""
         self.history.decided(None)
-        self._note(self.positions())
+        self.index.append(self.positions())
 
     def _follow(self, index: Tensor, rival: bool = False) -> None:
         self.position = index if self.position is None else self.position.gather(1, index)
-        self._note(self.position)
+        self.index.append(self.position)
         if rival:
             self.position = F.pad(self.position, (1, 0), value=self.grid + self.num_rivals)
             self.num_rivals += 1
         self.history.decided(index)
         self._place()
-
-    def _note(self, position: Tensor) -> None:
-        self.index.append(position)
-        masks = mask_of(position, self.grid + self.num_rivals, self.x.dtype)
-        self.masks.append(masks[:, : self.grid])
 
     def _place(self) -> None:
         if self.full_places.tied:

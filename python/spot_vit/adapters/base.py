@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -82,6 +82,14 @@ class BlockLook(nn.Module):
     stage: int | None
     relevance: nn.Module | None
 
+    if TYPE_CHECKING:  # what an adapter provides
+
+        def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+            """The first half of the block: x plus its attention branch, and statistics."""
+
+        def _mix(self, x: Tensor) -> Tensor:
+            """The second half: x plus its MLP branch."""
+
     def forward(self, x: Tensor, *args: Any, look: Look | None = None, **arguments: Any) -> Any:
         """Tokens [B, N, C], by timm's own forward method; with `look` a `Seen`."""
         if look is None:
@@ -89,14 +97,6 @@ class BlockLook(nn.Module):
         x, stats = self._attend(x, look, **arguments)
         x, kept = cut_inside(x, stats, look)
         return Seen(self._mix(x), stats, kept)
-
-    def _attend(self, x: Tensor, look: Look, **arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """The first half of the block: x plus its attention branch, and statistics."""
-        raise NotImplementedError
-
-    def _mix(self, x: Tensor) -> Tensor:
-        """The second half: x plus its MLP branch."""
-        raise NotImplementedError
 
 
 class GammaBlockLook(BlockLook):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spot_vit.adapters.base import (
@@ -24,89 +25,77 @@ from spot_vit.adapters.base import (
 from spot_vit.look import Look, attend
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
-from spot_vit.pooling import pool_kept
 
 
-class SpotEvaAttention(EvaAttention):
-    """Attention with rotary embeddings and no bias of the keys, that can be looked at."""
+class RotaryLook(nn.Module):
+    """Mixin of attention adapters: rotary embeddings, and attention that can be looked at."""
+
+    num_kv_groups = 1
+
+    if TYPE_CHECKING:  # what an adapter and its timm class provide
+        q_norm: nn.Module
+        k_norm: nn.Module
+        norm: nn.Module
+        gate: nn.Module | None
+        proj: nn.Module
+        proj_drop: nn.Module
+        scale: float
+        rotate_half: bool
+
+        def _project(self, x: Tensor) -> Sequence[Tensor]:
+            """Q [B, N, H, D], and k and v, of H / num_kv_groups heads."""
 
     def forward(
         self,
         x: Tensor,
         rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
+        *args: Any,
         look: Look | None = None,
+        **arguments: Any,
     ) -> Any:
         """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
         if look is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            return super().forward(x, rope, *args, **arguments)
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (_rotate(t, rope, look.num_prefix, self.rotate_half).type_as(v) for t in (q, k))
+        if self.num_kv_groups > 1:
+            k, v = (t.repeat_interleave(self.num_kv_groups, dim=2) for t in (k, v))
+        out, stats = attend(q, k, v, look, self.scale)
+        out = self.norm(out)
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out)), stats
+
+
+class SpotEvaAttention(RotaryLook, EvaAttention):  # type: ignore[misc]
+    """Attention with rotary embeddings and no bias of the keys."""
+
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
         if self.qkv is None:
-            q, k, v = (
-                project(x).unflatten(2, (self.num_heads, -1))
-                for project in (self.q_proj, self.k_proj, self.v_proj)
-            )
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            return [project(x).unflatten(2, (self.num_heads, -1)) for project in projections]
+        parts: Any = (self.q_bias, self.k_bias, self.v_bias)
+        bias = None if self.q_bias is None else torch.cat(parts)
+        if self.qkv_bias_separate and bias is not None:
+            qkv = self.qkv(x) + bias
         else:
-            parts: Any = (self.q_bias, self.k_bias, self.v_bias)
-            bias = None if self.q_bias is None else torch.cat(parts)
-            if self.qkv_bias_separate and bias is not None:
-                qkv = self.qkv(x) + bias
-            else:
-                qkv = F.linear(x, self.qkv.weight, bias)
-            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        return _rotated_attention(self, x, q, k, v, rope, look)
+            qkv = F.linear(x, self.qkv.weight, bias)
+        return qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
 
 
-class SpotAttentionRope(AttentionRope):
-    """Attention with rotary embeddings, heads of keys and values in groups, that can be looked at.
+class SpotAttentionRope(RotaryLook, AttentionRope):  # type: ignore[misc]
+    """Attention with rotary embeddings and heads of keys and values in groups.
 
     Statistics are those of the queries' heads.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        look: Look | None = None,
-    ) -> Any:
-        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
-        if look is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
         if self.qkv is None:
-            q, k, v = (
-                project(x).unflatten(2, (-1, self.head_dim))
-                for project in (self.q_proj, self.k_proj, self.v_proj)
-            )
-        else:
-            q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
-        return _rotated_attention(self, x, q, k, v, rope, look, self.num_kv_groups)
-
-
-def _rotated_attention(
-    module: Any,
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: Tensor | None,
-    look: Look,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor | None]:
-    """What both attention classes do from q, k, v [B, N, H, D] on."""
-    q, k = module.q_norm(q), module.k_norm(k)
-    if rope is not None:
-        q, k = (_rotate(t, rope, look.num_prefix, module.rotate_half).type_as(v) for t in (q, k))
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    out, stats = attend(q, k, v, look, module.scale)
-    out = module.norm(out)
-    if module.gate is not None:
-        out = out * module.gate(x).sigmoid()
-    return module.proj_drop(module.proj(out)), stats
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            return [project(x).unflatten(2, (-1, self.head_dim)) for project in projections]
+        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
 
 
 def _rotate(t: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:
@@ -135,16 +124,9 @@ class SpotEva(SpotLoop, Eva):  # type: ignore[misc]
         places = Places() if rope is None else RopePlaces(rope, getattr(self, "rope_mixed", False))
         return self.norm_pre(x), places
 
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = pool_kept(
-            x,
-            mask,
-            self.global_pool,
-            self.num_prefix_tokens,
-            include_prefix=self.attn_pool is not None,  # as `Eva.pool` has it
-            attn_pool=self.attn_pool,
-        )
-        return self.head(self.head_drop(self.fc_norm(x)))
+    @property
+    def _pools_prefix(self) -> bool:
+        return self.attn_pool is not None  # as `Eva.pool` has it
 
 
 _MASKED = names("x attn_mask is_causal")

@@ -10,7 +10,6 @@ from torch import Tensor
 from spot_vit.adapters.base import MODELS, ClassAdapter, names, refuse_model, register
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
-from spot_vit.pooling import pool_kept
 
 
 class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
@@ -50,17 +49,6 @@ class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
         rope = embeds["rope_embeds"]
         places = Places() if rope is None else RopePlaces(rope, self.rope_is_mixed)
         return embeds["patches"], places
-
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = pool_kept(
-            x,
-            mask,
-            self.global_pool,
-            self.num_prefix_tokens,
-            include_prefix=self.pool_include_prefix,
-            attn_pool=self.attn_pool,
-        )
-        return self.head(self.head_drop(self.fc_norm(x)))
 
     def forward_intermediates(
         self,

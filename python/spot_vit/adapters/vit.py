@@ -23,7 +23,6 @@ from spot_vit.adapters.base import (
 from spot_vit.look import Look, attend
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places
-from spot_vit.pooling import pool_kept
 
 
 class SpotAttention(Attention):
@@ -80,17 +79,6 @@ class SpotVisionTransformer(SpotLoop, VisionTransformer):
     def _tokens(self, x: Tensor) -> tuple[Tensor, Places]:
         x = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(self.patch_drop(x)), Places()
-
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = pool_kept(
-            x,
-            mask,
-            self.global_pool,
-            self.num_prefix_tokens,
-            include_prefix=self.pool_include_prefix,
-            attn_pool=self.attn_pool,
-        )
-        return self.head(self.head_drop(self.fc_norm(x)))
 
 
 class SpotVisionTransformerDistilled(SpotVisionTransformer, VisionTransformerDistilled):
