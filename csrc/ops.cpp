@@ -67,4 +67,25 @@ STABLE_TORCH_LIBRARY(spot, m) {
       "bool keep_grad=True, bool weights_grad=True) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
+
+  // coefficients [B, H, N-P, R], basis [R, columns], columns [B, N] int64 (those in play; all
+  // without), keep [B, N-P] -> index [B, H, N-P, budget] int32, ascending, -1 behind the last
+  m.def(
+      "connectivity(Tensor coefficients, Tensor basis, SymInt budget, Tensor? columns=None, "
+      "Tensor? keep=None, SymInt? coef_topk=None, float? threshold=None) -> Tensor");
+
+  // q, k, v [B, N, H, D], index [B, H, N-P, K] int32 (-1 behind the last), keep [B, N-P]
+  // -> out [B, N, H, D], stats [B, N, H, 6] (empty without need_stats), lse [B, N, H]
+  m.def(
+      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor index, Tensor? keep=None, "
+      "float? scale=None, SymInt num_prefix=1, bool class_token=True, bool need_stats=False) "
+      "-> (Tensor out, Tensor stats, Tensor lse)");
+  // grad_out [B, N, H, D], grad_stats [B, N, H, 6], arguments and results of the forward pass
+  // -> gradients of q, k, v and of keep [B, N-P] (float32, or float64 for float64; empty unless
+  // asked for)
+  m.def(
+      "sparse_attention_backward(Tensor grad_out, Tensor? grad_stats, Tensor q, Tensor k, Tensor v, "
+      "Tensor index, Tensor? keep, Tensor out, Tensor stats, Tensor lse, float? scale=None, "
+      "SymInt num_prefix=1, bool class_token=True, bool keep_grad=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }

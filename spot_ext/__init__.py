@@ -1,4 +1,5 @@
-"""SPOT's operators: compaction, attention statistics, relevance; with autograd, for CPU and CUDA.
+"""SPOT's operators: compaction, relevance, attention with statistics or
+sparse; with autograd, for CPU and CUDA.
 
 Importing this package registers `torch.ops.spot.*`. Functions take and return torch tensors; each
 module holds one slice: public functions, `*_reference` definitions in plain PyTorch, and what torch
@@ -21,7 +22,12 @@ from spot_ext.compact import (  # noqa: E402
     select_tokens,
     select_tokens_reference,
 )
+from spot_ext.connectivity import connectivity, connectivity_reference  # noqa: E402
 from spot_ext.relevance import token_relevance, token_relevance_reference  # noqa: E402
+from spot_ext.sparse_attention import (  # noqa: E402
+    sparse_attention,
+    sparse_attention_reference,
+)
 
 __all__ = [
     "__version__",
@@ -29,12 +35,16 @@ __all__ = [
     "attention_stats_reference",
     "compact_tokens",
     "compact_tokens_reference",
+    "connectivity",
+    "connectivity_reference",
     "fuse_tokens",
     "fuse_tokens_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "select_tokens",
     "select_tokens_reference",
+    "sparse_attention",
+    "sparse_attention_reference",
     "token_relevance",
     "token_relevance_reference",
 ]

@@ -156,15 +156,8 @@ def attention_stats_reference(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    num_prefix: int,
-    class_token: bool,
-) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, num_prefix: int, class_token: bool) -> None:
+    """Checks of the operands that every attention op has."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         _check.tensor(name, value, 4)
         _check.dtype(name, value, _check.FLOATING)
@@ -176,12 +169,49 @@ def _check_attention(
     _check.count("num_prefix", num_prefix, 0, q.shape[1], " (the tokens)")
     if class_token and isinstance(num_prefix, int) and num_prefix == 0:
         raise ValueError("class_token=True needs num_prefix of at least 1, got 0")
-    if keep is not None:
-        _check.tensor("keep", keep, 2)
-        _check.dtype("keep", keep, _check.FLOATING)
-        _check.device("keep", keep, "q", q)
-        _check.size("keep", keep, 0, q.shape[0], "the batch")
-        _check.size("keep", keep, 1, q.shape[1] - num_prefix, "the patch tokens")
+
+
+def check_keep(keep: Tensor | None, q: Tensor, num_prefix: int) -> None:
+    """Checks of the training mask beside q [B, N, H, D]."""
+    if keep is None:
+        return
+    _check.tensor("keep", keep, 2)
+    _check.dtype("keep", keep, _check.FLOATING)
+    _check.device("keep", keep, "q", q)
+    _check.size("keep", keep, 0, q.shape[0], "the batch")
+    _check.size("keep", keep, 1, q.shape[1] - num_prefix, "the patch tokens")
+
+
+def check_grads(
+    grad_out: Tensor, grad_stats: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Checks of what a backward pass gets besides the operands."""
+    heads = tuple(q.shape[:3])
+    for name, value, shape in (
+        ("grad_out", grad_out, tuple(q.shape)),
+        ("grad_stats", grad_stats, (*heads, NUM_STATS)),
+        ("out", out, tuple(q.shape)),
+        ("lse", lse, heads),
+    ):
+        if value is None:
+            continue
+        _check.tensor(name, value, len(shape))
+        _check.device(name, value, "q", q)
+        for dim, size in enumerate(shape):
+            _check.size(name, value, dim, size, "as the forward pass has")
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    num_prefix: int,
+    class_token: bool,
+) -> None:
+    check_qkv(q, k, v, num_prefix, class_token)
+    check_keep(keep, q, num_prefix)
     if bias is not None:
         _check.tensor("bias", bias, 4)
         _check.dtype("bias", bias, _check.FLOATING)
@@ -234,19 +264,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     _check_attention(q, k, v, keep, bias, num_prefix, class_token)
-    heads = tuple(q.shape[:3])
-    for name, value, shape in (
-        ("grad_out", grad_out, tuple(q.shape)),
-        ("grad_stats", grad_stats, (*heads, NUM_STATS)),
-        ("out", out, tuple(q.shape)),
-        ("lse", lse, heads),
-    ):
-        if value is None:
-            continue
-        _check.tensor(name, value, len(shape))
-        _check.device(name, value, "q", q)
-        for dim, size in enumerate(shape):
-            _check.size(name, value, dim, size, "as the forward pass has")
+    check_grads(grad_out, grad_stats, q, out, lse)
     keep_shape = keep.shape if keep_grad and keep is not None else (0,)
     bias_shape = bias.shape if bias_grad and bias is not None else (0,)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
