@@ -207,7 +207,7 @@ inline void choose_any(const A* x, int64_t n, int64_t keep, int64_t* positions,
 template <typename A>
 struct ChoiceScratch {
   using Key = decltype(order_key(A{}));
-  A *basis, *coefficients, *turned, *sums;
+  A *basis, *coefficients, *turned, *weights, *sums;
   int32_t *candidates, *places, *used, *chosen;
   Key* keys;
   int64_t* positions;
@@ -215,6 +215,7 @@ struct ChoiceScratch {
       : basis(memory.take<A>(rank * round_up(columns, kLanes<A>))),
         coefficients(memory.take<A>(kChoiceRows * round_up(rank, kLanes<A>))),
         turned(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
+        weights(memory.take<A>(kChoiceRows * used_most)),
         sums(memory.take<A>(kChoiceRows * round_up(columns, kLanes<A>))),
         candidates(memory.take<int32_t>(columns)),
         places(memory.take<int32_t>(columns)),
@@ -271,18 +272,32 @@ class Chooser {
     tile_ = fit / kL < 1 ? kL : fit / kL > kWideVecs ? kWideVecs * kL : fit / kL * kL;
     const T* basis = static_cast<const T*>(a_.basis);
     A* to = m_.basis;
-    largest_ = 0;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
       for (int64_t r = 0; r < a_.rank; ++r, to += width)
-        for (int64_t c = 0; c < width; ++c) {
-          to[c] = first + c < count_
-                      ? load(basis[r * a_.basis_row + m_.places[first + c] * a_.basis_column])
-                      : static_cast<A>(__builtin_nanf(""));
-          const A x = to[c] < 0 ? -to[c] : to[c];
-          if (first + c < count_ && largest_ == largest_ && !(x <= largest_)) largest_ = x;
-        }
+        pack_row(basis + r * a_.basis_row, first, width, to);
     }
+    Vec<A> largest = {};
+    Bits<A> odd = {};
+    for (int64_t i = 0; i < a_.rank * padded_; i += kL) {
+      const Vec<A> x = vec_load(m_.basis + i);
+      largest = vec_max<A>(largest, x < 0 ? -x : x);
+      odd |= x != x;
+    }
+    largest_ = reduce_max<A>(largest);
+    // Of a NaN we know only that it is there; the padding is put back behind each sum.
+    if (count_lanes<A>(odd) > 0) largest_ = static_cast<A>(__builtin_nanf(""));
+  }
+
+  // Columns [first, first + width) of a row of the basis, zero behind the last candidate.
+  void pack_row(const T* row, int64_t first, int64_t width, A* to) const {
+    const int64_t count = count_ - first < width ? count_ - first : width;
+    const int32_t* places = m_.places + first;
+    if (a_.basis_column == 1 && !a_.columns && count_ == a_.num_columns)
+      for (int64_t c = 0; c < count; ++c) to[c] = load(row[first + c]);
+    else
+      for (int64_t c = 0; c < count; ++c) to[c] = load(row[places[c] * a_.basis_column]);
+    for (int64_t c = count; c < width; ++c) to[c] = 0;
   }
 
   // The coefficients of each row that count, ascending.
@@ -345,23 +360,27 @@ class Chooser {
     return odd;
   }
 
+  int64_t num_used() const { return a_.used < a_.rank ? a_.used : a_.rank; }
   int32_t* used_of(int64_t r) const {
     return a_.used >= a_.rank ? m_.used : m_.used + r * (a_.used + kL);
   }
 
   // sums [rows, candidates], NaN behind them.
   void combine(int64_t rows) {
+    const int64_t count = num_used();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t u = 0; u < count; ++u)
+        m_.weights[r * count + u] = m_.coefficients[r * padded_rank_ + used_of(r)[u]];
     const A* tile = m_.basis;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
       with_count<kWideVecs>(static_cast<int>(width / kL), [&](auto n) {
         for (int64_t r = 0; r < rows; ++r) {
           const int32_t* used = used_of(r);
-          const A* x = m_.coefficients + r * padded_rank_;
-          const int64_t count = a_.used < a_.rank ? a_.used : a_.rank;
+          const A* weights = m_.weights + r * count;
           Vec<A> sum[n.value] = {};
           for (int64_t u = 0; u < count; ++u) {
-            const Vec<A> c = splat(x[used[u]]);
+            const Vec<A> c = splat(weights[u]);
             const A* row = tile + used[u] * (n.value * kL);
 #pragma GCC unroll 8
             for (int j = 0; j < n.value; ++j) sum[j] += c * vec_load(row + j * kL);
@@ -380,10 +399,9 @@ class Chooser {
 
   // Whether the sums of row r cannot be NaN; tells the guess how large they are.
   bool sums_are_finite(int64_t r) {
-    const int64_t count = a_.used < a_.rank ? a_.used : a_.rank;
     A size = 0;
-    for (int64_t u = 0; u < count; ++u) {
-      const A c = m_.coefficients[r * padded_rank_ + used_of(r)[u]];
+    for (int64_t u = 0; u < num_used(); ++u) {
+      const A c = m_.weights[r * num_used() + u];
       size += c < 0 ? -c : c;
     }
     if (!(size * largest_ < static_cast<A>(__builtin_inff()))) return false;
