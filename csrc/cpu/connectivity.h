@@ -5,6 +5,9 @@
 // first-level cache, candidates only; a block of rows is combined tile by tile, then the columns of
 // each row are chosen by a search for the threshold that as many reach as are wanted.
 //
+// Coefficients may also be made here, as the softmax of queries times few keys: R D more
+// multiply-accumulates per row, and they are never stored.
+//
 // Cost per row, with R coefficients of which C count, and N columns: R C comparisons (of lanes that
 // are rows), C N multiply-accumulates, and some five passes over N numbers. Scratch per thread:
 // R N numbers for the basis and kChoiceRows N for the block.
@@ -208,21 +211,27 @@ template <typename A>
 struct ChoiceScratch {
   using Key = decltype(order_key(A{}));
   A *basis, *coefficients, *turned, *weights, *sums;
+  A *queries, *made_of, *bias;  // what coefficients are made of
   int32_t *candidates, *places, *used, *chosen;
   Key* keys;
   int64_t* positions;
-  ChoiceScratch(Pieces& memory, int64_t rank, int64_t columns, int64_t used_most)
+  RowState<A> state;
+  ChoiceScratch(Pieces& memory, int64_t rank, int64_t columns, int64_t used_most, int64_t dim)
       : basis(memory.take<A>(rank * round_up(columns, kLanes<A>))),
         coefficients(memory.take<A>(kChoiceRows * round_up(rank, kLanes<A>))),
         turned(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
         weights(memory.take<A>(kChoiceRows * used_most)),
         sums(memory.take<A>(kChoiceRows * round_up(columns, kLanes<A>))),
+        queries(memory.take<A>(kChoiceRows * dim)),
+        made_of(memory.take<A>(dim * round_up(rank, kLanes<A>))),
+        bias(memory.take<A>(round_up(rank, kLanes<A>))),
         candidates(memory.take<int32_t>(columns)),
         places(memory.take<int32_t>(columns)),
         used(memory.take<int32_t>(kChoiceRows * (used_most + kLanes<A>))),
         chosen(memory.take<int32_t>((columns > rank ? columns : rank) + kLanes<A>)),
         keys(memory.take<Key>(round_up(columns > rank ? columns : rank, kKeyLanes))),
-        positions(memory.take<int64_t>(columns > rank ? columns : rank)) {}
+        positions(memory.take<int64_t>(columns > rank ? columns : rank)),
+        state(memory, kChoiceRows) {}
 };
 
 template <typename T>
@@ -234,28 +243,76 @@ class Chooser {
   explicit Chooser(const ConnectivityArgs& args)
       : a_(args),
         padded_rank_(round_up(args.rank, kL)),
-        m_(in_scratch<ChoiceScratch<A>>(args.rank, args.num_columns, args.used)) {}
+        m_(in_scratch<ChoiceScratch<A>>(args.rank, args.num_columns, args.used, args.head_dim)) {}
 
   // Rows [first, first + rows), of one head of one image.
   void run(int64_t first, int64_t rows) {
     const int64_t b = first / (a_.num_heads * a_.num_queries);
     if (b != image_) pack(b);
     const int64_t at = first % (a_.num_heads * a_.num_queries);
-    const T* data = static_cast<const T*>(a_.coefficients) + b * a_.coefficients_strides[0] +
-                    at / a_.num_queries * a_.coefficients_strides[1];
-    for (int64_t r = 0; r < rows; ++r)
-      stage_row(data + (at % a_.num_queries + r) * a_.coefficients_strides[2],
-                a_.coefficients_strides[3], a_.rank, m_.coefficients + r * padded_rank_,
-                padded_rank_);
+    const int64_t h = at / a_.num_queries, q = at % a_.num_queries;
+    if (a_.coefficients)
+      read_coefficients(b, h, q, rows);
+    else
+      make_coefficients(b, h, q, rows);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = a_.rank; c < padded_rank_; ++c)
         m_.coefficients[r * padded_rank_ + c] = static_cast<A>(__builtin_nanf(""));
+    ahead_ = {a_.index + first * a_.budget, 1, 0, rows * a_.budget * 4};
     rank_coefficients(rows);
     combine(rows);
     for (int64_t r = 0; r < rows; ++r) emit(r, a_.index + (first + r) * a_.budget);
   }
 
  private:
+  void read_coefficients(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    const int64_t* strides = a_.coefficients_strides;
+    const T* data = static_cast<const T*>(a_.coefficients) + b * strides[0] + h * strides[1];
+    for (int64_t r = 0; r < rows; ++r)
+      stage_row(data + (q + r) * strides[2], strides[3], a_.rank,
+                m_.coefficients + r * padded_rank_, padded_rank_);
+  }
+
+  // Softmax of queries times keys, plus bias.
+  void make_coefficients(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    const int64_t dim = a_.head_dim, head = b * a_.num_heads + h;
+    const A none = -static_cast<A>(__builtin_inff());
+    if (head != head_) {
+      head_ = head;
+      const Rows<T> keys(a_.keys, b, h);
+      for (int64_t d = 0; d < dim; ++d)
+        for (int64_t c = 0; c < padded_rank_; ++c)
+          m_.made_of[d * padded_rank_ + c] =
+              c < a_.rank ? static_cast<A>(load(keys.row(c)[d * keys.dim])) : A(0);
+      const T* bias = static_cast<const T*>(a_.bias) + b * a_.rank * a_.num_heads + h;
+      for (int64_t c = 0; c < padded_rank_; ++c)
+        m_.bias[c] = c >= a_.rank ? none : a_.bias ? A(load(bias[c * a_.num_heads])) : A(0);
+    }
+    const Rows<T> queries(a_.queries, b, h);
+    for (int64_t r = 0; r < rows; ++r)
+      stage_row(queries.row(q + r), queries.dim, dim, m_.queries + r * dim, dim);
+    const Panels panels(padded_rank_ / kL);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t c = panels.start(p) * kL;
+      multiply(m_.queries, dim, rows, m_.made_of + c, padded_rank_, dim, panels.width(p),
+               m_.coefficients + c, padded_rank_);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < padded_rank_; c += kL) {
+        A* x = m_.coefficients + r * padded_rank_ + c;
+        vec_store(x, vec_load(x) + vec_load(m_.bias + c));
+      }
+    for_groups(rows, [&](auto group, int64_t r) {
+      exponentials<group.value>(m_.coefficients + r * padded_rank_, padded_rank_, padded_rank_ / kL,
+                                padded_rank_, rows, kExpUnit<A>, m_.state, r, m_.coefficients);
+    });
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < padded_rank_; c += kL) {
+        A* x = m_.coefficients + r * padded_rank_ + c;
+        vec_store(x, vec_load(x) / m_.state.sum[r]);
+      }
+  }
+
   // The basis at the candidates of image b, in tiles of columns.
   void pack(int64_t b) {
     image_ = b;
@@ -385,6 +442,7 @@ class Chooser {
 #pragma GCC unroll 8
             for (int j = 0; j < n.value; ++j) sum[j] += c * vec_load(row + j * kL);
           }
+          ahead_.step();
           A* to = m_.sums + r * padded_ + first;
 #pragma GCC unroll 8
           for (int j = 0; j < n.value; ++j) vec_store(to + j * kL, sum[j]);
@@ -440,8 +498,9 @@ class Chooser {
   const int64_t padded_rank_;
   const ChoiceScratch<A> m_;
   Guess<A> guess_;
-  A largest_ = 0;  // of the basis
-  int64_t image_ = -1, count_ = 0, padded_ = 0, tile_ = 0;
+  A largest_ = 0;                  // of the basis
+  Lines ahead_{nullptr, 0, 0, 0};  // of the result
+  int64_t head_ = -1, image_ = -1, count_ = 0, padded_ = 0, tile_ = 0;
 };
 
 // Blocks of kChoiceRows rows [begin, end) of all heads of all images.
