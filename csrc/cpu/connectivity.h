@@ -218,20 +218,20 @@ struct ChoiceScratch {
   RowState<A> state;
   ChoiceScratch(Pieces& memory, int64_t rank, int64_t columns, int64_t used_most, int64_t dim)
       : basis(memory.take<A>(rank * round_up(columns, kLanes<A>))),
-        coefficients(memory.take<A>(kChoiceRows * round_up(rank, kLanes<A>))),
+        coefficients(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
         turned(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
         weights(memory.take<A>(kChoiceRows * used_most)),
         sums(memory.take<A>(kChoiceRows * round_up(columns, kLanes<A>))),
-        queries(memory.take<A>(kChoiceRows * dim)),
+        queries(memory.take<A>(kLanes<A> * dim)),
         made_of(memory.take<A>(dim * round_up(rank, kLanes<A>))),
         bias(memory.take<A>(round_up(rank, kLanes<A>))),
         candidates(memory.take<int32_t>(columns)),
         places(memory.take<int32_t>(columns)),
-        used(memory.take<int32_t>(kChoiceRows * (used_most + kLanes<A>))),
+        used(memory.take<int32_t>(kChoiceRows * used_most)),
         chosen(memory.take<int32_t>((columns > rank ? columns : rank) + kLanes<A>)),
         keys(memory.take<Key>(round_up(columns > rank ? columns : rank, kKeyLanes))),
         positions(memory.take<int64_t>(columns > rank ? columns : rank)),
-        state(memory, kChoiceRows) {}
+        state(memory, kLanes<A>) {}
 };
 
 template <typename T>
@@ -251,15 +251,18 @@ class Chooser {
     if (b != image_) pack(b);
     const int64_t at = first % (a_.num_heads * a_.num_queries);
     const int64_t h = at / a_.num_queries, q = at % a_.num_queries;
-    if (a_.coefficients)
-      read_coefficients(b, h, q, rows);
-    else
-      make_coefficients(b, h, q, rows);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = a_.rank; c < padded_rank_; ++c)
-        m_.coefficients[r * padded_rank_ + c] = static_cast<A>(__builtin_nanf(""));
+    for (int64_t r = 0; r < rows; r += kL) {  // so few that they stay in first-level cache
+      const int64_t some = rows - r < kL ? rows - r : kL;
+      if (a_.coefficients)
+        read_coefficients(b, h, q + r, some);
+      else
+        make_coefficients(b, h, q + r, some);
+      for (int64_t l = 0; l < some; ++l)
+        for (int64_t c = a_.rank; c < padded_rank_; ++c)
+          m_.coefficients[l * padded_rank_ + c] = static_cast<A>(__builtin_nanf(""));
+      rank_coefficients(r, some);
+    }
     ahead_ = {a_.index + first * a_.budget, 1, 0, rows * a_.budget * 4};
-    rank_coefficients(rows);
     combine(rows);
     for (int64_t r = 0; r < rows; ++r) emit(r, a_.index + (first + r) * a_.budget);
   }
@@ -308,8 +311,9 @@ class Chooser {
     });
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < padded_rank_; c += kL) {
+        const A factor = A(1) / m_.state.sum[r];
         A* x = m_.coefficients + r * padded_rank_ + c;
-        vec_store(x, vec_load(x) / m_.state.sum[r]);
+        vec_store(x, vec_load(x) * factor);
       }
   }
 
@@ -357,36 +361,35 @@ class Chooser {
     for (int64_t c = count; c < width; ++c) to[c] = 0;
   }
 
-  // The coefficients of each row that count, ascending.
-  void rank_coefficients(int64_t rows) {
-    if (a_.used >= a_.rank) {
-      for (int64_t c = 0; c < a_.rank; ++c) m_.used[c] = static_cast<int32_t>(c);
-      return;
+  // The coefficients that count, ascending, of at most kL rows from `first` on.
+  void rank_coefficients(int64_t first, int64_t rows) {
+    const int64_t count = num_used();
+    A least[kL];
+    Bits<A> odd = {};  // rows with a NaN
+    const bool all = count == a_.rank, by_lanes = !all && count <= kMostLanes;
+    if (by_lanes) odd = least_counted(m_.coefficients, least);
+    for (int64_t l = 0; l < rows; ++l) {
+      const A* x = m_.coefficients + l * padded_rank_;
+      int32_t* used = m_.used + (first + l) * count;
+      if (all)
+        for (int64_t c = 0; c < count; ++c) used[c] = static_cast<int32_t>(c);
+      else if (by_lanes && !odd[l])
+        take_reaching(x, least[l], used);
+      else
+        choose_any(x, a_.rank, count, m_.positions, m_.keys, used);
+      for (int64_t u = 0; u < count; ++u) m_.weights[(first + l) * count + u] = x[used[u]];
     }
-    for (int64_t r = 0; r < rows; r += kL) {
-      const int64_t lanes = rows - r < kL ? rows - r : kL;
-      const A* block = m_.coefficients + r * padded_rank_;
-      A least[kL];
-      Bits<A> odd = {};  // rows with a NaN
-      const bool by_lanes = a_.used <= kMostLanes;
-      if (by_lanes) odd = least_counted(block, least);
-      for (int64_t l = 0; l < lanes; ++l) {
-        const A* x = block + l * padded_rank_;
-        int32_t* used = used_of(r + l);
-        if (!by_lanes || odd[l]) {
-          choose_any(x, a_.rank, a_.used, m_.positions, m_.keys, used);
-          continue;
-        }
-        int64_t written = 0;
-        for (int64_t c = 0; c < padded_rank_; c += kL)
-          written += append_lanes<A>(vec_load(x + c) >= least[l], static_cast<int32_t>(c),
-                                     m_.chosen + written);
-        if (written == a_.used)
-          std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
-        else
-          take_first(x, a_.used, least[l], a_.used - count_above(x, a_.rank, least[l]), used);
-      }
-    }
+  }
+
+  void take_reaching(const A* x, A least, int32_t* used) {
+    int64_t written = 0;
+    for (int64_t c = 0; c < padded_rank_; c += kL)
+      written +=
+          append_lanes<A>(vec_load(x + c) >= least, static_cast<int32_t>(c), m_.chosen + written);
+    if (written == num_used())
+      std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
+    else
+      take_first(x, num_used(), least, num_used() - count_above(x, a_.rank, least), used);
   }
 
   // Of kL rows the least coefficient that counts: the largest so far sink through `top`. Returns
@@ -418,22 +421,16 @@ class Chooser {
   }
 
   int64_t num_used() const { return a_.used < a_.rank ? a_.used : a_.rank; }
-  int32_t* used_of(int64_t r) const {
-    return a_.used >= a_.rank ? m_.used : m_.used + r * (a_.used + kL);
-  }
 
   // sums [rows, candidates], NaN behind them.
   void combine(int64_t rows) {
     const int64_t count = num_used();
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t u = 0; u < count; ++u)
-        m_.weights[r * count + u] = m_.coefficients[r * padded_rank_ + used_of(r)[u]];
     const A* tile = m_.basis;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
       with_count<kWideVecs>(static_cast<int>(width / kL), [&](auto n) {
         for (int64_t r = 0; r < rows; ++r) {
-          const int32_t* used = used_of(r);
+          const int32_t* used = m_.used + r * count;
           const A* weights = m_.weights + r * count;
           Vec<A> sum[n.value] = {};
           for (int64_t u = 0; u < count; ++u) {
