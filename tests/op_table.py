@@ -1236,8 +1236,9 @@ def _keys_errors(build: Callable[[Any, Any], tuple[Any, ...]]) -> list[Bad]:
             **more: Any) -> Bad:  # fmt: skip
         return Bad(f"index {label}", lambda d: build(d, index(d)), raises, words, **more)
 
-    def row(label: str, words: tuple[str, ...], *values: int) -> Bad:
-        return bad(label, lambda d: _keys(d, *values), ("index[1, 1, 4, ", *words), values=True)
+    def row(label: str, at: int, words: tuple[str, ...], *values: int) -> Bad:
+        return bad(label, lambda d: _keys(d, *values), (f"index[1, 1, 4, {at}]", *words),
+                   values=True)  # fmt: skip
 
     return [
         bad("is None", lambda d: None, ("index", "NoneType"), TypeError, op_words=()),
@@ -1254,15 +1255,15 @@ def _keys_errors(build: Callable[[Any, Any], tuple[Any, ...]]) -> list[Bad]:
             ("index", "7", "6")),
         bad("on another device", lambda d: _keys("meta"), ("index", "device")),
         bad("sparse", lambda d: _keys(d).to_sparse(), ("index", "sparse"), TypeError, layouts=True),
-        row("too large", ("is 6", "out of range", "6 tokens"), 0, 2, 6),
-        row("too large, in front", ("is 6", "out of range"), 6, 2, 0),
-        row("huge", (f"is {2**31 - 1}", "out of range"), 0, 2**31 - 1, 3),
-        row("below -1", ("is -2", "out of range"), 0, 2, -2),
-        row("far below -1", (f"is {-(2**31)}", "out of range"), -(2**31), 2, 3),
-        row("repeats", ("repeats position 2",), 0, 2, 2),
-        row("repeats far apart", ("repeats position 5",), 5, 2, 0, 5),
-        row("behind a -1", ("-1",), 0, -1, 3),
-        row("behind many -1", ("-1",), -1, -1, -1, 3),
+        row("too large", 2, ("in [0, 6)", "got 6"), 0, 2, 6),
+        row("too large, in front", 0, ("in [0, 6)", "got 6"), 6, 2, 0),
+        row("huge", 1, ("in [0, 6)", f"got {2**31 - 1}"), 0, 2**31 - 1, 3),
+        row("below -1", 2, ("in [0, 6)", "got -2"), 0, 2, -2),
+        row("far below -1", 0, ("in [0, 6)", f"got {-(2**31)}"), -(2**31), 2, 3),
+        row("repeats", 2, ("repeated", "got 2"), 0, 2, 2),
+        row("repeats far apart", 3, ("repeated", "got 5"), 5, 2, 0, 5),
+        row("behind a -1", 2, ("-1 at the end of a row only", "got 3"), 0, -1, 3),
+        row("behind many -1", 3, ("-1 at the end of a row only", "got 3"), -1, -1, -1, 3),
     ]  # fmt: skip
 
 

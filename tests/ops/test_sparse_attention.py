@@ -867,15 +867,15 @@ def test_one_bad_entry_anywhere_is_found_and_named(what: dict[str, Any]) -> None
                    masked=what["masked"])  # fmt: skip
     values = build(case, torch.float32, "cpu")
     index, (b, h, i, t) = values["index"], what["place"]
-    words = "out of range"
+    words = f"in [0, {what['count']})"
     if what["bad"] == "repeat":
         other = (t + 5) % 17
         index[b, h, i, t] = index[b, h, i, other]
-        t, words = max(t, other), f"repeats position {index[b, h, i, t]}"
+        t, words = max(t, other), "repeated"
     elif what["bad"] == "-1 in front":
         t = min(t, 15)
         index[b, h, i, t] = -1
-        words = "-1"
+        t, words = t + 1, "-1 at the end of a row only"  # names the first key behind it
     else:
         index[b, h, i, t] = what["count"] if what["bad"] == "N" else what["bad"]
     options = [values["keep"], None, 1, True]
