@@ -572,7 +572,7 @@ _SPARSE = (
             order="padded", keep="random", need_stats=True),
     *(_Sparse(f"{layout}", layout=layout, keep="random", need_stats=True,
               traced=layout == "swapped") for layout in LAYOUTS),
-    *(_Sparse(f"{layout} index", index_layout=layout, order="padded", keep="random", named=5,
+    *(_Sparse(f"{layout} list", index_layout=layout, order="padded", keep="random", named=5,
               traced=layout == "stepped") for layout in LAYOUTS[1:]),
 )  # fmt: skip
 
