@@ -1,5 +1,4 @@
-"""SPOT's operators: compaction, relevance, attention with statistics or
-sparse; with autograd, for CPU and CUDA.
+"""SPOT's operators: compaction, relevance, attention dense and sparse; autograd, CPU and CUDA.
 
 Importing this package registers `torch.ops.spot.*`. Functions take and return torch tensors; each
 module holds one slice: public functions, `*_reference` definitions in plain PyTorch, and what torch

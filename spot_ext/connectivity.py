@@ -93,10 +93,8 @@ def connectivity_reference(
     if coef_topk is not None and coef_topk < rank:
         order = _ranked(coef)[..., :coef_topk]
         coef = torch.zeros_like(coef).scatter(-1, order, coef.gather(-1, order))
-    if columns is None:
-        approx = coef @ basis  # [B, H, N-P, N]
-    else:
-        approx = coef @ basis[:, columns].transpose(0, 1)[:, None]
+    in_play = basis if columns is None else basis[:, columns].transpose(0, 1)[:, None]
+    approx = coef @ in_play  # [B, H, N-P, N]
     candidate = torch.ones_like(approx, dtype=torch.bool)
     if keep is not None:
         prefix = approx.shape[-1] - queries
