@@ -41,7 +41,8 @@ def connectivity(
         coefficients: [B, H, N-P, R] float32, float64, float16 or bfloat16, any strides: one row per
             patch query. N is the number of columns in play, so that P of them are prefix tokens.
         basis: [R, columns] in the dtype of coefficients, one column per token of the full grid,
-            prefix first; thresholds on it are the caller's.
+            prefix first; thresholds on it are the caller's. Finite where `coef_topk` leaves
+            coefficients out: those may be skipped or multiplied by zero.
         budget: K, between 1 and N.
         columns: [B, N] int64, the basis column of each token in play, for images whose tokens were
             compacted; results are positions among them. None when all are there.
