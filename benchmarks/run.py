@@ -26,7 +26,14 @@ import torch  # noqa: E402
 
 from benchmarks.timing import keep_memory, measure  # noqa: E402
 
-OPS = ("compact", "attention_stats", "relevance", "predictor")
+OPS = (
+    "compact",
+    "attention_stats",
+    "relevance",
+    "predictor",
+    "connectivity",
+    "sparse_attention",
+)
 
 
 def tests_pass(op: str, device: str) -> bool:

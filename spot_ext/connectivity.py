@@ -41,7 +41,8 @@ def connectivity(
         coefficients: [B, H, N-P, R] float32, float64, float16 or bfloat16, any strides: one row per
             patch query. N is the number of columns in play, so that P of them are prefix tokens.
         basis: [R, columns] in the dtype of coefficients, one column per token of the full grid,
-            prefix first; thresholds on it are the caller's.
+            prefix first; thresholds on it are the caller's. Finite where `coef_topk` leaves
+            coefficients out: those may be skipped or multiplied by zero.
         budget: K, between 1 and N.
         columns: [B, N] int64, the basis column of each token in play, for images whose tokens were
             compacted; results are positions among them. None when all are there.
@@ -143,9 +144,8 @@ def connectivity_reference(
     if coef_topk is not None and coef_topk < rank:
         order = _ranked(coef)[..., :coef_topk]
         coef = torch.zeros_like(coef).scatter(-1, order, coef.gather(-1, order))
-    if columns is not None:
-        basis = basis[:, columns].transpose(0, 1)[:, None]  # [B, 1, R, N]
-    approx = coef @ basis  # [B, H, N-P, N]
+    in_play = basis if columns is None else basis[:, columns].transpose(0, 1)[:, None]
+    approx = coef @ in_play  # [B, H, N-P, N]
     candidate = torch.ones_like(approx, dtype=torch.bool)
     if keep is not None:
         prefix = approx.shape[-1] - queries
