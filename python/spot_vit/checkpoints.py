@@ -193,6 +193,7 @@ def _load(model: nn.Module, state: State, source: str) -> None:
     optional = {key for key in own if key.endswith(".num_batches_tracked")}
     if source != "dynamicvit":
         optional |= {key for key in own if ".relevance." in key}
+    optional |= {key for key in own if ".connectivity." in key}
     missing, unexpected = set(own) - set(state) - optional, set(state) - set(own)
     problems = _listed(missing, "missing") + _listed(unexpected, "unexpected")
     problems += [
