@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
 import spot_ext
+from spot_vit.fields import exact
 from spot_vit.sparsifiner_config import SparsifinerConfig
 
 
@@ -80,6 +82,8 @@ class ConnectivityPredictor(nn.Module):
     def configure(self, config: SparsifinerConfig) -> None:
         """Takes over everything but shapes and scale from a configuration."""
         self.config = config
+        rate = exact(config.keep_rate)
+        self.rate = rate.numerator, rate.denominator  # plain ints, which torch.compile can trace
 
     # ---- the method ------------------------------------------------------------------------------
 
@@ -180,7 +184,11 @@ class ConnectivityPredictor(nn.Module):
         """How to attend to what `forward` names: "sparse" or "dense"."""
         if self.config.backend != "auto":
             return self.config.backend
-        return _faster(q.shape[1], self.config.keep_rate, q.dtype, q.device)
+        over, under = self.rate
+        num_tokens = q.shape[1]
+        if not has_static_value(num_tokens):  # traced for many sizes: nothing to look up
+            return "sparse"
+        return _faster(num_tokens * 1, over * 1, under * 1, q.dtype, q.device)
 
     # ---- sizes -----------------------------------------------------------------------------------
 
@@ -188,7 +196,8 @@ class ConnectivityPredictor(nn.Module):
         """Keys for each patch query, of `num_tokens` in play and `num_patches` on the full grid."""
         if self.config.mask == "threshold":
             return num_tokens
-        return min(self.config.budget(self.num_prefix + num_patches), num_tokens)
+        over, under = self.rate
+        return min(-(-(self.num_prefix + num_patches) * over // under), num_tokens)
 
     def sparse(self, num_tokens: int, num_patches: int | None = None) -> bool:
         """Whether any query sees less than all of `num_tokens` keys."""
@@ -251,13 +260,15 @@ class ConnectivityPredictor(nn.Module):
 
 
 @torch.compiler.assume_constant_result
-def _faster(num_tokens: int, keep_rate: float, dtype: torch.dtype, device: torch.device) -> str:
+def _faster(
+    num_tokens: int, over: int, under: int, dtype: torch.dtype, device: torch.device
+) -> str:
     """The backend that was measured to be faster; a constant where torch.compile traces."""
     try:
         from spot_vit.crossover import choose
     except ModuleNotFoundError:
         return "sparse"
-    return choose(num_tokens, keep_rate, dtype, device)
+    return choose(num_tokens, over / under, dtype, device)
 
 
 def _softmax(q: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:

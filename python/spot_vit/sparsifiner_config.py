@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from spot_vit.fields import Fields, exact, one_of
+from spot_vit.fields import Fields, one_of
 
 SCALES = ("heads", "channels")
 MASKS = ("topk", "threshold")
@@ -93,8 +93,3 @@ class SparsifinerConfig(Fields):
         if blocks[-1] >= depth:
             raise ValueError(f"blocks names block {blocks[-1]}, the model has {depth}")
         return blocks
-
-    def budget(self, num_tokens: int) -> int:
-        """Keys for each patch query on a full grid of `num_tokens`, prefix included."""
-        rate = exact(self.keep_rate)
-        return -(-num_tokens * rate.numerator // rate.denominator)
