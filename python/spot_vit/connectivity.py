@@ -11,6 +11,7 @@ and each patch query sees the columns where its row of `approx` is largest.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 import spot_ext
 from spot_vit.fields import exact
 from spot_vit.sparsifiner_config import SparsifinerConfig
+
+STD = 0.02  # of both projections, published
 
 
 class ConnectivityPredictor(nn.Module):
@@ -73,7 +76,7 @@ class ConnectivityPredictor(nn.Module):
         self.register_parameter("proj_back_n", up)
         for matrix in (self.proj_n, up):
             if matrix is not None:
-                trunc_normal_(matrix, std=0.02)
+                trunc_normal_(matrix, std=STD)
         self.scale = (num_heads if config.scale == "heads" else channels) ** -0.5
         self.enabled = True  # see spot_vit.operands.dense_attention
         self.shown_grid: tuple[int, int] | None = None
@@ -123,8 +126,9 @@ class ConnectivityPredictor(nn.Module):
             return _softmax(q, keys * self.scale)
         shift = down.sum(dim=-2)[..., None, None] * self.proj_c_k.bias  # [R, 1, c], or of images
         keys = (F.linear(keys, self.proj_c_k.weight) + shift) * self.scale
-        bias = keys @ self.proj_c_q.bias  # [B, R, H]
-        return _softmax(q, keys @ self.proj_c_q.weight, bias)
+        # [B, R, H, D + 1]: what queries meet, and what is added to that.
+        keys = keys @ torch.cat([self.proj_c_q.weight, self.proj_c_q.bias[:, None]], dim=1)
+        return _softmax(q, keys[..., :-1], keys[..., -1])
 
     def basis(self, num_patches: int | None = None) -> Tensor:
         """[R, n] |W_up|^T, entries up to the threshold zero; no gradient."""
@@ -180,15 +184,14 @@ class ConnectivityPredictor(nn.Module):
                 threshold=config.mask_threshold if config.mask == "threshold" else None,
             )
 
-    def backend(self, q: Tensor) -> str:
-        """How to attend to what `forward` names: "sparse" or "dense"."""
+    def backend(self, q: Tensor, num_named: int) -> str:
+        """How to attend to `num_named` keys a query: "sparse" or "dense"."""
         if self.config.backend != "auto":
             return self.config.backend
-        over, under = self.rate
         num_tokens = q.shape[1]
         if not has_static_value(num_tokens):  # traced for many sizes: nothing to look up
             return "sparse"
-        return _faster(num_tokens * 1, over * 1, under * 1, q.dtype, q.device)
+        return _faster(num_tokens * 1, num_named * 1, q.dtype, q.device)
 
     # ---- sizes -----------------------------------------------------------------------------------
 
@@ -206,6 +209,13 @@ class ConnectivityPredictor(nn.Module):
         if num_patches is None:
             num_patches = num_tokens - self.num_prefix
         return self.config.mask == "threshold" or self.budget(num_tokens, num_patches) < num_tokens
+
+    def density(self) -> float:
+        """Share of nonzero entries in the basis; without weights what initialisation gives."""
+        _, up = self.weights()
+        if up.is_meta:
+            return math.erfc(self.config.basis_threshold / (STD * math.sqrt(2)))
+        return (up.detach().abs() > self.config.basis_threshold).double().mean().item()
 
     def weights(self, num_patches: int | None = None) -> tuple[Tensor, Tensor]:
         """W_down and W_up [n, R] for a grid of `num_patches`.
@@ -260,15 +270,13 @@ class ConnectivityPredictor(nn.Module):
 
 
 @torch.compiler.assume_constant_result
-def _faster(
-    num_tokens: int, over: int, under: int, dtype: torch.dtype, device: torch.device
-) -> str:
+def _faster(num_tokens: int, num_named: int, dtype: torch.dtype, device: torch.device) -> str:
     """The backend that was measured to be faster; a constant where torch.compile traces."""
     try:
         from spot_vit.crossover import choose
     except ModuleNotFoundError:
         return "sparse"
-    return choose(num_tokens, over / under, dtype, device)
+    return choose(num_tokens, num_named / num_tokens, dtype, device)
 
 
 def _softmax(q: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:

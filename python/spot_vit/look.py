@@ -118,7 +118,7 @@ def attend_to_named(
     """
     queries = q[:, look.num_prefix :]
     index = connectivity(queries, k, look.columns, look.keep, look.num_patches)
-    if connectivity.backend(q) == "sparse":
+    if connectivity.backend(q, index.shape[3]) == "sparse":
         return spot_ext.sparse_attention(
             q,
             k,
