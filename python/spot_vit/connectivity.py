@@ -24,7 +24,7 @@ import spot_ext
 from spot_vit.fields import exact
 from spot_vit.sparsifiner_config import SparsifinerConfig
 
-STD = 0.02  # of both projections, published
+STD = 0.02  # of all weights at first, published
 
 
 class ConnectivityPredictor(nn.Module):
@@ -70,6 +70,9 @@ class ConnectivityPredictor(nn.Module):
         if config.reduce_c > 1:
             self.proj_c_q = nn.Linear(head_dim, channels, **made)
             self.proj_c_k = nn.Linear(head_dim, channels, **made)
+            for linear in (self.proj_c_q, self.proj_c_k):
+                trunc_normal_(linear.weight, std=STD)
+                nn.init.zeros_(linear.bias)
         self.proj_n = nn.Parameter(torch.empty(tokens, rank, **made))
         shared = config.share_inout_proj
         up = None if shared else nn.Parameter(torch.empty(tokens, rank, **made))
