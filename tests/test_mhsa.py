@@ -70,7 +70,9 @@ def test_slope_and_constant(name: str):
     assert 0 < min(gaps) and max(gaps) < 0.02 * constant / 1e6
 
 
-@pytest.mark.parametrize("overrides", [{"reduce_c": 1}, {"reduce_n": 9}, {"coef_topk": None}])
+@pytest.mark.parametrize(
+    "overrides", [{"reduce_c": 1}, {"reduce_n": 9}, {"reduce_n": 2}, {"coef_topk": None}]
+)
 def test_the_formula_follows_the_configuration(overrides: dict[str, Any]):
     model = sparse("deit_small_patch16_224", **overrides)
     constant = mhsa_constant(12, 384, 6, 197, SparsifinerConfig(**overrides))
