@@ -67,7 +67,7 @@ def test_slope_and_constant(name: str):
             gaps.append(cost.total / 1e6 - PUBLISHED[name][rate])
     # The same slope as published, and a constant of our own.
     assert len(gaps) == len(PUBLISHED[name]) and max(gaps) - min(gaps) < 0.2
-    assert 0 < min(gaps) and max(gaps) < 0.02 * constant / 1e6
+    assert min(gaps) > 0 and max(gaps) < 0.02 * constant / 1e6
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ class ConnectivityPredictor(nn.Module):
             prefix = keep.new_ones(keep.shape[0], k.shape[1] - keep.shape[1])
             seen = torch.cat([prefix, keep.detach()], dim=1).to(down.dtype)
             down = down * seen[..., None]
-        keys = down.mT @ k.flatten(2)  # [B, R, H * D], and k may be a view of qkv
+        # [B, R, H * D]; not matmul, which would copy keys that are a view of qkv.
+        keys = down.mT.expand(k.shape[0], -1, -1).bmm(k.flatten(2))
         keys = keys.unflatten(2, k.shape[2:]).transpose(1, 2)  # [B, H, R, D]
         q = q.transpose(1, 2)
         if self.proj_c_q is None or self.proj_c_k is None:
