@@ -588,36 +588,4 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- masks --------------------------------------------------------------------------------------
-
-// One block per image: roles [B, N] and the number of kept patch tokens; first_bad[b] is the first
-// position whose value is neither 0 nor 1, or the number of positions.
-template <typename M>
-__global__ void __launch_bounds__(256)
-    roles_kernel(const M* keep, int64_t batch_stride, int64_t stride, int tokens, int prefix,
-                 uint8_t* roles, int32_t* counts, int32_t* first_bad) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  int* partial = reinterpret_cast<int*>(shared_memory);  // [32]
-  keep += blockIdx.x * batch_stride;
-  roles += blockIdx.x * static_cast<int64_t>(tokens);
-  int count = 0, bad = tokens - prefix;
-  for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
-    if (i < prefix) {
-      roles[i] = kPrefix;
-      continue;
-    }
-    const Acc<M> value = load(keep[(i - prefix) * stride]);
-    const bool kept = value > Acc<M>(0.5);
-    if (value != Acc<M>(0) && value != Acc<M>(1)) bad = min(bad, i - prefix);
-    roles[i] = kept ? kPatch : kDropped;
-    count += kept ? 1 : 0;
-  }
-  count = block_sum(count, partial);
-  bad = -block_max(-bad, partial);
-  if (threadIdx.x == 0) {
-    counts[blockIdx.x] = count;
-    first_bad[blockIdx.x] = bad;
-  }
-}
-
 }  // namespace spot
