@@ -75,6 +75,20 @@ struct AttentionGradArgs {
   bool one_bias;           // the bias gradient sums over the batch
 };
 
+struct SparseArgs {
+  AttentionArgs attention;  // without a bias
+  const int32_t* index;     // [B, H, N-P, K], dense
+  int64_t num_named;        // K
+};
+
+struct SparseGradArgs {
+  SparseArgs forward;
+  HeadRows grad_out;
+  const void* grad_stats;  // [B, N, H, 6], dense, or null
+  void *q, *k, *v;         // [B, N, H, D], dense
+  void* keep;              // [B, H, N-P] float32 or float64, to be summed over heads; or null
+};
+
 // Tokens of an image are cut into spans by shape alone, so that sums over tokens, which are made of
 // sums over spans, do not depend on threads. Work items are the spans of all images.
 struct Spans {

@@ -136,12 +136,6 @@ inline void add_keep_row(const A* w, const A* g, int64_t count, A mean, A* keep)
     vec_store(keep + j, vec_load(keep + j) + vec_load(w + j) * (vec_load(g + j) - mean));
 }
 
-template <typename A>
-inline Vec<A> vec_sigmoid(Vec<A> x) {
-  const Vec<A> e = vec_exp(x > 0 ? -x : x, kExpUnit<A>);
-  return (x >= 0 ? splat(A(1)) : e) / (e + A(1));
-}
-
 // Rows first.. as queries and gradients, and their products with the packed keys and values: scores
 // (of |scale|, whose sign goes to the queries) and slopes.
 template <typename T>

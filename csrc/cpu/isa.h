@@ -24,6 +24,11 @@ struct KernelTable {
   void (*attention_stats_columns[4])(const AttentionArgs&, int64_t begin, int64_t end);
   // Heads [begin, end) of all images; with one_bias heads of all images at once.
   void (*attention_stats_backward[4])(const AttentionGradArgs&, int64_t begin, int64_t end);
+  // Spans, then columns, then (backward) heads [begin, end) of all images; false when the index is
+  // bad.
+  bool (*sparse_attention[4])(const SparseArgs&, int64_t begin, int64_t end);
+  void (*sparse_attention_columns[4])(const SparseArgs&, int64_t begin, int64_t end);
+  bool (*sparse_attention_backward[4])(const SparseGradArgs&, int64_t begin, int64_t end);
   // Spans [begin, end) of all images.
   void (*normalize[4])(const NormArgs&, int64_t begin, int64_t end);
   void (*normalize_backward[4])(const NormArgs&, int64_t begin, int64_t end);

@@ -5,6 +5,8 @@
 #include "attention_stats_backward.h"
 #include "compact.h"
 #include "relevance.h"
+#include "sparse_attention.h"
+#include "sparse_attention_backward.h"
 
 #define SPOT_JOIN_(a, b) a##b
 #define SPOT_JOIN(a, b) SPOT_JOIN_(a, b)
@@ -24,6 +26,9 @@ const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
     SPOT_PER_DTYPE(attention_stats),
     SPOT_PER_DTYPE(attention_stats_columns),
     SPOT_PER_DTYPE(attention_stats_backward),
+    SPOT_PER_DTYPE(sparse_attention),
+    SPOT_PER_DTYPE(sparse_attention_columns),
+    SPOT_PER_DTYPE(sparse_attention_backward),
     SPOT_PER_DTYPE(normalize),
     SPOT_PER_DTYPE(normalize_backward),
     SPOT_PER_DTYPE(remap),

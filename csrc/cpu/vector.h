@@ -170,6 +170,12 @@ inline Vec<double> vec_exp(Vec<double> x, double unit) {
   return x;
 }
 
+template <typename A>
+inline Vec<A> vec_sigmoid(Vec<A> x) {
+  const Vec<A> e = vec_exp(x > 0 ? -x : x, kExpUnit<A>);
+  return (x >= 0 ? splat(A(1)) : e) / (e + A(1));
+}
+
 // The standard normal distribution at x: P(X <= x), and the density.
 template <typename A>
 struct Normal {

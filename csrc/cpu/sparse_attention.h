@@ -1,0 +1,222 @@
+// Attention of each query to the keys that an index names, forward. Torch-free; one copy per ISA.
+//
+// A work item is a span of the queries of one head of one image. Keys and values are packed as
+// rows; a block of queries lists its keys (sparse_rows.h), and its scores, one per key, stay in
+// cache for softmax, statistics and the sum of values.
+//
+// Cost per head, with K keys named by each of N queries: 2 N K D multiply-accumulates and N K
+// exponentials; for statistics, sums by column in double precision. Scratch per thread: 2 N D
+// numbers, and 2^14 keys and scores (N of each if that is more).
+#pragma once
+
+#include "sparse_rows.h"
+
+namespace spot {
+namespace SPOT_ISA {
+
+// Sums of entries and of their squares, in a type in which their difference keeps its digits.
+template <typename A>
+struct ColumnSum {
+  using Wide = std::conditional_t<std::is_same_v<A, float>, double, long double>;
+  Wide sum, square;
+};
+
+template <typename A>
+struct SparseScratch {
+  A *keys, *values, *queries, *scores, *results, *live;
+  ColumnSum<A>* columns;
+  uint8_t *dropped, *marks;
+  Lists lists;
+  SparseScratch(Pieces& memory, const AttentionArgs& a, int64_t named, int64_t width)
+      : keys(memory.take<A>(a.num_tokens * width)),
+        values(memory.take<A>(a.num_tokens * width)),
+        queries(memory.take<A>(kListRows * width)),
+        scores(memory.take<A>(entries(a, named))),
+        results(memory.take<A>(kListRows * width)),
+        live(memory.take<A>(round_up(a.num_tokens, kLanes<A>))),
+        columns(memory.take<ColumnSum<A>>(a.need_stats ? a.num_tokens : 0)),
+        dropped(memory.take<uint8_t>(a.num_tokens)),
+        marks(memory.take<uint8_t>(a.num_tokens)),
+        lists(memory, named, dense(a), kLanes<A>) {}
+  static int64_t dense(const AttentionArgs& a) { return a.num_prefix > 0 ? a.num_tokens : 0; }
+  static int64_t entries(const AttentionArgs& a, int64_t named) {
+    return Lists::entries(named, dense(a), kLanes<A>);
+  }
+};
+
+// Column statistics of a kept patch from the sums over the n kept rows.
+template <typename A>
+inline void store_sparse_column(const ColumnSum<A>& c, int64_t n, A* stats) {
+  using Wide = typename ColumnSum<A>::Wide;
+  const Wide mean = c.sum / static_cast<Wide>(n);
+  const Wide var = c.square / static_cast<Wide>(n) - mean * mean;
+  stats[4] = static_cast<A>(mean);
+  stats[5] = var < 0 || n == 1 ? A(0) : static_cast<A>(var);
+}
+
+template <typename T, bool kStats>
+class SparseForward {
+  using A = Acc<T>;
+  static constexpr int kL = kLanes<A>;
+
+ public:
+  SparseForward(const SparseArgs& args, const Head& head)
+      : a_(args.attention),
+        head_(head),
+        dim_(a_.head_dim),
+        width_(round_up(dim_, kL)),
+        m_(in_scratch<SparseScratch<A>>(a_, args.num_named, width_)),
+        lists_(args, head, m_.lists, m_.dropped, m_.marks, false),
+        q_(a_.q, head.b, head.h),
+        scale_(static_cast<A>(a_.scale < 0 ? -a_.scale : a_.scale)),
+        inv_(inverse<A>(head.n)),
+        out_(static_cast<T*>(a_.out)),
+        stats_(static_cast<A*>(a_.stats)) {}
+
+  // False when the index is bad.
+  bool run(int64_t span) {
+    const int64_t begin = span * a_.span_rows;
+    const int64_t end = begin + a_.span_rows < a_.num_tokens ? begin + a_.span_rows : a_.num_tokens;
+    pack_rows(Rows<T>(a_.k, head_.b, head_.h), a_.num_tokens, dim_, width_, m_.keys);
+    pack_rows(Rows<T>(a_.v, head_.b, head_.h), a_.num_tokens, dim_, width_, m_.values);
+    if constexpr (kStats)
+      for (int64_t t = 0; t < a_.num_tokens; ++t) m_.columns[t] = {0, 0};
+    for (int64_t first = begin; first < end;) {
+      const int64_t rows = lists_.fill(first, end);
+      if (rows < 0) return false;
+      for (int64_t r = 0; r < rows; ++r)
+        stage_row(q_.row(first + r), q_.dim, dim_, m_.queries + r * width_, width_);
+      if (a_.scale < 0) negate(m_.queries, rows * width_);
+      dot_named(m_.queries, m_.keys, width_, lists_.lists(), rows, m_.scores);
+      for (int64_t r = 0; r < rows; ++r) {
+        A& lse = static_cast<A*>(a_.lse)[head_.at(first + r)];
+        sum_[r] =
+            softmax_row(m_.scores + r * lists_.lists().row, lists_.lists().seen[r], scale_, lse);
+        if constexpr (kStats) statistics(first + r, r);
+      }
+      for (int64_t i = 0; i < rows * width_; ++i) m_.results[i] = 0;
+      add_named(m_.scores, m_.values, width_, lists_.lists(), rows, m_.results);
+      for (int64_t r = 0; r < rows; ++r) {
+        A* o = m_.results + r * width_;
+        const A factor = sum_[r] == 0 ? A(0) : A(1) / sum_[r];
+        for (int64_t d = 0; d < width_; ++d) o[d] *= factor;
+        store_row(o, dim_, out_ + head_.at(first + r) * dim_);
+      }
+      first += rows;
+    }
+    if constexpr (kStats) columns(span);
+    return true;
+  }
+
+ private:
+  // Row statistics, and what the row adds to its columns.
+  void statistics(int64_t token, int64_t r) {
+    A* s = stats_ + head_.at(token) * 6;
+    const Lists& lists = lists_.lists();
+    const int32_t* keys = lists.keys + r * lists.row;
+    const A* x = m_.scores + r * lists.row;
+    const int64_t seen = lists.seen[r];
+    const A factor = sum_[r] == 0 ? A(0) : A(1) / sum_[r];
+    if (token < a_.num_prefix || lists_.dropped(token)) {
+      for (int i = 0; i < 6; ++i) s[i] = 0;
+      if (a_.class_token && token == 0)
+        for (int64_t t = a_.num_prefix; t < seen; ++t)
+          stats_[head_.at(keys[t]) * 6] = x[t] * factor;
+      return;
+    }
+    using I = typename VectorOf<A>::Int;
+    const int32_t prefix = static_cast<int32_t>(a_.num_prefix);
+    int64_t patches = 0;
+    A from_class = 0;
+    for (int64_t t = 0; t < seen; ++t) {
+      const bool live = keys[t] >= prefix;
+      m_.live[t] = bit_cast<A>(live ? I{-1} : I{0});
+      patches += live;
+      from_class += keys[t] == 0 ? x[t] : A(0);
+    }
+    for (int64_t t = seen; t < round_up(seen, kL); ++t) m_.live[t] = 0;
+    Vec<A> total = {}, square = {};
+    for (int64_t t = 0; t < seen; t += kL)
+      total += vec_and<A>(vec_load(x + t), bit_cast<Bits<A>>(vec_load(m_.live + t)));
+    const A mean = reduce_add<A>(total) * factor * inv_;
+    for (int64_t t = 0; t < seen; t += kL) {
+      const Vec<A> c =
+          vec_and<A>(vec_load(x + t) * factor - mean, bit_cast<Bits<A>>(vec_load(m_.live + t)));
+      square += c * c;
+    }
+    const A absent = static_cast<A>(head_.n - patches) * mean * mean;
+    if (!a_.class_token) s[0] = 0;
+    s[1] = a_.class_token ? from_class * factor : A(0);
+    s[2] = mean;
+    s[3] = head_.n > 1 ? (reduce_add<A>(square) + absent) * inv_ : A(0);
+    using Wide = typename ColumnSum<A>::Wide;
+    for (int64_t t = 0; t < seen; ++t) {
+      const Wide p = static_cast<Wide>(x[t] * factor);
+      ColumnSum<A>& c = m_.columns[keys[t]];
+      c.sum += p;
+      c.square += p * p;
+    }
+  }
+
+  void columns(int64_t span) {
+    if (a_.num_spans > 1) {
+      const int64_t item = (head_.b * a_.num_heads + head_.h) * a_.num_spans + span;
+      std::memcpy(static_cast<ColumnSum<A>*>(a_.column_sums) + item * a_.num_tokens, m_.columns,
+                  static_cast<std::size_t>(a_.num_tokens) * sizeof(ColumnSum<A>));
+      return;
+    }
+    for (int64_t c = a_.num_prefix; c < head_.seen; ++c) {
+      const int64_t t = head_.order[c];
+      store_sparse_column(m_.columns[t], head_.n, stats_ + head_.at(t) * 6);
+    }
+  }
+
+  const AttentionArgs& a_;
+  const Head& head_;
+  const int64_t dim_, width_;
+  const SparseScratch<A> m_;
+  HeadLists<A> lists_;
+  const Rows<T> q_;
+  const A scale_, inv_;
+  T* const out_;
+  A* const stats_;
+  A sum_[kListRows];
+};
+
+// Spans [begin, end) of all heads of all images, counted together; false when the index is bad.
+template <typename T>
+bool sparse_attention(const SparseArgs& args, int64_t begin, int64_t end) {
+  const AttentionArgs& a = args.attention;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t at = item / a.num_spans, span = item % a.num_spans;
+    const Head head(a, at / a.num_heads, at % a.num_heads);
+    if (!(a.need_stats ? SparseForward<T, true>(args, head).run(span)
+                       : SparseForward<T, false>(args, head).run(span)))
+      return false;
+  }
+  return true;
+}
+
+// Column statistics of heads [begin, end) from the sums of their spans.
+template <typename T>
+void sparse_attention_columns(const SparseArgs& args, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const AttentionArgs& a = args.attention;
+  for (int64_t item = begin; item < end; ++item) {
+    const Head head(a, item / a.num_heads, item % a.num_heads);
+    const ColumnSum<A>* sums =
+        static_cast<const ColumnSum<A>*>(a.column_sums) + item * a.num_spans * a.num_tokens;
+    for (int64_t c = a.num_prefix; c < head.seen; ++c) {
+      const int64_t t = head.order[c];
+      ColumnSum<A> total = {0, 0};
+      for (int64_t span = 0; span < a.num_spans; ++span) {
+        total.sum += sums[span * a.num_tokens + t].sum;
+        total.square += sums[span * a.num_tokens + t].square;
+      }
+      store_sparse_column(total, head.n, static_cast<A*>(a.stats) + head.at(t) * 6);
+    }
+  }
+}
+
+}  // namespace SPOT_ISA
+}  // namespace spot
