@@ -11,7 +11,7 @@
 
 namespace spot {
 
-constexpr int kSparseThreads = 256;
+constexpr int kSparseThreads = 128;
 constexpr int kSparseWarps = kSparseThreads / kWarp;
 
 // The entries of an image and head are numbered row by row: prefix rows have all N keys, in order,
@@ -26,7 +26,7 @@ __device__ inline int first_entry(const AttentionArgs& a, const SparseMap& map, 
   return row < a.prefix ? row * a.tokens : a.prefix * a.tokens + (row - a.prefix) * map.named;
 }
 
-// The keys of a patch row; null for a prefix row.
+// The keys of a patch row.
 __device__ inline const int32_t* names_of(const AttentionArgs& a, const SparseMap& map, Slice slice,
                                           int row) {
   if (row < a.prefix) return nullptr;
@@ -45,7 +45,7 @@ struct Gather {
                                                 : 4;
   static constexpr int kLanes = kPieces / kHeld;  // of a group
   static constexpr int kKeys = kWarp / kLanes;    // rows side by side, one per group
-  static constexpr int kAhead = kHeld == 1 ? 4 : kHeld < 4 ? 2 : 1;
+  static constexpr int kAhead = kHeld == 1 ? 2 : 1;
   static constexpr int kStep = kKeys * kAhead;
   static_assert((kLanes & (kLanes - 1)) == 0 && kLanes <= kWarp && kStep <= kWarp);
 
@@ -160,7 +160,9 @@ struct Gather {
 
 // Blocks that are to run side by side, which bounds registers.
 template <typename T, int kDepth>
-constexpr int kSparseBlocks = Gather<T, kDepth>::kHeld == 1 ? 3 : 2;
+constexpr int kSparseBlocks = sizeof(typename Gather<T, kDepth>::Wide) > 32 ? 3
+                              : sizeof(T) == 8                              ? 4
+                                                                            : 5;
 
 // Rows of a block, prefix rows first since they are long: a prefix row takes a whole block, whose
 // warps share its keys; a patch row takes a warp, and a block a range of them.
@@ -201,7 +203,7 @@ __device__ inline void walk_keys(const AttentionArgs& a, const SparsePlace& plac
     const int at = chunk + lane;
     int key = -1;
     if (at < length) {
-      key = names != nullptr ? names[at] : at;
+      key = place.dense ? at : names[at];
       if (key < 0 || key >= a.tokens)
         key = -1;
       else if (key != row && role_of(a, place.slice, key) == kDropped)

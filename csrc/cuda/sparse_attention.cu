@@ -39,9 +39,22 @@ Named read_index(const char* op, const Tensor& given, const SparseShape& s) {
              "prefix and index may name at most 2^30 keys per image "
              "and head, got ",
              entries);
-  if (checks_wanted()) explain_names(op, data<int32_t>(copy_to_host(given)), s);
+  if (checks_wanted()) explain_keys(op, s, data<int32_t>(copy_to_host(given)));
   const Tensor index = dense(given);
   return {index, {data<int32_t>(index), static_cast<int>(s.num_named), static_cast<int>(entries)}};
+}
+
+// `t` itself where its rows can be read in 16-byte pieces, else a copy with rows of whole pieces.
+template <typename T>
+Tensor in_pieces(const Tensor& t) {
+  if (view_of<T>(t).wide) return t;
+  std::vector<int64_t> sizes = sizes_of(t);
+  sizes[3] = round_up(static_cast<int>(sizes[3]), kVector<T>);
+  Tensor padded = empty_on(t, sizes, t.scalar_type());
+  if (sizes[3] != t.size(3)) torch::stable::zero_(padded);
+  Tensor there = torch::stable::narrow(padded, 3, 0, t.size(3));
+  torch::stable::copy_(there, t);
+  return padded;
 }
 
 // Tensors behind SparseLists.
@@ -120,13 +133,14 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   const Tensor map_values = empty_on(q, {need_stats ? slices : 0, named.map.entries}, wide_type(q));
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
+    const Tensor q_rows = in_pieces<T>(q), k_rows = in_pieces<T>(k), v_rows = in_pieces<T>(v);
     SparseForwardArgs<T> a{};
-    fill_args<T>(a, op, q, k, v, mask, std::nullopt, s);
+    fill_args<T>(a, op, q_rows, k_rows, v_rows, mask, std::nullopt, s);
     a.map = named.map;
     a.out = mutable_data<T>(out);
-    a.stats = mutable_data<Acc<T>>(stats);
+    a.stats = need_stats ? mutable_data<Acc<T>>(stats) : nullptr;
     a.lse = mutable_data<Acc<T>>(lse);
-    a.map_values = need_stats ? mutable_data<Acc<T>>(map_values) : nullptr;
+    a.map_values = mutable_data<Acc<T>>(map_values);
     const int patches = a.tokens - a.prefix, parts = parts_for(q, a, patches);
     dispatch_depth(a.dim, [&](auto depth) {
       launch(op, sparse_forward_kernel<T, decltype(depth)::value>,
@@ -167,12 +181,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
+    const Tensor q_rows = in_pieces<T>(q), k_rows = in_pieces<T>(k), v_rows = in_pieces<T>(v);
+    const Tensor grad_rows = in_pieces<T>(grad_out);
     SparseBackwardArgs<T> a{};
-    fill_args<T>(a, op, q, k, v, mask, std::nullopt, s);
+    fill_args<T>(a, op, q_rows, k_rows, v_rows, mask, std::nullopt, s);
     a.keep_partial = keep_grad ? mutable_data<A>(keep_partial) : nullptr;
     if (lse.numel() > 0) {
       const BackwardTables tables =
-          prepare_backward<T>(op, a, grad_out, grad_stats, out, stats, lse, stream);
+          prepare_backward<T>(op, a, grad_rows, grad_stats, out, stats, lse, stream);
       const Tensor pairs = empty_on(q, {slices, named.map.entries, 2}, wide);
       const Tensor keep_terms = empty_on(q, {keep_grad ? slices : 0, named.map.entries}, wide);
       const Lists lists = list_by_key(op, q, a, named, stream);

@@ -27,8 +27,12 @@ struct SparseBackwardArgs : BackwardArgs<T> {
   Acc<T>* keep_terms;   // [B, H, entries] or null: what an entry adds to the gradient of keep
 };
 
+// Two rows are held, not one.
+template <typename T, int kDepth>
+constexpr int kQueryBlocks = kSparseBlocks<T, kDepth> == 5 ? 4 : kSparseBlocks<T, kDepth>;
+
 template <typename T, int kDepth, bool kStats>
-__global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
+__global__ void __launch_bounds__(kSparseThreads, (kQueryBlocks<T, kDepth>))
     sparse_query_kernel(const SparseBackwardArgs<T> a, int parts) {
   using A = Acc<T>;
   using G = Gather<T, kDepth>;
@@ -45,7 +49,7 @@ __global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
 
   for (int row = place.row; row < place.end; row += place.step) {
     const int32_t* names = names_of(a, a.map, slice, row);
-    const int length = names != nullptr ? a.map.named : a.tokens;
+    const int length = place.dense ? a.tokens : a.map.named;
     const int64_t entries = slice_index(a, slice) * a.map.entries + first_entry(a, a.map, row);
     Pair<A>* pairs = a.pairs + entries;
     A* keep_terms = a.keep_terms != nullptr ? a.keep_terms + entries : nullptr;
@@ -110,8 +114,7 @@ __global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
         typename G::Raw k_rows[G::kAhead];
 #pragma unroll
         for (int u = 0; u < G::kAhead; ++u)
-          G::read(k_rows[u], k + (keys[u] & (kHidden - 1)) * a.k.token, a.dim,
-                  visible(keys[u]));
+          G::read(k_rows[u], k + (keys[u] & (kHidden - 1)) * a.k.token, a.dim, visible(keys[u]));
 #pragma unroll
         for (int u = 0; u < G::kAhead; ++u) {
           A gradient = A(0);

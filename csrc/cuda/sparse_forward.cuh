@@ -18,7 +18,7 @@ template <typename T>
 struct SparseForwardArgs : ForwardArgs<T> {
   SparseMap map;
   SparseLists lists;
-  Acc<T>* map_values;  // [B, H, entries], null without statistics; negative: not counted
+  Acc<T>* map_values;  // [B, H, entries], with statistics; negative: not counted
 };
 
 // Statistics of a patch row, from its logits in `values`, which become the map.
@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
   for (int row = place.row; row < place.end; row += place.step) {
     const int32_t* names = names_of(a, a.map, slice, row);
     int length = a.tokens;
-    if (names != nullptr) length = checked_length(names, a.map.named, a.tokens, seen[warp]);
+    if (!place.dense) length = checked_length(names, a.map.named, a.tokens, seen[warp]);
     const bool bad = length < 0;
     length = max(length, 0);
     A* values = nullptr;
-    if (a.map_values != nullptr && (names != nullptr || (row == 0 && a.class_token)))
+    if (a.stats != nullptr && (!place.dense || (row == 0 && a.class_token)))
       values = a.map_values + slice_index(a, slice) * a.map.entries + first_entry(a, a.map, row);
 
     typename G::Raw q_row;
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
       a.lse[token] = bad   ? not_a_number<A>()
                      : any ? (top + logarithm<T>(sum)) / kLogitUnit<T>
                            : -infinity<A>();
-    if (a.map_values == nullptr) continue;
-    if (names != nullptr) {
+    if (a.stats == nullptr) continue;
+    if (!place.dense) {
       row_statistics(a, slice, row, names, length, bad, top, inverse_sum, values);
       continue;
     }
