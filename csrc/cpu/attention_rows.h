@@ -118,10 +118,8 @@ inline A dot_rows(const T* x, int64_t x_stride, const T* y, int64_t y_stride, in
 template <typename A>
 struct RowState {
   A *max, *sum, *own;  // `own`: a dropped row's score with itself, then its exponential
-  RowState(Pieces& memory)
-      : max(memory.take<A>(kBlockRows)),
-        sum(memory.take<A>(kBlockRows)),
-        own(memory.take<A>(kBlockRows)) {}
+  explicit RowState(Pieces& memory, int64_t rows = kBlockRows)
+      : max(memory.take<A>(rows)), sum(memory.take<A>(rows)), own(memory.take<A>(rows)) {}
 };
 
 // Rows [0, kRows) of s [.., vecs]: maximum, exponentials, sum. Columns from `seen` on become 0.
@@ -212,6 +210,12 @@ inline void pack_keys(const Head& head, const Rows<T>& keys, int64_t first, int6
 template <typename T>
 inline void store_row(const Acc<T>* from, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = store<T>(from[i]);
+}
+
+template <typename T>
+inline void store_scaled_row(const Acc<T>* from, int64_t n, Acc<T> scale, T* out) {
+  for_vectors<Acc<T>>(
+      n, [&](int64_t i, auto count) { store_lanes(out + i, count, vec_load(from + i) * scale); });
 }
 
 }  // namespace SPOT_ISA

@@ -26,6 +26,7 @@ struct SparseScratch {
   A *keys, *values, *queries, *scores, *results, *live;
   ColumnSum<A>* columns;
   uint8_t *dropped, *marks;
+  RowState<A> state;
   Lists lists;
   SparseScratch(Pieces& memory, const AttentionArgs& a, int64_t named, int64_t width)
       : keys(memory.take<A>(a.num_tokens * width)),
@@ -37,6 +38,7 @@ struct SparseScratch {
         columns(memory.take<ColumnSum<A>>(a.need_stats ? a.num_tokens : 0)),
         dropped(memory.take<uint8_t>(a.num_tokens)),
         marks(memory.take<uint8_t>(a.num_tokens)),
+        state(memory, kListRows),
         lists(memory, named, dense(a), kLanes<A>) {}
   static int64_t dense(const AttentionArgs& a) { return a.num_prefix > 0 ? a.num_tokens : 0; }
   static int64_t entries(const AttentionArgs& a, int64_t named) {
@@ -60,9 +62,11 @@ class SparseForward {
   static constexpr int kL = kLanes<A>;
 
  public:
-  SparseForward(const SparseArgs& args, const Head& head)
+  // `next` is the head that this thread does after this one.
+  SparseForward(const SparseArgs& args, const Head& head, const Head& next)
       : a_(args.attention),
         head_(head),
+        fetch_(a_, sizeof(T), next.b, next.h),
         dim_(a_.head_dim),
         width_(round_up(dim_, kL)),
         m_(in_scratch<SparseScratch<A>>(a_, args.num_named, width_)),
@@ -87,20 +91,19 @@ class SparseForward {
       for (int64_t r = 0; r < rows; ++r)
         stage_row(q_.row(first + r), q_.dim, dim_, m_.queries + r * width_, width_);
       if (a_.scale < 0) negate(m_.queries, rows * width_);
-      dot_named(m_.queries, m_.keys, width_, lists_.lists(), rows, m_.scores);
+      fetch_.index = lists_.index_lines(first + rows, rows);
+      fetch_.out = {out_ + head_.at(first) * dim_, rows,
+                    a_.num_heads * dim_ * static_cast<int64_t>(sizeof(T)),
+                    dim_ * static_cast<int64_t>(sizeof(T))};
+      dot_named(m_.queries, m_.keys, width_, lists_.lists(), rows, m_.scores, fetch_);
+      softmax_rows(m_.scores, lists_.lists(), rows, scale_, m_.state);
+      if constexpr (kStats)
+        for (int64_t r = 0; r < rows; ++r) statistics(first + r, r);
+      sum_named(m_.scores, m_.values, width_, lists_.lists(), rows, m_.results, fetch_);
       for (int64_t r = 0; r < rows; ++r) {
-        A& lse = static_cast<A*>(a_.lse)[head_.at(first + r)];
-        sum_[r] =
-            softmax_row(m_.scores + r * lists_.lists().row, lists_.lists().seen[r], scale_, lse);
-        if constexpr (kStats) statistics(first + r, r);
-      }
-      for (int64_t i = 0; i < rows * width_; ++i) m_.results[i] = 0;
-      add_named(m_.scores, m_.values, width_, lists_.lists(), rows, m_.results);
-      for (int64_t r = 0; r < rows; ++r) {
-        A* o = m_.results + r * width_;
-        const A factor = sum_[r] == 0 ? A(0) : A(1) / sum_[r];
-        for (int64_t d = 0; d < width_; ++d) o[d] *= factor;
-        store_row(o, dim_, out_ + head_.at(first + r) * dim_);
+        const int64_t at = head_.at(first + r);
+        store_scaled_row(m_.results + r * width_, dim_, factor(r), out_ + at * dim_);
+        static_cast<A*>(a_.lse)[at] = m_.state.max[r] * scale_ + natural_log(m_.state.sum[r]);
       }
       first += rows;
     }
@@ -109,14 +112,16 @@ class SparseForward {
   }
 
  private:
+  A factor(int64_t r) const { return m_.state.sum[r] == 0 ? A(0) : A(1) / m_.state.sum[r]; }
+
   // Row statistics, and what the row adds to its columns.
   void statistics(int64_t token, int64_t r) {
     A* s = stats_ + head_.at(token) * 6;
     const Lists& lists = lists_.lists();
-    const int32_t* keys = lists.keys + r * lists.row;
+    const int32_t* keys = lists.keys[r];
     const A* x = m_.scores + r * lists.row;
     const int64_t seen = lists.seen[r];
-    const A factor = sum_[r] == 0 ? A(0) : A(1) / sum_[r];
+    const A factor = this->factor(r);
     if (token < a_.num_prefix || lists_.dropped(token)) {
       for (int i = 0; i < 6; ++i) s[i] = 0;
       if (a_.class_token && token == 0)
@@ -173,6 +178,7 @@ class SparseForward {
 
   const AttentionArgs& a_;
   const Head& head_;
+  Fetch fetch_;
   const int64_t dim_, width_;
   const SparseScratch<A> m_;
   HeadLists<A> lists_;
@@ -180,18 +186,21 @@ class SparseForward {
   const A scale_, inv_;
   T* const out_;
   A* const stats_;
-  A sum_[kListRows];
 };
 
 // Spans [begin, end) of all heads of all images, counted together; false when the index is bad.
 template <typename T>
 bool sparse_attention(const SparseArgs& args, int64_t begin, int64_t end) {
   const AttentionArgs& a = args.attention;
+  const auto head_of = [&a](int64_t item) {
+    const int64_t head = item / a.num_spans;
+    return Head(a, head / a.num_heads, head % a.num_heads);
+  };
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t at = item / a.num_spans, span = item % a.num_spans;
-    const Head head(a, at / a.num_heads, at % a.num_heads);
-    if (!(a.need_stats ? SparseForward<T, true>(args, head).run(span)
-                       : SparseForward<T, false>(args, head).run(span)))
+    const Head head = head_of(item), next = head_of(item + 1 < end ? item + 1 : item);
+    const int64_t span = item % a.num_spans;
+    if (!(a.need_stats ? SparseForward<T, true>(args, head, next).run(span)
+                       : SparseForward<T, false>(args, head, next).run(span)))
       return false;
   }
   return true;

@@ -24,10 +24,12 @@ struct SparseGradScratch {
   A *keys, *values, *key_sums, *value_sums, *queries, *grads, *results, *scores, *slopes;
   A *hidden, *keep;
   uint8_t *dropped, *marks;
+  RowState<A> state;
   int32_t* ends;  // [N + 1], behind the entries of each key
   Entry* entries;
   Lists lists;
-  SparseGradScratch(Pieces& memory, const AttentionArgs& a, int64_t named, int64_t width)
+  SparseGradScratch(Pieces& memory, const AttentionArgs& a, int64_t named, int64_t width,
+                    bool keep_grad)
       : keys(memory.take<A>(a.num_tokens * width)),
         values(memory.take<A>(a.num_tokens * width)),
         key_sums(memory.take<A>(a.num_tokens * width)),
@@ -37,10 +39,11 @@ struct SparseGradScratch {
         results(memory.take<A>(kListRows * width)),
         scores(memory.take<A>(count(a, named))),
         slopes(memory.take<A>(count(a, named))),
-        hidden(memory.take<A>(a.num_tokens)),
+        hidden(memory.take<A>(keep_grad ? count(a, named) : 0)),
         keep(memory.take<A>(a.num_tokens)),
         dropped(memory.take<uint8_t>(a.num_tokens)),
         marks(memory.take<uint8_t>(a.num_tokens)),
+        state(memory, kListRows),
         ends(memory.take<int32_t>(a.num_tokens + 1)),
         entries(memory.take<Entry>(count(a, named))),
         lists(memory, named, a.num_prefix > 0 ? a.num_tokens : 0, kLanes<A>) {}
@@ -98,13 +101,16 @@ class SparseBackward {
   static constexpr int kL = kLanes<A>;
 
  public:
-  SparseBackward(const SparseGradArgs& args, const Head& head)
+  // `next` is the head that this thread does after this one.
+  SparseBackward(const SparseGradArgs& args, const Head& head, const Head& next)
       : g_(args),
         a_(args.forward.attention),
         head_(head),
+        fetch_(a_, sizeof(T), next.b, next.h),
         dim_(a_.head_dim),
         width_(round_up(dim_, kL)),
-        m_(in_scratch<SparseGradScratch<A>>(a_, args.forward.num_named, width_)),
+        m_(in_scratch<SparseGradScratch<A>>(a_, args.forward.num_named, width_,
+                                            args.keep != nullptr)),
         lists_(args.forward, head, m_.lists, m_.dropped, m_.marks, args.keep != nullptr),
         scale_(static_cast<A>(a_.scale < 0 ? -a_.scale : a_.scale)),
         inv_(inverse<A>(head.n)),
@@ -129,15 +135,16 @@ class SparseBackward {
         stage_row(grad.row(first + r), grad.dim, dim_, m_.grads + r * width_, width_);
       }
       if (a_.scale < 0) negate(m_.queries, rows * width_);
-      dot_named(m_.queries, m_.keys, width_, lists, rows, m_.scores);
-      dot_named(m_.grads, m_.values, width_, lists, rows, m_.slopes);
+      fetch_.index = lists_.index_lines(first + rows, rows);
+      dot_named(m_.queries, m_.keys, width_, lists, rows, m_.scores, fetch_);
+      dot_named(m_.grads, m_.values, width_, lists, rows, m_.slopes, fetch_);
+      for (int64_t r = 0; r < rows; ++r) weigh_hidden(first + r, r);
+      softmax_rows(m_.scores, lists, rows, scale_, m_.state);
       for (int64_t r = 0; r < rows; ++r) differentiate(first + r, r);
-      for (int64_t i = 0; i < rows * width_; ++i) m_.results[i] = 0;
-      add_named(m_.slopes, m_.keys, width_, lists, rows, m_.results);
+      sum_named(m_.slopes, m_.keys, width_, lists, rows, m_.results, fetch_);
       for (int64_t r = 0; r < rows; ++r) {
-        A* x = m_.results + r * width_;
-        for (int64_t d = 0; d < dim_; ++d) x[d] *= static_cast<A>(a_.scale);
-        store_row(x, dim_, q_grad + head_.at(first + r) * dim_);
+        store_scaled_row(m_.results + r * width_, dim_, static_cast<A>(a_.scale),
+                         q_grad + head_.at(first + r) * dim_);
       }
       transpose_lists(rows);
       add_entries();
@@ -145,9 +152,7 @@ class SparseBackward {
     }
     T *k_grad = static_cast<T*>(g_.k), *v_grad = static_cast<T*>(g_.v);
     for (int64_t t = 0; t < a_.num_tokens; ++t) {
-      A* key = m_.key_sums + t * width_;
-      for (int64_t d = 0; d < dim_; ++d) key[d] *= scale_;
-      store_row(key, dim_, k_grad + head_.at(t) * dim_);
+      store_scaled_row(m_.key_sums + t * width_, dim_, scale_, k_grad + head_.at(t) * dim_);
       store_row(m_.value_sums + t * width_, dim_, v_grad + head_.at(t) * dim_);
     }
     if (g_.keep)
@@ -159,30 +164,38 @@ class SparseBackward {
   }
 
  private:
-  // Row r of the block: scores become the map, slopes (of the map) those of the scores.
+  // The weights that keys hidden from row r have in the keep gradient.
+  void weigh_hidden(int64_t token, int64_t r) {
+    const Lists& lists = lists_.lists();
+    for (int64_t t = lists.seen[r]; t < lists.all[r]; ++t) {
+      const int64_t at = r * lists.row + t;
+      m_.hidden[at] = vec_sigmoid<A>(splat(m_.scores[at] * scale_ - lse_[head_.at(token)]))[0];
+    }
+  }
+
+  // Row r of the block: exponentials become the map, slopes (of the map) those of the scores.
   void differentiate(int64_t token, int64_t r) {
     const Lists& lists = lists_.lists();
-    const int32_t* keys = lists.keys + r * lists.row;
-    const int64_t seen = lists.seen[r], hidden = lists.all[r] - seen;
-    A *p = m_.scores + r * lists.row, *slope = m_.slopes + r * lists.row, lse;
-    for (int64_t t = 0; t < hidden; ++t)
-      m_.hidden[t] = vec_sigmoid<A>(splat(p[seen + t] * scale_ - lse_[head_.at(token)]))[0];
-    const A sum = softmax_row(p, seen, scale_, lse), factor = sum == 0 ? A(0) : A(1) / sum;
+    const int64_t seen = lists.seen[r];
+    A *p = m_.scores + r * lists.row, *slope = m_.slopes + r * lists.row;
+    const A factor = seen > 0 ? A(1) / m_.state.sum[r] : A(0);
     for (int64_t t = 0; t < seen; ++t) p[t] *= factor;
-    if (g_.keep) keep_gradient(token, keys, seen, hidden, p, slope);
-    if constexpr (kStats) add_statistics(token, keys, seen, p, slope);
+    if (g_.keep) keep_gradient(token, r);
+    if constexpr (kStats) add_statistics(token, lists.keys[r], seen, p, slope);
     const A mean = dot_row(p, slope, seen);
     for (int64_t t = 0; t < seen; ++t) slope[t] = p[t] * (slope[t] - mean);
   }
 
   // A token's own row does not depend on its mask.
-  void keep_gradient(int64_t token, const int32_t* keys, int64_t seen, int64_t hidden, const A* p,
-                     const A* slope) {
+  void keep_gradient(int64_t token, int64_t r) {
+    const Lists& lists = lists_.lists();
+    const int32_t* keys = lists.keys[r];
+    const int64_t seen = lists.seen[r], all = lists.all[r], at = r * lists.row;
+    const A *p = m_.scores + at, *slope = m_.slopes + at, *hidden = m_.hidden + at;
     const A mean = dot_row(p, slope, seen);
     for (int64_t t = 0; t < seen; ++t)
       if (keys[t] != token) m_.keep[keys[t]] += p[t] * (slope[t] - mean);
-    for (int64_t t = 0; t < hidden; ++t)
-      m_.keep[keys[seen + t]] += m_.hidden[t] * (slope[seen + t] - mean);
+    for (int64_t t = seen; t < all; ++t) m_.keep[keys[t]] += hidden[t] * (slope[t] - mean);
   }
 
   void add_statistics(int64_t token, const int32_t* keys, int64_t seen, const A* p, A* slope) {
@@ -213,13 +226,14 @@ class SparseBackward {
     int32_t* ends = m_.ends + 1;
     for (int64_t t = 0; t <= a_.num_tokens; ++t) m_.ends[t] = 0;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = 0; t < lists.seen[r]; ++t) ++ends[lists.keys[r * lists.row + t]];
+      for (int64_t t = 0; t < lists.seen[r]; ++t) ++ends[lists.keys[r][t]];
     for (int64_t t = 0; t < a_.num_tokens; ++t) ends[t] += ends[t - 1];
     // ends[t - 1], where the entries of t begin, moves on to their end.
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t t = 0; t < lists.seen[r]; ++t) {
         const int64_t at = r * lists.row + t;
-        m_.entries[m_.ends[lists.keys[at]]++] = {static_cast<int32_t>(r), static_cast<int32_t>(at)};
+        m_.entries[m_.ends[lists.keys[r][t]]++] = {static_cast<int32_t>(r),
+                                                   static_cast<int32_t>(at)};
       }
   }
 
@@ -237,6 +251,7 @@ class SparseBackward {
   const SparseGradArgs& g_;
   const AttentionArgs& a_;
   const Head& head_;
+  Fetch fetch_;
   const int64_t dim_, width_;
   const SparseGradScratch<A> m_;
   HeadLists<A> lists_;
@@ -249,9 +264,11 @@ template <typename T>
 bool sparse_attention_backward(const SparseGradArgs& g, int64_t begin, int64_t end) {
   const int64_t heads = g.forward.attention.num_heads;
   for (int64_t item = begin; item < end; ++item) {
+    const int64_t after = item + 1 < end ? item + 1 : item;
     const Head head(g.forward.attention, item / heads, item % heads);
-    if (!(g.grad_stats ? SparseBackward<T, true>(g, head).run()
-                       : SparseBackward<T, false>(g, head).run()))
+    const Head next(g.forward.attention, after / heads, after % heads);
+    if (!(g.grad_stats ? SparseBackward<T, true>(g, head, next).run()
+                       : SparseBackward<T, false>(g, head, next).run()))
       return false;
   }
   return true;

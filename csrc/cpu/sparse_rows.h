@@ -24,14 +24,16 @@ inline int64_t list_rows(int64_t row) {
 
 // The keys of a block of rows: first those that a row sees, then those that are hidden from it.
 struct Lists {
-  int64_t row = 0;  // entries from one row to the next, whole vectors
-  int32_t* keys;
+  int64_t row = 0;  // numbers from one row of weights to the next, whole vectors
+  const int32_t** keys;
   int32_t *seen, *all;  // per row, how many
+  int32_t* own;         // room for lists that are not those of the index
   // Room for blocks of rows with `most` or with `more` entries.
   Lists(Pieces& memory, int64_t most, int64_t more, int64_t lanes)
-      : keys(memory.take<int32_t>(entries(most, more, lanes))),
+      : keys(memory.take<const int32_t*>(kListRows)),
         seen(memory.take<int32_t>(kListRows)),
-        all(memory.take<int32_t>(kListRows)) {}
+        all(memory.take<int32_t>(kListRows)),
+        own(memory.take<int32_t>(entries(most, more, lanes))) {}
   static int64_t entries(int64_t most, int64_t more, int64_t lanes) {
     const int64_t a = round_up(most, lanes), b = round_up(more, lanes);
     const int64_t x = list_rows(a) * a, y = list_rows(b) * b;
@@ -62,6 +64,57 @@ inline bool check_list(const int32_t* index, int64_t named, int64_t num_tokens, 
   return fine;
 }
 
+// ---- memory ahead ------------------------------------------------------------------------------
+
+// Cache lines of rows of memory, fetched one by one.
+struct Lines {
+  const char* base;
+  int64_t rows, stride, bytes;  // strides and sizes in bytes
+  int64_t at = 0;
+  Lines(const void* data, int64_t num_rows, int64_t row_stride, int64_t row_bytes)
+      : base(static_cast<const char*>(data)),
+        rows(num_rows),
+        stride(row_stride),
+        bytes(row_bytes) {}
+  void step() {
+    if (rows <= 0) return;
+    __builtin_prefetch(base + at, 0, 2);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    base += stride;
+    --rows;
+  }
+};
+
+// What this thread needs next: the index of the next block, and operands of the next head. Fetched
+// between computations, two lines at a time: more at once would wait for each other, and the
+// processor's own prefetching does not cross the pages that neighbouring tokens lie in.
+class Fetch {
+ public:
+  Fetch(const AttentionArgs& a, int64_t item_bytes, int64_t b, int64_t h)
+      : index(nullptr, 0, 0, 0),
+        out(nullptr, 0, 0, 0),
+        operands_{lines(a, a.k, item_bytes, b, h), lines(a, a.v, item_bytes, b, h),
+                  lines(a, a.q, item_bytes, b, h)} {}
+  void step() {
+    index.step();
+    out.step();
+    operands_[turn_].step();
+    turn_ = turn_ == 2 ? 0 : turn_ + 1;
+  }
+  Lines index, out;
+
+ private:
+  static Lines lines(const AttentionArgs& a, const HeadRows& x, int64_t item, int64_t b,
+                     int64_t h) {
+    return {static_cast<const char*>(x.data) + (b * x.batch + h * x.head) * item,
+            x.dim == 1 ? a.num_tokens : 0, x.token * item, a.head_dim * item};
+  }
+  Lines operands_[3];
+  int turn_ = 0;
+};
+
 // ---- products with named rows ------------------------------------------------------------------
 
 // Lanes l of `a` and l of `b` alternate in runs of kStep: a's where the bit is 0.
@@ -90,29 +143,40 @@ inline Vec<A> sum_each(Vec<A>* x) {
   }
 }
 
-// Rows [0, rows): out[r, t] (+)= x[r] . table[keys[r, t]] over kVecs vectors. Entries behind
-// `all`, up to a whole vector, are dot products with some row.
+// Rows [0, rows): out[r, t] (+)= x[r] . table[keys[r][t]] over kVecs vectors.
 template <int kVecs, bool kAdd, typename A>
 SPOT_NOINLINE void dot_named_vecs(const A* x, const A* table, int64_t width, const Lists& lists,
-                                  int64_t rows, A* out) {
+                                  int64_t rows, A* out, Fetch& fetch) {
   constexpr int kL = kLanes<A>;
   for (int64_t g = 0; g < lists.row; g += kL)
     for (int64_t r = 0; r < rows; ++r) {
-      if (g >= lists.all[r]) continue;
-      const int32_t* keys = lists.keys + r * lists.row + g;
-      Vec<A> own[kVecs], sum[kL];
+      const int64_t left = lists.all[r] - g;
+      if (left <= 0) continue;
+      fetch.step();
+      const int32_t* keys = lists.keys[r] + g;
+      A* to = out + r * lists.row + g;
+      Vec<A> own[kVecs];
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) own[j] = vec_load(x + r * width + j * kL);
-#pragma GCC unroll 16
-      for (int l = 0; l < kL; ++l) {
+      const auto products = [&](int64_t l) {
         const A* key = table + keys[l] * width;
-        sum[l] = own[0] * vec_load(key);
+        Vec<A> sum = own[0] * vec_load(key);
 #pragma GCC unroll 8
-        for (int j = 1; j < kVecs; ++j) sum[l] += own[j] * vec_load(key + j * kL);
+        for (int j = 1; j < kVecs; ++j) sum += own[j] * vec_load(key + j * kL);
+        return sum;
+      };
+      if (left >= kL) {
+        Vec<A> sum[kL];
+#pragma GCC unroll 16
+        for (int l = 0; l < kL; ++l) sum[l] = products(l);
+        const Vec<A> dots = sum_each<A>(sum);
+        vec_store(to, kAdd ? vec_load(to) + dots : dots);
+      } else {
+        for (int64_t l = 0; l < left; ++l) {
+          const A dot = reduce_add<A>(products(l));
+          to[l] = kAdd ? to[l] + dot : dot;
+        }
       }
-      A* to = out + r * lists.row + g;
-      const Vec<A> dots = sum_each<A>(sum);
-      vec_store(to, kAdd ? vec_load(to) + dots : dots);
     }
 }
 
@@ -120,54 +184,58 @@ constexpr int kMostVecs = 8;  // of a row at once
 
 template <typename A>
 inline void dot_named(const A* x, const A* table, int64_t width, const Lists& lists, int64_t rows,
-                      A* out) {
+                      A* out, Fetch& fetch) {
   int64_t left = width / kLanes<A>, at = 0;
   for (; left > 0; left -= kMostVecs, at += kMostVecs * kLanes<A>)
     with_count<kMostVecs>(static_cast<int>(left < kMostVecs ? left : kMostVecs), [&](auto n) {
       if (at == 0)
-        dot_named_vecs<n.value, false>(x, table, width, lists, rows, out);
+        dot_named_vecs<n.value, false>(x, table, width, lists, rows, out, fetch);
       else
-        dot_named_vecs<n.value, true>(x + at, table + at, width, lists, rows, out);
+        dot_named_vecs<n.value, true>(x + at, table + at, width, lists, rows, out, fetch);
     });
 }
 
-// Rows [0, rows): out[r] += sum over the keys that r sees of weights[r, t] table[keys[r, t]].
+// Rows [0, rows): out[r] = sum over the keys that r sees of weights[r, t] table[keys[r][t]].
 template <int kVecs, typename A>
-SPOT_NOINLINE void add_named_vecs(const A* weights, const A* table, int64_t width,
-                                  const Lists& lists, int64_t rows, A* out) {
+SPOT_NOINLINE void sum_named_vecs(const A* weights, const A* table, int64_t width,
+                                  const Lists& lists, int64_t rows, A* out, Fetch& fetch) {
   constexpr int kL = kLanes<A>;
-  for (int64_t g = 0; g < lists.row; g += kL)
+  for (int64_t g = 0; g == 0 || g < lists.row; g += kL)
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t left = lists.seen[r] - g;
-      if (left <= 0) continue;
-      const int32_t* keys = lists.keys + r * lists.row + g;
+      if (left <= 0 && g > 0) continue;
+      fetch.step();
+      const int32_t* keys = lists.keys[r] + g;
       const A* weight = weights + r * lists.row + g;
-      Vec<A> sum[kVecs];
+      // Two sums by turns: a single one would wait for each addition.
+      Vec<A> sum[2][kVecs] = {};
+      if (g > 0)
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sum[j] = vec_load(out + r * width + j * kL);
-      const auto add = [&](int64_t l) {
+        for (int j = 0; j < kVecs; ++j) sum[0][j] = vec_load(out + r * width + j * kL);
+      const auto add = [&](Vec<A>(&to)[kVecs], int64_t l) {
         const A* row = table + keys[l] * width;
         const Vec<A> w = splat(weight[l]);
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[j] += w * vec_load(row + j * kL);
+        for (int j = 0; j < kVecs; ++j) to[j] += w * vec_load(row + j * kL);
       };
-      if (left >= kL)
+      if (left >= kL) {
 #pragma GCC unroll 16
-        for (int l = 0; l < kL; ++l) add(l);
-      else
-        for (int64_t l = 0; l < left; ++l) add(l);
+        for (int l = 0; l < kL; ++l) add(sum[l & 1], l);
+      } else {
+        for (int64_t l = 0; l < left; ++l) add(sum[0], l);
+      }
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) vec_store(out + r * width + j * kL, sum[j]);
+      for (int j = 0; j < kVecs; ++j) vec_store(out + r * width + j * kL, sum[0][j] + sum[1][j]);
     }
 }
 
 template <typename A>
-inline void add_named(const A* weights, const A* table, int64_t width, const Lists& lists,
-                      int64_t rows, A* out) {
+inline void sum_named(const A* weights, const A* table, int64_t width, const Lists& lists,
+                      int64_t rows, A* out, Fetch& fetch) {
   int64_t left = width / kLanes<A>, at = 0;
   for (; left > 0; left -= kMostVecs, at += kMostVecs * kLanes<A>)
     with_count<kMostVecs>(static_cast<int>(left < kMostVecs ? left : kMostVecs), [&](auto n) {
-      add_named_vecs<n.value>(weights, table + at, width, lists, rows, out + at);
+      sum_named_vecs<n.value>(weights, table + at, width, lists, rows, out + at, fetch);
     });
 }
 
@@ -194,6 +262,14 @@ class HeadLists {
 
   bool dropped(int64_t token) const { return dropped_[token]; }
 
+  // Lines of the index behind that of the rows before `token`, of as many rows.
+  Lines index_lines(int64_t token, int64_t rows) const {
+    const int64_t patches = a_.attention.batch * a_.attention.num_heads * (tokens_ - prefix_);
+    const int64_t first = row_of(token < prefix_ ? prefix_ : token);
+    const int64_t left = patches - first < rows ? patches - first : rows;
+    return {a_.index + first * a_.num_named, 1, 0, left * a_.num_named * 4};
+  }
+
   // Lists the keys of the rows from token `first` on, `end` excluded; how many rows, or -1 when the
   // index is bad.
   int64_t fill(int64_t first, int64_t end) {
@@ -202,49 +278,52 @@ class HeadLists {
                   stop = dense && end > prefix_ ? prefix_ : end;
     lists_.row = round_up(most, kLanes<A>);
     const int64_t fit = list_rows(lists_.row), rows = stop - first < fit ? stop - first : fit;
-    for (int64_t r = 0; r < rows; ++r) {
-      int32_t* keys = lists_.keys + r * lists_.row;
+    for (int64_t r = 0; r < rows; ++r)
       if (dense)
-        list_all(r, keys);
-      else if (!list_named(r, first + r, keys))
+        list_all(r);
+      else if (!list_named(r, first + r))
         return -1;
-      for (int64_t t = lists_.all[r]; t < round_up(lists_.all[r], kLanes<A>); ++t) keys[t] = 0;
-    }
     return rows;
   }
   const Lists& lists() const { return lists_; }
 
  private:
-  void list_all(int64_t r, int32_t* keys) {
-    const int64_t count = hidden_too_ ? tokens_ : head_.seen;
-    for (int64_t c = 0; c < count; ++c) keys[c] = head_.order[c];
-    lists_.seen[r] = static_cast<int32_t>(head_.seen);
-    lists_.all[r] = static_cast<int32_t>(count);
+  // Which row of the index belongs to a token.
+  int64_t row_of(int64_t token) const {
+    const int64_t head = head_.b * a_.attention.num_heads + head_.h;
+    return head * (tokens_ - prefix_) + token - prefix_;
   }
 
-  bool list_named(int64_t r, int64_t token, int32_t* keys) {
-    const int64_t patches = tokens_ - prefix_;
-    const int64_t at = (head_.b * a_.attention.num_heads + head_.h) * patches + token - prefix_;
-    const int32_t* index = a_.index + at * a_.num_named;
-    int64_t count, seen = 0;
+  void list_all(int64_t r) {
+    lists_.keys[r] = head_.order;
+    lists_.seen[r] = static_cast<int32_t>(head_.seen);
+    lists_.all[r] = static_cast<int32_t>(hidden_too_ ? tokens_ : head_.seen);
+  }
+
+  bool list_named(int64_t r, int64_t token) {
+    const int32_t* index = a_.index + row_of(token) * a_.num_named;
+    int64_t count;
     if (!check_list(index, a_.num_named, tokens_, marks_, count)) return false;
-    if (head_.seen == tokens_) {
-      std::memcpy(keys, index, static_cast<std::size_t>(count) * sizeof(int32_t));
-      seen = count;
-    } else {
-      for (int64_t t = 0; t < count; ++t) {
-        keys[seen] = index[t];
-        seen += !dropped_[index[t]] || index[t] == token;
-      }
-      int64_t all = seen;
-      if (hidden_too_)
-        for (int64_t t = 0; t < count; ++t)
-          if (dropped_[index[t]] && index[t] != token) keys[all++] = index[t];
-      count = all;
-    }
-    lists_.seen[r] = static_cast<int32_t>(seen);
-    lists_.all[r] = static_cast<int32_t>(count);
+    lists_.keys[r] = index;
+    lists_.seen[r] = lists_.all[r] = static_cast<int32_t>(count);
+    if (head_.seen < tokens_) filter(r, token, count);
     return true;
+  }
+
+  // Takes out the keys that the row does not see, or moves them behind the others.
+  void filter(int64_t r, int64_t token, int64_t count) {
+    const int32_t* index = lists_.keys[r];
+    int32_t* keys = lists_.own + r * lists_.row;
+    const auto hidden = [&](int32_t key) { return dropped_[key] && key != token; };
+    int64_t seen = 0;
+    for (int64_t t = 0; t < count; ++t)
+      if (!hidden(index[t])) keys[seen++] = index[t];
+    int64_t all = seen;
+    for (int64_t t = 0; hidden_too_ && t < count; ++t)
+      if (hidden(index[t])) keys[all++] = index[t];
+    lists_.keys[r] = keys;
+    lists_.seen[r] = static_cast<int32_t>(seen);
+    lists_.all[r] = static_cast<int32_t>(all);
   }
 
   const SparseArgs& a_;
@@ -255,30 +334,26 @@ class HeadLists {
   const int64_t tokens_, prefix_;
 };
 
-// Scores x of the keys that a row sees become exponentials, zero from there up to a whole vector;
-// lse is that of the scores times scale (>= 0). Returns their sum, 0 where the row sees nothing.
+// Scores of the keys that each row sees become exponentials, zero behind them; maximum and sum of
+// row r are in `state`, the sum 0 where it sees nothing. scale >= 0.
 template <typename A>
-inline A softmax_row(A* x, int64_t seen, A scale, A& lse) {
-  constexpr int kL = kLanes<A>;
-  const A none = -static_cast<A>(__builtin_inff());
-  const int64_t whole = round_up(seen, kL);
-  lse = none;
-  if (seen == 0) return 0;
-  const A unit = scale == 0 ? A(1) : kExpUnit<A> * scale;
-  if (scale == 0)  // all scores are 0 (or NaN), and -inf of the padding must not meet it
-    for (int64_t c = 0; c < seen; ++c) x[c] *= A(0);
-  for (int64_t c = seen; c < whole; ++c) x[c] = none;
-  Vec<A> top = splat(none), sum = {};
-  for (int64_t c = 0; c < whole; c += kL) top = vec_max<A>(top, vec_load(x + c));
-  const A max = reduce_max<A>(top);
-  for (int64_t c = 0; c < whole; c += kL) {
-    const Vec<A> e = vec_exp(vec_load(x + c) - max, unit);
-    vec_store(x + c, e);
-    sum += e;
+inline void softmax_rows(A* x, const Lists& lists, int64_t rows, A scale, RowState<A> state) {
+  for (int64_t r = 0; r < rows; ++r) {
+    A* row = x + r * lists.row;
+    if (scale == 0)  // all scores are 0 (or NaN), and -inf of the padding must not meet it
+      for (int64_t t = 0; t < lists.seen[r]; ++t) row[t] *= A(0);
+    for (int64_t t = lists.seen[r]; t < lists.row; ++t) row[t] = -static_cast<A>(__builtin_inff());
   }
-  const A total = reduce_add<A>(sum);
-  lse = max * scale + natural_log(total);
-  return total;
+  const A unit = scale == 0 ? A(1) : kExpUnit<A> * scale;
+  for_groups(rows, [&](auto group, int64_t r) {
+    exponentials<group.value>(x + r * lists.row, lists.row, lists.row / kLanes<A>, lists.row, rows,
+                              unit, state, r, x);
+  });
+  for (int64_t r = 0; r < rows; ++r)
+    if (lists.seen[r] == 0) {
+      state.max[r] = -static_cast<A>(__builtin_inff());
+      state.sum[r] = 0;
+    }
 }
 
 // Rows of all tokens as padded rows of numbers.
