@@ -418,8 +418,9 @@ def connectivity() -> Iterator[tuple[str, bool]]:
     coef, basis = torch.rand(1, 1, 4, 3, generator=draw), torch.rand(3, 9, generator=draw)
     which = torch.tensor([[0, 1, 2, 9, -1, 1 << 40]])
     got = spot_ext.connectivity(coef.cuda(), basis.cuda(), 3, which.cuda())
-    yield "connectivity with columns out of range", torch.equal(
-        got.cpu(), torch.arange(3, dtype=torch.int32).expand(1, 1, 4, 3)
+    yield (
+        "connectivity with columns out of range",
+        torch.equal(got.cpu(), torch.arange(3, dtype=torch.int32).expand(1, 1, 4, 3)),
     )
 
 

@@ -160,9 +160,7 @@ struct Gather {
 
 // Blocks that are to run side by side, which bounds registers.
 template <typename T, int kDepth>
-constexpr int kSparseBlocks = sizeof(typename Gather<T, kDepth>::Wide) > 32 ? 3
-                              : sizeof(T) == 8                              ? 4
-                                                                            : 5;
+constexpr int kSparseBlocks = sizeof(typename Gather<T, kDepth>::Wide) > 32 ? 3 : 4;
 
 // Rows of a block, prefix rows first since they are long: a prefix row takes a whole block, whose
 // warps share its keys; a patch row takes a warp, and a block a range of them.

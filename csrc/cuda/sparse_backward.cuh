@@ -27,12 +27,8 @@ struct SparseBackwardArgs : BackwardArgs<T> {
   Acc<T>* keep_terms;   // [B, H, entries] or null: what an entry adds to the gradient of keep
 };
 
-// Two rows are held, not one.
-template <typename T, int kDepth>
-constexpr int kQueryBlocks = kSparseBlocks<T, kDepth> == 5 ? 4 : kSparseBlocks<T, kDepth>;
-
 template <typename T, int kDepth, bool kStats>
-__global__ void __launch_bounds__(kSparseThreads, (kQueryBlocks<T, kDepth>))
+__global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
     sparse_query_kernel(const SparseBackwardArgs<T> a, int parts) {
   using A = Acc<T>;
   using G = Gather<T, kDepth>;
