@@ -8,6 +8,7 @@ not do is touch foreign memory.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -351,23 +352,28 @@ def sparse_attention() -> Iterator[tuple[str, bool]]:
                 )
             for name, x, y in zip(("dq", "dk", "dv", "dkeep"), grads, want[2:], strict=True):
                 yield f"{name} {what}", fitting(x, y, 3 * tolerance, 0.1)
-    # One bad row each: its query is NaN, others are not.
-    q, k, v = torch.randn(3, 1, 1 + 40, 1, 64, generator=draw)
+    # One bad row each: its query is NaN, others are not. float32 gathers, float16 has tensor cores.
     good = named(1, 1, 41, 1, 6, "shuffled", draw)
-    for name, entries in {
-        "out of range": (0, 41, 2, 3, 4, 5),
-        "far out of range": (0, 2**31 - 1, -(2**31), 3, 4, 5),
-        "repeated": (0, 1, 2, 3, 1, 5),
-        "behind a -1": (0, 1, 2, -1, 4, 5),
-    }.items():
+    for dtype, (name, entries) in itertools.product(
+        (torch.float32, torch.float16),
+        {
+            "out of range": (0, 41, 2, 3, 4, 5),
+            "far out of range": (0, 2**31 - 1, -(2**31), 3, 4, 5),
+            "repeated": (0, 1, 2, 3, 1, 5),
+            "behind a -1": (0, 1, 2, -1, 4, 5),
+        }.items(),
+    ):
         index = good.clone()
         index[0, 0, 7] = torch.tensor(entries, dtype=torch.int32)
-        leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
+        leaves = [
+            x.cuda().requires_grad_()
+            for x in torch.randn(3, 1, 41, 1, 64, generator=draw).to(dtype)
+        ]
         out, _ = spot_ext.sparse_attention(*leaves, index.cuda(), need_stats=True)
         grads = torch.autograd.grad(out.sum(), leaves)
         rest = torch.arange(41) != 8
         yield (
-            f"sparse_attention with a name {name}",
+            f"sparse_attention with a name {name} {dtype}",
             bool(out[0, 8].isnan().all() and out.cpu()[0, rest].isfinite().all())
             and bool(grads[0][0, 8].isnan().all() and grads[0].cpu()[0, rest].isfinite().all()),
         )

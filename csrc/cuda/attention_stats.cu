@@ -33,19 +33,6 @@ int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <typename T, int kKeys>
-bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
-  const int64_t blocks = a.batch * a.heads;
-  // Few blocks: more warps in each.
-  const int row_tiles = static_cast<int>(ceil_div(a.tokens, 16));
-  const int full = blocks < 2 * device_attribute(q, cudaDevAttrMultiProcessorCount) ? 8 : 4;
-  const int warps = std::min(full, row_tiles);
-  const size_t shared = rows_shared<T, kKeys>(a.depth, warps);
-  if (shared > max_shared(q)) return false;
-  launch(op, attention_rows_kernel<T, kKeys>, blocks, warps * kWarp, shared, stream, a);
-  return true;
-}
-
 template <typename T, int kOut, bool kStats>
 void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
   const int warps = fitting_warps(op, q, kLoopWarps,
@@ -69,21 +56,11 @@ void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_
 template <typename T, bool kStats>
 void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
   if constexpr (kTensorCores<T> && kStats) {
-    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261. Without
-    // statistics the loop needs one pass only.
-    if (a.bias != nullptr) {
-      // The rows kernel knows no bias.
-    } else if (a.tokens <= 80) {
-      if (launch_rows<T, 80>(op, q, a, stream)) return;
-    } else if (a.tokens <= 112) {
-      if (launch_rows<T, 112>(op, q, a, stream)) return;
-    } else if (a.tokens <= 144) {
-      if (launch_rows<T, 144>(op, q, a, stream)) return;
-    } else if (a.tokens <= 208) {
-      if (launch_rows<T, 208>(op, q, a, stream)) return;
-    } else if (a.tokens <= 272) {
-      if (launch_rows<T, 272>(op, q, a, stream)) return;
-    }
+    // The rows kernel knows no bias. Without statistics the loop needs one pass only.
+    if (a.bias == nullptr && dispatch_keys(a.tokens, [&](auto keys) {
+          return launch_rows<T, decltype(keys)::value, true, false>(op, q, a, stream);
+        }))
+      return;
   }
   if constexpr (kTensorCores<T>) {
     if (a.dim > 64) return launch_loop<T, 128, kStats>(op, q, a, stream);

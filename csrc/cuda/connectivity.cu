@@ -115,7 +115,9 @@ size_t warp_shared(int rank, int num_columns, bool staged) {
 
 // Lane l has columns l + 32 c, c < kHeld.
 template <typename T, int kHeld>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kHeld > 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1
+                                            : kHeld > 8    ? 2
+                                                           : 3)
     connectivity_warp_kernel(const ConnectivityArgs<T> a, int parts, bool staged) {
   using A = Acc<T>;
   using Key = SelectKey<T>;

@@ -110,6 +110,48 @@ void dispatch_depth(int dim, F&& f) {
     f(std::integral_constant<int, 256>{});
 }
 
+// From this share of the keys on, all of them are taken through tensor cores where those can. An
+// estimate from rates of arithmetic, not measured.
+constexpr int kDenseShare = 16;
+
+// The whole map of an image and head in one block; false where that cannot be, or does not pay.
+template <typename T, bool kStats>
+bool launch_dense(const char* op, const Tensor& q, SparseForwardArgs<T>& a, cudaStream_t stream) {
+  if constexpr (kTensorCores<T>) {
+    if (kDenseShare * static_cast<int64_t>(a.map.named) < a.tokens) return false;
+    return dispatch_keys(a.tokens, [&](auto keys) {
+      constexpr int kKeys = decltype(keys)::value;
+      const int64_t rows = a.batch * a.heads * a.tokens;
+      const Tensor seen = empty_on(q, {rows, kSeenBits<kKeys> + 1}, ScalarType::Int);
+      uint32_t* bits = mutable_data<uint32_t>(seen);
+      launch(op, sparse_seen_kernel<T, kKeys>, grid_for(rows, kSparseWarps), kSparseThreads, 0,
+             stream, a, bits, rows);
+      a.seen = bits;
+      return launch_rows<T, kKeys, kStats, true>(op, q, a, stream);
+    });
+  } else {
+    return false;
+  }
+}
+
+template <typename T, bool kStats>
+void launch_gather(const char* op, const Tensor& q, SparseForwardArgs<T>& a, const Named& named,
+                   cudaStream_t stream) {
+  const int64_t slices = a.batch * a.heads;
+  const int patches = a.tokens - a.prefix, parts = parts_for(q, a, patches);
+  const Tensor map_values = empty_on(q, {kStats ? slices : 0, a.map.entries}, wide_type(q));
+  a.map_values = mutable_data<Acc<T>>(map_values);
+  dispatch_depth(a.dim, [&](auto depth) {
+    launch(op, sparse_forward_kernel<T, decltype(depth)::value>,
+           slices * (a.prefix + (patches > 0 ? parts : 0)), kSparseThreads, 0, stream, a, parts);
+  });
+  if (!kStats || patches == 0) return;
+  const Lists lists = list_by_key(op, q, a, named, stream);
+  a.lists = lists.view;
+  launch(op, sparse_columns_kernel<T>, grid_for(slices * patches, kSparseWarps), kSparseThreads, 0,
+         stream, a, slices * patches);
+}
+
 std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k,
                                                     const Tensor& v, const Tensor& index,
                                                     std::optional<Tensor> keep,
@@ -129,8 +171,6 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   const Named named = read_index(op, index, s);
   const Mask mask = read_mask(op, keep, s.num_tokens, s.num_prefix, stream);
   if (lse.numel() == 0) return {out, stats, lse};
-  const int64_t slices = s.batch * s.num_heads;
-  const Tensor map_values = empty_on(q, {need_stats ? slices : 0, named.map.entries}, wide_type(q));
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
     const Tensor q_rows = in_pieces<T>(q), k_rows = in_pieces<T>(k), v_rows = in_pieces<T>(v);
@@ -140,17 +180,11 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
     a.out = mutable_data<T>(out);
     a.stats = need_stats ? mutable_data<Acc<T>>(stats) : nullptr;
     a.lse = mutable_data<Acc<T>>(lse);
-    a.map_values = mutable_data<Acc<T>>(map_values);
-    const int patches = a.tokens - a.prefix, parts = parts_for(q, a, patches);
-    dispatch_depth(a.dim, [&](auto depth) {
-      launch(op, sparse_forward_kernel<T, decltype(depth)::value>,
-             slices * (a.prefix + (patches > 0 ? parts : 0)), kSparseThreads, 0, stream, a, parts);
+    dispatch(need_stats, [&](auto wanted) {
+      constexpr bool kStats = decltype(wanted)::value;
+      if (!launch_dense<T, kStats>(op, q, a, stream))
+        launch_gather<T, kStats>(op, q, a, named, stream);
     });
-    if (!need_stats || patches == 0) return;
-    const Lists lists = list_by_key(op, q, a, named, stream);
-    a.lists = lists.view;
-    launch(op, sparse_columns_kernel<T>, grid_for(slices * patches, kSparseWarps), kSparseThreads,
-           0, stream, a, slices * patches);
   });
   return {out, stats, lse};
 }

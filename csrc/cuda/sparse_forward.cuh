@@ -6,7 +6,12 @@
 //   arithmetic on it (no tensor cores). With statistics it leaves the map in `map_values`.
 // - sparse_columns_kernel, with statistics: one warp per column, from the lists by key.
 //
-// Scratch: none without statistics, else two numbers per entry of the map (lists and values).
+// - attention_rows_kernel, of attention_forward.cuh, with the index as bits (sparse_seen_kernel):
+// the
+//   whole map of 16-bit types on tensor cores, for up to 272 tokens.
+//
+// Scratch: for gathers none without statistics, else two numbers per entry of the map (lists and
+// values); for tensor cores a bit per query and key.
 #pragma once
 
 #include "attention_forward.cuh"
@@ -173,6 +178,42 @@ __global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
     for (int key = a.prefix + lane; key < a.tokens; key += kWarp)
       stats_row(a, slice, key)[0] =
           role_of(a, slice, key) == kPatch ? exponential<T>(values[key] - top) * inverse_sum : A(0);
+  }
+}
+
+// What rows see, as bits for attention_rows_kernel; one warp per row.
+template <typename T, int kKeys>
+__global__ void __launch_bounds__(kSparseThreads)
+    sparse_seen_kernel(const SparseForwardArgs<T> a, uint32_t* bits, int64_t rows) {
+  constexpr int kWords = kSeenBits<kKeys>;
+  static_assert(kWords <= kSeenWords && kWords < kWarp);
+  __shared__ unsigned all_seen[kSparseWarps][kSeenWords];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  unsigned* seen = all_seen[threadIdx.x / kWarp];
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kSparseWarps;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kSparseWarps) + threadIdx.x / kWarp; i < rows;
+       i += step) {
+    const Slice slice = slice_at(a, i / a.tokens);
+    const int row = static_cast<int>(i % a.tokens);
+    const bool dense = row < a.prefix;
+    const int32_t* names = names_of(a, a.map, slice, row);
+    const int length = dense ? a.tokens : checked_length(names, a.map.named, a.tokens, seen);
+    __syncwarp();
+    if (lane < kWords) seen[lane] = 0u;
+    __syncwarp();
+    bool any = false;
+    for (int at = lane; at < length; at += kWarp) {
+      const int key = dense ? at : names[at];
+      if (key != row && role_of(a, slice, key) == kDropped) continue;
+      atomicOr(&seen[key / 32], 1u << key % 32);
+      any = true;
+    }
+    any = __any_sync(0xffffffffu, any);
+    uint32_t* to = bits + i * (kWords + 1);
+    __syncwarp();
+    if (lane < kWords) to[lane] = seen[lane];
+    if (lane == kWords) to[lane] = length < 0 ? kBad : any ? kSees : kBlind;
+    __syncwarp();
   }
 }
 
