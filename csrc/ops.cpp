@@ -84,7 +84,8 @@ STABLE_TORCH_LIBRARY(spot, m) {
   // -> gradients of q, k, v and of keep [B, N-P] (float32, or float64 for float64; empty unless
   // asked for)
   m.def(
-      "sparse_attention_backward(Tensor grad_out, Tensor? grad_stats, Tensor q, Tensor k, Tensor v, "
+      "sparse_attention_backward(Tensor grad_out, Tensor? grad_stats, Tensor q, Tensor k, Tensor "
+      "v, "
       "Tensor index, Tensor? keep, Tensor out, Tensor stats, Tensor lse, float? scale=None, "
       "SymInt num_prefix=1, bool class_token=True, bool keep_grad=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");

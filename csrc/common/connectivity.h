@@ -52,14 +52,13 @@ inline ConnectivityShape check_connectivity(const char* op, const Tensor& coeffi
   return {coefficients.size(0), coefficients.size(1), queries, rank, in_play, budget, used};
 }
 
-// Names the first of `columns` [B, N] that is out of range. Host memory only; the slow path after a
-// kernel saw something odd, or the check that SPOT_CHECK=1 asks for.
-inline void explain_columns(const char* op, const int64_t* columns, const ConnectivityShape& s,
-                            int64_t basis_columns) {
-  for (int64_t at = 0; at < s.batch * s.num_columns; ++at)
-    SPOT_CHECK(columns[at] >= 0 && columns[at] < basis_columns, op, "columns must be in [0, ",
-               basis_columns, "), the columns of basis, got ", columns[at], " at columns[",
-               at / s.num_columns, ", ", at % s.num_columns, "]");
+// Names the first of `columns`, dense and in host memory, that is out of range.
+inline void check_columns(const char* op, const Tensor& columns, int64_t num_basis) {
+  const int64_t* data = static_cast<const int64_t*>(columns.const_data_ptr());
+  for (int64_t i = 0; i < columns.size(0) * columns.size(1); ++i)
+    SPOT_CHECK(data[i] >= 0 && data[i] < num_basis, op, "columns must be in [0, ", num_basis,
+               ") (the columns of basis), got ", data[i], " at columns[", i / columns.size(1), ", ",
+               i % columns.size(1), "]");
 }
 
 }  // namespace spot

@@ -338,7 +338,8 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     float inverse_sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] = states[r] == kBad ? not_a_number<float>() : row_sum(sum[r]);
+      sum[r] = row_sum(sum[r]);
+      if (states[r] == kBad) sum[r] = not_a_number<float>();
       const bool sees = row0 + lane.g + 8 * r < a.tokens && states[r] != kBlind;
       inverse_sum[r] = sees ? 1.0f / sum[r] : 0.0f;
     }

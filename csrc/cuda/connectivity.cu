@@ -288,8 +288,7 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
       empty_on(coefficients, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
   const std::optional<Tensor> dense_columns =
       columns ? std::optional<Tensor>(dense(*columns)) : std::nullopt;
-  if (columns && checks_wanted())
-    explain_columns(op, data<int64_t>(copy_to_host(*columns)), s, basis.size(1));
+  if (columns && checks_wanted()) check_columns(op, copy_to_host(*columns), basis.size(1));
   const Mask mask = read_mask(op, keep, s.num_columns, s.num_prefix(), stream);
   if (index.numel() == 0) return index;
   dispatch(dtype_slot(op, "coefficients", coefficients), [&](auto zero) {

@@ -1,20 +1,26 @@
-// CUDA kernels of sparse_attention: gathers of named rows, in plain arithmetic for all types; sums
-// are float32 (float64 for float64). Cost and scratch grow with the entries of the map,
-// B H (P N + (N-P) K), and never with N^2.
+// CUDA kernels of sparse_attention. Sums are float32 (float64 for float64). Nothing of N^2 numbers
+// is stored; scratch and, but for the first kind of forward pass, cost grow with the entries of the
+// map, B H (P N + (N-P) K).
 //
-// - Forward: reads a row of k and one of v per entry. Scratch only with statistics: a list and a
-//   value per entry.
-// - Backward: reads a row of k, v, q and dO per entry (with statistics k twice) and writes p and dS
-//   per entry, from which the pass over keys works without dot products. Gradients of keys are sums
-//   over lists by key in ascending order of queries: the same bits in every run.
+// - Forward on tensor cores: float16 and bfloat16 up to 272 tokens, unless K is below N / 16. The
+//   kernel of attention_stats for the whole map, with the index as bits: N^2 / 8 bytes per image
+//   and head, no more than half of the index. As fast as dense attention, not faster: so few tokens
+//   are no match for tensor cores however many keys are left out.
+// - Forward by gathers: reads a row of k and one of v per entry, plain arithmetic. Scratch only
+// with
+//   statistics: a list and a value per entry.
+// - Backward by gathers: reads a row of k, v, q and dO per entry (with statistics k twice) and
+// writes
+//   p and dS per entry, from which the pass over keys works without dot products. Gradients of keys
+//   are sums over lists by key in ascending order of queries: the same bits in every run.
 //
-// Gathered rows are reused from L1 and L2, which hold the rows of an image and head for N D of
-// common ViTs; that traffic and the plain arithmetic bound the kernels. Dense attention runs on
-// tensor cores, so it takes a small K / N to be faster than that: measure before relying on it.
+// Gathered rows come from L1 or L2 where they hold the N D of an image and head; that traffic and
+// the plain arithmetic bound the kernels, so K / N must be small for them to pass dense attention.
 //
 // An entry of `index` out of range is never dereferenced. A query that names one, that names a key
-// twice, or a key behind a -1, gets NaN, and so do the statistics and gradients that it enters.
-// SPOT_CHECK=1 names it instead, at the price of a sync.
+// twice, or a key behind a -1, gets NaN, and so do the statistics and gradients that it enters (on
+// tensor cores the column statistics of all keys of its image and head). SPOT_CHECK=1 names it
+// instead, at the price of a sync.
 #include "../common/sparse_attention.h"
 #include "attention_entry.cuh"
 #include "sparse_backward.cuh"
