@@ -6,9 +6,8 @@
 //   gathered once. The cut is a search over the bits of the keys, one count of the warp a bit, that
 //   ends when a bit separates as many as wanted: usually after about 20. That search bounds it.
 // - connectivity_block_kernel, beyond: a block per row. Keys in shared memory, or, where those do
-// not
-//   fit, summed again for each of the 5 passes (9 for float64); coefficients and basis from global
-//   memory, through L2.
+//   not fit, summed again for each of the 5 passes (9 for float64); coefficients and basis from
+//   global memory, through L2.
 //
 // Sums run over the coefficients that count, in ascending order, in float32 (float64 for float64).
 // Scratch: a byte per token with `keep`. A column out of range is never dereferenced: its sum is

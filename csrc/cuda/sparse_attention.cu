@@ -4,15 +4,13 @@
 //
 // - Forward on tensor cores: float16 and bfloat16 up to 272 tokens, unless K is below N / 16. The
 //   kernel of attention_stats for the whole map, with the index as bits: N^2 / 8 bytes per image
-//   and head, no more than half of the index. As fast as dense attention, not faster: so few tokens
-//   are no match for tensor cores however many keys are left out.
+//   and head, no more than half of the index. This is the work of dense attention whatever K is;
+//   for so few tokens gathers are expected to take longer (not measured).
 // - Forward by gathers: reads a row of k and one of v per entry, plain arithmetic. Scratch only
-// with
-//   statistics: a list and a value per entry.
+//   with statistics: a list and a value per entry.
 // - Backward by gathers: reads a row of k, v, q and dO per entry (with statistics k twice) and
-// writes
-//   p and dS per entry, from which the pass over keys works without dot products. Gradients of keys
-//   are sums over lists by key in ascending order of queries: the same bits in every run.
+//   writes p and dS per entry, from which the pass over keys works without dot products. Gradients
+//   of keys are sums over lists by key in ascending order of queries: the same bits in every run.
 //
 // Gathered rows come from L1 or L2 where they hold the N D of an image and head; that traffic and
 // the plain arithmetic bound the kernels, so K / N must be small for them to pass dense attention.

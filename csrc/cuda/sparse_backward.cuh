@@ -3,12 +3,10 @@
 //
 // - prepare_kernel, of attention_backward.cuh: per token and head.
 // - sparse_query_kernel, per query: p and dS of its entries, and dq = scale dS k. Gathers k and v
-// as
-//   the forward pass does, with statistics k once more, since delta needs the whole row.
+//   as the forward pass does, with statistics k once more, since delta needs the whole row.
 // - sparse_key_kernel, per key: dk = scale dS^T q and dv = p^T dO over the prefix rows, then over
-// the
-//   list of its entries, in order; the gradient of keep per head. Gathers q and dO. A warp does a
-//   key, so one that most queries name takes longest.
+//   the list of its entries, in order; the gradient of keep per head. Gathers q and dO. A warp does
+//   a key, so one that most queries name takes longest.
 //
 // Scratch: three numbers per entry of the map (lists, p, dS), four with a gradient of keep, and
 // those of prepare_kernel.

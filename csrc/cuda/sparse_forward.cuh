@@ -5,9 +5,8 @@
 //   the blocks at work on it, so they come from L1 or L2. That gather bounds it, with the plain
 //   arithmetic on it (no tensor cores). With statistics it leaves the map in `map_values`.
 // - sparse_columns_kernel, with statistics: one warp per column, from the lists by key.
-// - attention_rows_kernel, of attention_forward.cuh, with the index as bits from
-// sparse_seen_kernel:
-//   the whole map of 16-bit types on tensor cores, for up to 272 tokens.
+// - attention_rows_kernel, of attention_forward.cuh: the whole map of 16-bit types on tensor cores,
+//   for up to 272 tokens, with the index as bits from sparse_seen_kernel.
 //
 // Scratch: for gathers none without statistics, else two numbers per entry of the map (lists and
 // values); for tensor cores a bit per query and key.
