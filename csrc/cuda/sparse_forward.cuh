@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kSparseThreads, (kSparseBlocks<T, kDepth>))
 
 // What rows see, as bits for attention_rows_kernel; one warp per row.
 template <typename T, int kKeys>
-__global__ void __launch_bounds__(kSparseThreads)
+__global__ void __launch_bounds__(kSparseThreads, 12)
     sparse_seen_kernel(const SparseForwardArgs<T> a, uint32_t* bits, int64_t rows) {
   constexpr int kWords = kSeenBits<kKeys>;
   static_assert(kWords <= kSeenWords && kWords < kWarp);
