@@ -9,6 +9,8 @@
 //   not fit, summed again for each of the 5 passes (9 for float64); coefficients and basis from
 //   global memory, through L2.
 //
+// - coefficients_kernel makes coefficients of queries and few keys, for predict_connectivity.
+//
 // Sums run over the coefficients that count, in ascending order, in float32 (float64 for float64).
 // Scratch: a byte per token with `keep`. A column out of range is never dereferenced: its sum is
 // NaN, so it ranks last; SPOT_CHECK=1 names it, at the price of a sync.
@@ -272,6 +274,88 @@ void launch_connectivity(const char* op, const Tensor& like, const ConnectivityA
   launch(op, connectivity_block_kernel<T, false>, blocks, kThreads, least, stream, a);
 }
 
+// ---- coefficients of queries --------------------------------------------------------------------
+
+template <typename T>
+struct CoefficientArgs {
+  const T *q, *keys, *bias;  // [B, N-P, H, D], [B, R, H, D], [B, R, H] or null; strides
+  int64_t q_strides[4], keys_strides[4], bias_strides[3];
+  T* out;  // [B, H, N-P, R]
+  int64_t rows;
+  int heads, queries, rank, dim;
+};
+
+__device__ inline float exponential(float x) { return __expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+
+// Softmax of queries times keys, plus bias. A warp per row; a lane has every 32nd key and computes
+// its product twice, for the sum and for the result, so that nothing is kept. Bounded by reading
+// the keys through first-level cache.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(const CoefficientArgs<T> a) {
+  using A = Acc<T>;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (row >= a.rows) return;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t head = row / a.queries, b = head / a.heads, h = head % a.heads;
+  const T* q = a.q + b * a.q_strides[0] + row % a.queries * a.q_strides[1] + h * a.q_strides[2];
+  const T* keys = a.keys + b * a.keys_strides[0] + h * a.keys_strides[2];
+  const auto logit = [&](int r) {
+    const T* key = keys + r * a.keys_strides[1];
+    A sum =
+        a.bias ? load(a.bias[b * a.bias_strides[0] + r * a.bias_strides[1] + h * a.bias_strides[2]])
+               : A(0);
+    for (int d = 0; d < a.dim; ++d)
+      sum += load(q[d * a.q_strides[3]]) * load(key[d * a.keys_strides[3]]);
+    return sum;
+  };
+  A top = -static_cast<A>(INFINITY), total = 0;
+  for (int r = lane; r < a.rank; r += kWarp) {
+    const A x = logit(r), more = x > top ? x : top;
+    total = total * (top == more ? A(1) : exponential(top - more)) + exponential(x - more);
+    top = more;
+  }
+  A most = top;
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const A other = __shfl_xor_sync(0xffffffffu, most, step);
+    most = other > most ? other : most;
+  }
+  total = warp_sum(top == most ? total : total * exponential(top - most));
+  T* out = a.out + row * a.rank;
+  for (int r = lane; r < a.rank; r += kWarp)
+    out[r] = store<T>(exponential(logit(r) - most) / total);
+}
+
+Tensor make_coefficients(const char* op, const Tensor& q, const Tensor& keys,
+                         const std::optional<Tensor>& bias, const ConnectivityShape& s,
+                         cudaStream_t stream) {
+  const Tensor result = empty_on(q, {s.batch, s.num_heads, s.num_queries, s.rank}, q.scalar_type());
+  if (result.numel() == 0) return result;
+  dispatch(dtype_slot(op, "q", q), [&](auto zero) {
+    using T = decltype(zero);
+    CoefficientArgs<T> a{};
+    a.q = data<T>(q);
+    a.keys = data<T>(keys);
+    a.bias = bias ? data<T>(*bias) : nullptr;
+    for (int d = 0; d < 4; ++d) {
+      a.q_strides[d] = q.stride(d);
+      a.keys_strides[d] = keys.stride(d);
+      if (bias && d < 3) a.bias_strides[d] = bias->stride(d);
+    }
+    a.out = mutable_data<T>(result);
+    a.rows = s.batch * s.num_heads * s.num_queries;
+    a.heads = static_cast<int>(s.num_heads);
+    a.queries = static_cast<int>(s.num_queries);
+    a.rank = static_cast<int>(s.rank);
+    a.dim = static_cast<int>(q.size(3));
+    launch(op, coefficients_kernel<T>, ceil_div(a.rows, kWarps), kThreads, 0, stream, a);
+  });
+  return result;
+}
+
+// ---- entry points -------------------------------------------------------------------------------
+
 Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t budget,
                     std::optional<Tensor> columns, std::optional<Tensor> keep,
                     std::optional<int64_t> coef_topk, std::optional<double> threshold) {
@@ -318,8 +402,27 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   return index;
 }
 
+// Coefficients are rounded to the dtype of q on the way, which the CPU's are not.
+Tensor predict_connectivity(const Tensor& q, const Tensor& keys, std::optional<Tensor> bias,
+                            const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
+                            std::optional<Tensor> keep, std::optional<int64_t> coef_topk,
+                            std::optional<double> threshold) {
+  const char* op = "predict_connectivity";
+  check_cuda(op, "q", q);
+  const ConnectivityShape s =
+      check_predict_connectivity(op, q, keys, bias, basis, budget, columns, keep, coef_topk);
+  SPOT_CHECK(s.rank <= INT32_MAX && s.num_heads * s.num_queries <= INT32_MAX, op,
+             "q may have at most 2^31 - 1 rows per image, and keys");
+  const DeviceGuard guard(q.get_device_index());
+  const Tensor coefficients = make_coefficients(op, q, keys, bias, s, current_stream(q));
+  return connectivity(coefficients, basis, budget, columns, keep, coef_topk, threshold);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(spot, CUDA, m) { m.impl("connectivity", TORCH_BOX(&connectivity)); }
+STABLE_TORCH_LIBRARY_IMPL(spot, CUDA, m) {
+  m.impl("connectivity", TORCH_BOX(&connectivity));
+  m.impl("predict_connectivity", TORCH_BOX(&predict_connectivity));
+}
 
 }  // namespace spot
