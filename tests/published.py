@@ -1,12 +1,14 @@
 """Inference of the published models restated in plain PyTorch, from their state dicts alone.
 
-DeiT, LV-ViT, and DynamicViT on either: key names and arithmetic of the public repositories.
+DeiT, LV-ViT, and DynamicViT or Sparsifiner on either: key names and arithmetic of the public
+repositories.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,45 @@ def norm(state: State, name: str, x: Tensor, eps: float) -> Tensor:
     return x * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
-def attention(state: State, name: str, x: Tensor, heads: int) -> Tensor:
-    """Softmax attention [B, N, D] and its projection."""
+def attention(state: State, name: str, x: Tensor, heads: int, sparse: Sparse | None) -> Tensor:
+    """Softmax attention [B, N, D] and its projection; Sparsifiner's masks all but some keys."""
     q, k, v = linear(state, f"{name}.qkv", x).chunk(3, dim=-1)
     q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if sparse is not None:
+        seen = sparsifiner_mask(state, f"{name}.mask_predictor", q, k, sparse)
+        scores = scores.masked_fill(~seen, float("-inf"))
+    weights = scores.softmax(-1)
     return linear(state, f"{name}.proj", (weights @ v).transpose(1, 2).flatten(2))
+
+
+class Sparse(NamedTuple):
+    """Sparsifiner: keys a query, coefficients a row, the least entry of the basis."""
+
+    budget: int
+    coef_topk: int
+    basis_threshold: float = 2e-2
+
+
+def sparsifiner_mask(state: State, name: str, q: Tensor, k: Tensor, sparse: Sparse) -> Tensor:
+    """What each query sees [B, H, N, N], of q and k [B, H, N, d]; the class token sees all."""
+    coefficients, basis = sparsifiner_factors(state, name, q, k)
+    largest = coefficients.argsort(-1, descending=True)[..., : sparse.coef_topk]
+    kept = torch.zeros_like(coefficients).scatter(-1, largest, 1)
+    basis = torch.where(basis.abs() > sparse.basis_threshold, basis.abs(), 0)
+    best = ((coefficients * kept) @ basis).argsort(-1, descending=True)[..., : sparse.budget]
+    seen = torch.ones(*q.shape[:3], q.shape[2], dtype=torch.bool)
+    seen[:, :, 1:] = torch.zeros_like(seen[:, :, 1:]).scatter(-1, best, True)
+    return seen
+
+
+def sparsifiner_factors(
+    state: State, name: str, q: Tensor, k: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Coefficients [B, H, N-1, R] and basis [R, N]; the scale is that of the code, H**-0.5."""
+    q, k = linear(state, f"{name}.proj_c_q", q), linear(state, f"{name}.proj_c_k", k)
+    low = q @ (k.mT @ state[f"{name}.proj_n"]) * (q.shape[1] ** -0.5 if scale is None else scale)
+    return low[:, :, 1:].softmax(-1), state[f"{name}.proj_back_n"].mT
 
 
 def stem(state: State, image: Tensor) -> Tensor:
@@ -70,8 +105,12 @@ def inference(
     skip_lam: float = 1.0,
     at: Sequence[int] = (),
     keep: Sequence[int] = (),
+    sparse: Sparse | None = None,
 ) -> Tensor:
-    """Logits [B, classes]; before block at[k] DynamicViT's predictor k leaves keep[k] patches."""
+    """Logits [B, classes].
+
+    Before block at[k] DynamicViT's predictor k leaves keep[k] patches; `sparse` is Sparsifiner's.
+    """
     dense = "aux_head.weight" in state
     eps = 1e-5 if dense else 1e-6
     x = stem(state, image)
@@ -86,7 +125,8 @@ def inference(
             best = scores.argsort(dim=1, descending=True)[:, : keep[stage], None]
             x = torch.cat([x[:, :1], patches.take_along_dim(best, dim=1)], dim=1)
         b = f"blocks.{i}"
-        x = x + attention(state, f"{b}.attn", norm(state, f"{b}.norm1", x, eps), heads) / skip_lam
+        y = attention(state, f"{b}.attn", norm(state, f"{b}.norm1", x, eps), heads, sparse)
+        x = x + y / skip_lam
         y = F.gelu(linear(state, f"{b}.mlp.fc1", norm(state, f"{b}.norm2", x, eps)))
         x = x + linear(state, f"{b}.mlp.fc2", y) / skip_lam
     x = norm(state, "norm", x, eps)
@@ -104,8 +144,14 @@ def random_state(
     classes: int = 7,
     patches: int = 16,
     stages: int = 0,
+    rank: int = 0,
+    shared: bool = False,
 ) -> State:
-    """A file of "deit" or "lvvit" as published, with DynamicViT's predictors where stages > 0."""
+    """A file of "deit" or "lvvit" as published.
+
+    With DynamicViT's predictors where stages > 0; with Sparsifiner's, for 3 heads, where rank > 0,
+    with one matrix under two names where `shared`.
+    """
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, dim),
         "pos_embed": (1, 1 + patches, dim),
@@ -135,6 +181,11 @@ def random_state(
         scale(f"blocks.{i}.norm1", dim)
         layer(f"blocks.{i}.attn.qkv", dim, 3 * dim, bias=kind == "deit")
         layer(f"blocks.{i}.attn.proj", dim, dim)
+        if rank:
+            predictor = f"blocks.{i}.attn.mask_predictor"
+            layer(f"{predictor}.proj_c_q", dim // 3, dim // 6)
+            layer(f"{predictor}.proj_c_k", dim // 3, dim // 6)
+            shapes[f"{predictor}.proj_n"] = shapes[f"{predictor}.proj_back_n"] = (1 + patches, rank)
         scale(f"blocks.{i}.norm2", dim)
         layer(f"blocks.{i}.mlp.fc1", dim, hidden)
         layer(f"blocks.{i}.mlp.fc2", hidden, dim)
@@ -155,7 +206,11 @@ def random_state(
             return 0.5 + noise.abs()
         return noise * (0.5 if len(shape) == 1 else 0.15)
 
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+    state = {name: draw(name, shape) for name, shape in shapes.items()}
+    if shared:
+        ups = [name for name in state if name.endswith("proj_back_n")]
+        state |= {name: state[name.replace("_back", "")] for name in ups}
+    return state
 
 
 def training_checkpoint(state: State) -> dict[str, object]:

@@ -12,7 +12,7 @@ import safetensors.torch
 import spot_vit
 import timm
 import torch
-from published import dynamicvit_scores, inference, random_state, training_checkpoint
+from published import Sparse, dynamicvit_scores, inference, random_state, training_checkpoint
 from spot_vit import convert_checkpoint
 from spot_vit.checkpoints import SOURCES
 from torch import Tensor, nn
@@ -63,6 +63,48 @@ def test_dynamicvit_predictor_with_a_mask():
     found = model.blocks[2].relevance(tokens, None, keep)
     expected = dynamicvit_scores(state, "score_predictor.0", tokens, keep)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("kind", "skip_lam"), [("deit", 1), ("lvvit", 2)])
+@torch.no_grad()
+def test_sparsifiner_computes_what_was_published(kind: str, skip_lam: int, shared: bool):
+    state = random_state(kind, rank=8, shared=shared)
+    settings = {"reduce_n": 2, "coef_topk": 3, "share_inout_proj": shared}
+    model = spot_vit.sparsify_attention(build(kind), 0.25, **settings)
+    convert_checkpoint(training_checkpoint(state), "sparsifiner", model)
+    expected = inference(state, image(), 3, skip_lam=skip_lam, sparse=Sparse(5, 3))
+    torch.testing.assert_close(model(image()), expected, rtol=0, atol=1e-10)
+    dense = inference(state, image(), 3, skip_lam=skip_lam)
+    assert (expected - dense).abs().max() > 1e-3
+    if not shared:
+        separate = spot_vit.sparsify_attention(build(kind), 0.25, **settings)
+        converted = convert_checkpoint(state, "sparsifiner")
+        separate.load_state_dict(converted, strict=False)
+        assert torch.equal(separate(image()), model(image()))
+
+
+def test_sparsifiner_files_and_models_that_share_or_do_not():
+    shared, apart = (random_state("deit", rank=8, shared=s) for s in (True, False))
+    assert not any(key.endswith("proj_back_n") for key in convert_checkpoint(shared, "sparsifiner"))
+    model = spot_vit.sparsify_attention(build(), reduce_n=2)  # it may grow apart in training
+    convert_checkpoint(shared, "sparsifiner", model)
+    predictor = model.blocks[2].attn.connectivity
+    assert torch.equal(predictor.proj_back_n, predictor.proj_n)
+    model = spot_vit.sparsify_attention(build(), reduce_n=2, share_inout_proj=True)
+    with pytest.raises(ValueError, match=r"unexpected blocks.0.attn.connectivity.proj_back_n"):
+        convert_checkpoint(apart, "sparsifiner", model)
+    with pytest.raises(ValueError, match=r"connectivity.*sparsify_attention\(model\)"):
+        convert_checkpoint(apart, "sparsifiner", build())
+    with pytest.raises(ValueError, match=r"mask_predictor.*layout of source='sparsifiner'"):
+        convert_checkpoint(apart, "deit")
+    spot = spot_vit.sparsify(spot_vit.sparsify_attention(build(), reduce_n=2))
+    before = {k: v.clone() for k, v in spot.state_dict().items() if ".relevance." in k}
+    convert_checkpoint(apart, "sparsifiner", spot)
+    assert all(torch.equal(spot.state_dict()[k], v) for k, v in before.items())
+    connectivity = {k: v.clone() for k, v in spot.state_dict().items() if ".connectivity." in k}
+    convert_checkpoint(random_state("deit"), "deit", spot)
+    assert all(torch.equal(spot.state_dict()[k], v) for k, v in connectivity.items())
 
 
 def test_predictor_places_without_a_model():

@@ -14,19 +14,23 @@ from spot_vit._register import register_with_timm
 
 if TYPE_CHECKING:
     from spot_ext import __version__
+    from spot_vit.adapters.find import UnsupportedModelError
     from spot_vit.checkpoints import convert_checkpoint
     from spot_vit.config import SpotConfig
-    from spot_vit.convert import UnsupportedModelError, restore, set_keep, sparsify, supported
+    from spot_vit.convert import restore, set_keep, sparsify, supported
     from spot_vit.flops import count_flops
     from spot_vit.loop import SpotOutput
     from spot_vit.optim import param_groups
     from spot_vit.sampling import SampledKeep
+    from spot_vit.sparsifiner import sparsify_attention
+    from spot_vit.sparsifiner_config import SparsifinerConfig
 
 _HOME = {
     "SampledKeep": "spot_vit.sampling",
+    "SparsifinerConfig": "spot_vit.sparsifiner_config",
     "SpotConfig": "spot_vit.config",
     "SpotOutput": "spot_vit.loop",
-    "UnsupportedModelError": "spot_vit.convert",
+    "UnsupportedModelError": "spot_vit.adapters.find",
     "__version__": "spot_ext",
     "convert_checkpoint": "spot_vit.checkpoints",
     "count_flops": "spot_vit.flops",
@@ -34,11 +38,13 @@ _HOME = {
     "restore": "spot_vit.convert",
     "set_keep": "spot_vit.convert",
     "sparsify": "spot_vit.convert",
+    "sparsify_attention": "spot_vit.sparsifiner",
     "supported": "spot_vit.convert",
 }
 
 __all__ = [
     "SampledKeep",
+    "SparsifinerConfig",
     "SpotConfig",
     "SpotOutput",
     "UnsupportedModelError",
@@ -49,6 +55,7 @@ __all__ = [
     "restore",
     "set_keep",
     "sparsify",
+    "sparsify_attention",
     "supported",
 ]
 

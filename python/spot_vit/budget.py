@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spot_vit.flops import count_flops
+from spot_vit.sizes import input_size
 
 GMACS_STEPS = 1000  # ratios tried are multiples of 1/1000
 LATENCY_STEPS = 100  # finer steps drown in the noise
@@ -73,7 +74,7 @@ def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
         ValueError: a malformed budget, or one out of reach; the reachable range is named.
     """
     wanted = Budget.from_mapping(budget)
-    channels, height, width = wanted.input_size or _input_size(model)
+    channels, height, width = wanted.input_size or input_size(model)
     size = (channels, height, width)
     config = model.spot_config
 
@@ -201,10 +202,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _input_size(model: Any) -> tuple[int, int, int]:
-    default = model.default_cfg["input_size"] if hasattr(model, "default_cfg") else (3, 224, 224)
-    patch_embed = getattr(model, "patch_embed", None)
-    height, width = getattr(patch_embed, "img_size", None) or default[1:]
-    return getattr(model, "in_chans", default[0]), height, width

@@ -1,7 +1,7 @@
 """Published weights, brought to the state dict of our models.
 
 Key names are those of the public code: facebookresearch/deit, zihangJiang/TokenLabeling (LV-ViT),
-raoyongming/DynamicViT, youweiliang/evit.
+raoyongming/DynamicViT, youweiliang/evit, lim142857/Sparsifiner.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from spot_vit.config import SpotConfig
 
-SOURCES = ("deit", "lvvit", "dynamicvit", "evit")
+SOURCES = ("deit", "lvvit", "dynamicvit", "evit", "sparsifiner")
 
 State = dict[str, Tensor]
 
 _WRAPPERS = ("model", "state_dict")  # under which training scripts put the weights
+_CONNECTIVITY = ".attn.connectivity."  # Sparsifiner's attn.mask_predictor
 _PREDICTOR = {  # DynamicViT's score_predictor.k -> blocks.l.relevance
     "in_conv.0": "norm",
     "in_conv.1": "remap",
@@ -47,14 +48,15 @@ def convert_checkpoint(
 
     Dense weights (deit, lvvit, evit) fit both the timm model and the SPOT model made from it, whose
     predictors then keep the values they have. DynamicViT's also fill the predictors of a model
-    converted with `method="dynamicvit"`, or with `features=["embed"]`.
+    converted with `method="dynamicvit"`, or with `features=["embed"]`; Sparsifiner's fill those of
+    `sparsify_attention`.
 
     Args:
         checkpoint: a file of `torch.save`, read with `weights_only=True`, or of safetensors; or
             what was read from one. The weights may lie under "model" or "state_dict", and names may
             start with "module.".
-        source: "deit" (DeiT, distilled DeiT, DeiT-III), "lvvit", "dynamicvit" (on DeiT or LV-ViT)
-            or "evit".
+        source: "deit" (DeiT, distilled DeiT, DeiT-III), "lvvit", "evit", "dynamicvit" or
+            "sparsifiner" (both on DeiT or LV-ViT).
         model: loaded in place and strictly, when given.
         at: blocks of DynamicViT's predictors; those of `model`, else the published L//4, L//2,
             3L//4.
@@ -76,6 +78,9 @@ def convert_checkpoint(
     if source == "dynamicvit" and at is None and model is not None:
         at = getattr(getattr(model, "spot_config", None), "at", None)
     converted = _renamed(state, at)
+    if source == "sparsifiner":
+        config = getattr(model, "sparsifiner_config", None)
+        converted = _once(converted, config is None or config.share_inout_proj)
     if model is not None:
         _load(model, converted, source)
     return converted
@@ -128,7 +133,8 @@ def _gaps(state: State, source: str) -> str:
 
 def _layout(state: State, source: str) -> tuple[set[str], set[str]]:
     """Required and optional keys of a file of `source` with as many blocks as `state` has."""
-    lvvit = source == "lvvit" or (source == "dynamicvit" and "patch_embed.conv1.weight" in state)
+    either = source in ("dynamicvit", "sparsifiner")
+    lvvit = source == "lvvit" or (either and "patch_embed.conv1.weight" in state)
     linear = ["patch_embed.proj", "head"] + (["aux_head"] if lvvit else [])
     norms = ["norm"]
     required, optional = {"cls_token", "pos_embed"}, set()
@@ -141,6 +147,10 @@ def _layout(state: State, source: str) -> tuple[set[str], set[str]]:
         if not lvvit:
             required.add(f"blocks.{b}.attn.qkv.bias")
             optional |= {f"blocks.{b}.gamma_{k}" for k in (1, 2)}  # DeiT-III
+        if source == "sparsifiner":
+            predictor = f"blocks.{b}.attn.mask_predictor"
+            linear += [f"{predictor}.proj_c_q", f"{predictor}.proj_c_k"]
+            required |= {f"{predictor}.proj_n", f"{predictor}.proj_back_n"}
     if lvvit:
         required |= {f"patch_embed.conv{k}.weight" for k in (1, 2, 3)}
         for norm in (f"patch_embed.bn{k}" for k in (1, 2, 3)):
@@ -181,8 +191,16 @@ def _renamed(state: State, at: Sequence[int] | None) -> State:
             key = f"blocks.{block}.relevance.{_PREDICTOR[match[2]]}.{match[3]}"
         else:
             key = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)
+            key = key.replace(".attn.mask_predictor.", _CONNECTIVITY)
         renamed[key] = value
     return renamed
+
+
+def _once(state: State, shared: bool) -> State:
+    """One matrix for both projections of tokens, where `shared` and the file's two are one."""
+    ups = [key for key in state if key.endswith(f"{_CONNECTIVITY}proj_back_n")]
+    one = all(torch.equal(state[up], state[up.replace("_back", "")]) for up in ups)
+    return {k: v for k, v in state.items() if not (shared and one and k in ups)}
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -193,6 +211,8 @@ def _load(model: nn.Module, state: State, source: str) -> None:
     optional = {key for key in own if key.endswith(".num_batches_tracked")}
     if source != "dynamicvit":
         optional |= {key for key in own if ".relevance." in key}
+    if source != "sparsifiner":
+        optional |= {key for key in own if _CONNECTIVITY in key}
     missing, unexpected = set(own) - set(state) - optional, set(state) - set(own)
     problems = _listed(missing, "missing") + _listed(unexpected, "unexpected")
     problems += [
@@ -202,6 +222,8 @@ def _load(model: nn.Module, state: State, source: str) -> None:
     ]
     if any(".relevance." in key for key in unexpected) and not hasattr(model, "spot_config"):
         problems.append("convert the model first: sparsify(model, method='dynamicvit')")
+    if any(_CONNECTIVITY in key for key in unexpected) and not hasattr(model, "sparsifiner_config"):
+        problems.append("convert the model first: sparsify_attention(model)")
     if problems:
         raise ValueError(
             f"the checkpoint does not fit this {type(model).__name__}: " + "; ".join(problems)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+
+from spot_vit.fields import Fields, exact, one_of
 
 METHODS = ("spot", "dynamicvit", "evit", "random")
 FEATURES = ("embed", "cls", "rowcol", "moments")
@@ -18,13 +18,8 @@ TRAIN_DECISIONS = ("gumbel", "topk")
 SOFT = ("none", "fuse")
 
 
-def exact(ratio: float) -> Fraction:
-    """The decimal that was written: 0.7 is 7/10. Binary floats give 48, not 49, for 100 * 0.7²."""
-    return Fraction(str(ratio))
-
-
 @dataclasses.dataclass(frozen=True)
-class SpotConfig:
+class SpotConfig(Fields):
     """Configuration of a SPOT model; frozen, and a round trip through JSON loses nothing.
 
     Attributes:
@@ -77,16 +72,16 @@ class SpotConfig:
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-        _one_of("method", self.method, METHODS)
-        _one_of("heads", self.heads, HEADS)
-        _one_of("scaling", self.scaling, SCALINGS)
-        _one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
+        one_of("method", self.method, METHODS)
+        one_of("heads", self.heads, HEADS)
+        one_of("scaling", self.scaling, SCALINGS)
+        one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
         if self.soft is not None:
-            _one_of("soft", self.soft, SOFT)
+            one_of("soft", self.soft, SOFT)
         if isinstance(self.features, str) or not self.features:
             raise ValueError(f"features must be a non-empty list of {list(FEATURES)}")
         for feature in self.features:
-            _one_of("features", feature, FEATURES)
+            one_of("features", feature, FEATURES)
         if self.method != "spot" and set(self.features) != set(FEATURES):
             raise ValueError(f"features are SPOT's; method {self.method!r} has its own evidence")
         whole = isinstance(self.history, int) and not isinstance(self.history, bool)
@@ -176,37 +171,3 @@ class SpotConfig:
         width = 1 if self.heads == "mean" else num_heads
         latest = 2 * ("cls" in self.evidence) + 4 * ("rowcol" in self.evidence)
         return width * (latest + 12 * ("moments" in self.evidence))
-
-    def replace(self, **changes: Any) -> SpotConfig:
-        """A copy with some fields changed, checked again."""
-        unknown = set(changes) - {field.name for field in dataclasses.fields(self)}
-        if unknown:
-            names = [field.name for field in dataclasses.fields(self)]
-            raise TypeError(f"SpotConfig has no {sorted(unknown)}; it has {names}")
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SpotConfig:
-        """The inverse of `to_dict`."""
-        return cls().replace(**data)
-
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str) -> SpotConfig:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")

@@ -6,18 +6,19 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 from torch import nn
 
-from spot_vit.adapters import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, ClassAdapter
+from spot_vit import sparsifiner
+from spot_vit.adapters import ATTENTIONS, BLOCKS, MODELS
+from spot_vit.adapters.find import (
+    attention_adapters,
+    block_adapters,
+    model_adapter,
+)
 from spot_vit.budget import solve_keep
 from spot_vit.config import SpotConfig
 from spot_vit.loop import SpotLoop
 from spot_vit.relevance import TokenRelevance
-
-
-class UnsupportedModelError(TypeError):
-    """The model cannot be converted; the text says which part and why."""
 
 
 def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> Any:
@@ -50,12 +51,9 @@ def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> 
     if isinstance(budget, Mapping):
         del overrides["keep"]
     config = (config or SpotConfig()).replace(**overrides)
-    entry = _adapter_for(MODELS, model, "model")
+    entry, block_entries = model_adapter(model), block_adapters(model)
+    attention_entries = attention_adapters(model)
     blocks = list(model.blocks)
-    block_entries = [_adapter_for(BLOCKS, block, f"blocks.{b}") for b, block in enumerate(blocks)]
-    attention_entries = [
-        _adapter_for(ATTENTIONS, block.attn, f"blocks.{b}.attn") for b, block in enumerate(blocks)
-    ]
     config = config.replace(at=config.places(len(blocks)))
     assert config.at is not None
     config.ratios(len(config.at))  # a list of ratios must name every stage
@@ -89,27 +87,47 @@ def sparsify(model: Any, config: SpotConfig | None = None, **overrides: Any) -> 
 
 
 def restore(model: Any) -> Any:
-    """Undoes `sparsify` in place: original classes, no predictors. Trained weights stay."""
-    _require_spot(model)
+    """Undoes `sparsify` and `sparsify_attention` in place: original classes, no predictors.
+
+    Trained weights stay.
+    """
+    if not sparsifiner.is_sparse(model):
+        _require_spot(model)
     original = {
         entry.adapter: entry.target
         for entry in itertools.chain(MODELS.values(), BLOCKS.values(), ATTENTIONS.values())
     }
+    if sparsifiner.is_sparse(model):
+        sparsifiner.remove(model)
+    spot = isinstance(model, SpotLoop)
     for block in model.blocks:
-        block.attn.__class__ = original[type(block.attn)]
-        block.__class__ = original[type(block)]
-        del block.stage, block.relevance
-    del model.spot_config, model._spot_ratios
-    model.__class__ = original[type(model)]
+        block.attn.__class__ = original.get(type(block.attn), type(block.attn))
+        if spot:
+            block.__class__ = original[type(block)]
+            del block.stage, block.relevance
+    if spot:
+        del model.spot_config, model._spot_ratios
+        model.__class__ = original[type(model)]
     return model
 
 
-def set_keep(model: Any, keep: float | list[float] | tuple[float, ...] | Mapping[str, Any]) -> Any:
-    """Changes how much a SPOT model keeps, at run time.
+Keep = float | list[float] | tuple[float, ...] | Mapping[str, Any]
+
+
+def set_keep(
+    model: Any,
+    keep: Keep | None = None,
+    *,
+    tokens: Keep | None = None,
+    attention: float | None = None,
+) -> Any:
+    """Changes how much a sparse model keeps, at run time.
 
     Args:
-        model: a SPOT model.
-        keep: as `SpotConfig.keep`, or a budget as in `sparsify`.
+        model: a SPOT model, or one with sparse attention, or both.
+        keep: another name of `tokens`.
+        tokens: as `SpotConfig.keep`, or a budget as in `sparsify`.
+        attention: as `SparsifinerConfig.keep_rate`.
 
     Returns:
         The same object.
@@ -117,11 +135,28 @@ def set_keep(model: Any, keep: float | list[float] | tuple[float, ...] | Mapping
     Raises:
         ValueError: ratios that do not fit the model, or a budget out of reach; the model keeps what
             it kept.
+        TypeError: the model removes no tokens, or its attention is not sparse; nothing to change.
     """
-    _require_spot(model)
-    if isinstance(keep, Mapping):
-        keep = solve_keep(model, keep)
-    model._configure(model.spot_config.replace(keep=keep))
+    if (keep is None) + (tokens is None) + (attention is None) == 3:
+        raise TypeError("set_keep needs tokens=... or attention=...")
+    if keep is not None and tokens is not None:
+        raise TypeError("keep and tokens are two names of one thing; set_keep takes one of them")
+    tokens = keep if tokens is None else tokens
+    before = getattr(model, "sparsifiner_config", None)
+    if tokens is not None:
+        _require_spot(model)
+    if attention is not None:
+        if before is None:
+            raise TypeError("attention of this model is not sparse (see sparsify_attention)")
+        sparsifiner.configure(model, before.replace(keep_rate=attention))
+    if tokens is not None:
+        try:
+            ratios = solve_keep(model, tokens) if isinstance(tokens, Mapping) else tokens
+            model._configure(model.spot_config.replace(keep=ratios))
+        except BaseException:
+            if before is not None:
+                sparsifiner.configure(model, before)
+            raise
     return model
 
 
@@ -133,26 +168,6 @@ def supported() -> list[str]:
 def _require_spot(model: nn.Module) -> None:
     if not isinstance(model, SpotLoop):
         raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
-
-
-def _adapter_for(
-    table: dict[type[nn.Module], ClassAdapter], module: nn.Module, where: str
-) -> ClassAdapter:
-    """The adapter of the exact class; a subclass may do anything, so it does not count."""
-    entry = table.get(type(module))
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if entry is None:
-        reason = UNSUPPORTED.get(type(module).__name__, "there is no adapter for this class")
-    else:
-        found = entry.mismatch(module)
-        if found is None:
-            return entry
-        reason = found
-    known = ", ".join(sorted(target.__name__ for target in table))
-    raise UnsupportedModelError(
-        f"cannot convert {where}: {name} (timm {timm.__version__}): {reason}. "
-        f"Supported here: {known}"
-    )
 
 
 def _relevance_for(block: Any, config: SpotConfig) -> TokenRelevance:

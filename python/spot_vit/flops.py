@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from spot_vit.connectivity import ConnectivityPredictor
 from spot_vit.table import format_table
+
+PARTS = ("attention", "mlp", "predictor", "statistics", "connectivity", "other")
+PROJECTIONS = ("aten.mm", "aten.addmm")  # inside attention; products with the map are batched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +25,14 @@ class LayerFlops:
     Attributes:
         name: "stem", "blocks.0", ..., "head".
         tokens: tokens that enter it, prefix included; 0 where they are pixels or feature maps.
-        attention: projections and the two products with the map, without statistics.
+        attention: projections and the two products with the map, of which sparse attention needs
+            the named entries alone; without statistics.
         mlp: the block's MLP.
         predictor: its relevance module, which looks at the tokens before they are cut.
         statistics: of the attention map.
+        connectivity: predicting which keys each query sees; combining basis rows counts their
+            nonzero entries, on average (without weights: as initialised).
+        products: the part of `attention` that is products with the map.
         other: the rest; all of it for stem and head, fused tokens for a block.
     """
 
@@ -34,12 +42,14 @@ class LayerFlops:
     mlp: int = 0
     predictor: int = 0
     statistics: int = 0
+    connectivity: int = 0
     other: int = 0
+    products: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.attention + self.mlp + self.predictor + self.statistics + self.other
+        return sum(getattr(self, part) for part in PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +60,19 @@ class FlopCount:
         total: stem, blocks, head, predictors and statistics.
         predictor: the share of the relevance modules.
         statistics: the share of the attention statistics.
+        connectivity: the share of the connectivity predictors.
         layers: the layers in order; their totals add up to `total`.
     """
 
     total: int
     predictor: int
     statistics: int
+    connectivity: int
     layers: tuple[LayerFlops, ...]
 
     def __str__(self) -> str:
-        parts = ("attention", "mlp", "predictor", "statistics", "other", "total")
+        absent = () if self.connectivity else ("connectivity",)
+        parts = [part for part in (*PARTS, "total") if part not in absent]
         rows = [["layer", "tokens", *parts]]
         for layer in self.layers:
             costs = [_millions(getattr(layer, part)) for part in parts]
@@ -105,6 +118,7 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount
         watch.counter.get_total_flops() // 2,
         sum(layer.predictor for layer in layers),
         sum(layer.statistics for layer in layers),
+        sum(layer.connectivity for layer in layers),
         layers,
     )
 
@@ -120,11 +134,15 @@ class _Watch:
         self.tokens: list[int] = []  # entering each block
         self.leaving = 0  # the last block
         self.marks: list[tuple[int, int]] = []  # total and statistics, before and after each block
-        split = {
-            op: self._attention_stats(formula)
-            for op, formula in flop_registry.items()
-            if str(op) == "spot.attention_stats"
+        predictors = [m for m in model.modules() if isinstance(m, ConnectivityPredictor)]
+        self.density: dict[nn.Module, float] = {p: p.density() for p in predictors}
+        self.running = 1.0  # density of the basis of the predictor that runs
+        own = {
+            "spot.attention_stats": self._attention_stats,
+            "spot.sparse_attention": self._sparse_attention,
+            "spot.connectivity": self._connectivity,
         }
+        split = {op: own[str(op)](f) for op, f in flop_registry.items() if str(op) in own}
         self.counter = FlopCounterMode(display=False, custom_mapping=split)
 
     def _attention_stats(self, formula: Any) -> Any:
@@ -135,12 +153,31 @@ class _Watch:
             self.statistics += flops - 4 * q.numel() * q.shape[1]
             return flops
 
-        count._get_raw = True  # type: ignore[attr-defined]  # tensors rather than shapes
-        return count
+        return _of_tensors(count)
+
+    def _sparse_attention(self, formula: Any) -> Any:
+        """The same for named keys."""
+
+        def count(q: Any, k: Any, v: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+            flops = formula(q, k, v, index, *args, **kwargs)
+            self.statistics += flops - formula(q, k, v, index)
+            return flops
+
+        return _of_tensors(count)
+
+    def _connectivity(self, formula: Any) -> Any:
+        """The op's own formula is for a dense basis."""
+
+        def count(*args: Any, **kwargs: Any) -> int:
+            return 2 * round(formula(*args, **kwargs) * self.running / 2)
+
+        return _of_tensors(count)
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
         self._stack.enter_context(self.counter)
+        for predictor in self.density:
+            self._stack.callback(predictor.register_forward_pre_hook(self._predicts).remove)
         for block in self.blocks:
             for handle in (
                 block.register_forward_pre_hook(self._starts),
@@ -154,6 +191,9 @@ class _Watch:
     def _mark(self) -> None:
         self.marks.append((self.counter.get_total_flops(), self.statistics))
 
+    def _predicts(self, predictor: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running = self.density[predictor]
+
     def _starts(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self.tokens.append(_tokens(args[0]))
         self._mark()
@@ -162,9 +202,14 @@ class _Watch:
         self._mark()
         self.leaving = _tokens(output[0] if isinstance(output, tuple) else output)
 
+    def _ops(self, *path: str) -> dict[Any, int]:
+        return self.counter.get_flop_counts().get(".".join([self.root, *path]), {})
+
     def _inside(self, *path: str) -> int:
-        counts = self.counter.get_flop_counts().get(".".join([self.root, *path]), {})
-        return sum(counts.values())
+        return sum(self._ops(*path).values())
+
+    def _projections(self, *path: str) -> int:
+        return sum(count for op, count in self._ops(*path).items() if str(op) in PROJECTIONS)
 
     def layers(self) -> tuple[LayerFlops, ...]:
         """The layers in order, in multiply-accumulates."""
@@ -181,13 +226,23 @@ class _Watch:
             attention, mlp, predictor = (
                 self._inside("blocks", str(b), part) for part in ("attn", "mlp", "relevance")
             )
-            attention -= statistics
-            other = end - begin - attention - mlp - predictor - statistics
-            parts = (attention, mlp, predictor, statistics, other)
+            place = ("blocks", str(b), "attn")
+            connectivity = self._inside(*place, "connectivity")
+            attention -= statistics + connectivity
+            projections = self._projections(*place) - self._projections(*place, "connectivity")
+            other = end - begin - attention - mlp - predictor - statistics - connectivity
+            products = attention - projections
+            parts = (attention, mlp, predictor, statistics, connectivity, other, products)
             result.append(LayerFlops(f"blocks.{b}", tokens, *(part // 2 for part in parts)))
             begin, before = end, after
         result.append(LayerFlops("head", self.leaving, other=(total - begin) // 2))
         return tuple(result)
+
+
+def _of_tensors(count: Any) -> Any:
+    """A formula that is given tensors rather than shapes, as registered ones want them."""
+    count._get_raw = True
+    return count
 
 
 def _tokens(x: Tensor) -> int:

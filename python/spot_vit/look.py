@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import spot_ext
+from spot_ext.sparse_attention import named_keys
+from spot_vit.connectivity import ConnectivityPredictor
 from spot_vit.places import Places
 
 
@@ -35,6 +38,9 @@ class Look(NamedTuple):
         keep: [B, N] 0/1 mask of the patches that are still seen (training), or None.
         want: whether SPOT's statistics are wanted.
         cut: a cut inside the block, or None.
+        columns: [B, P+N] token of the full grid that each token is, the number of those for tokens
+            of no grid; None while all are there. For attention with a connectivity predictor.
+        num_patches: of the full grid, where `columns` is given.
     """
 
     num_prefix: int
@@ -43,6 +49,8 @@ class Look(NamedTuple):
     keep: Tensor | None = None
     want: bool = False
     cut: Cut | None = None
+    columns: Tensor | None = None
+    num_patches: int | None = None
 
 
 class Seen(NamedTuple):
@@ -60,14 +68,23 @@ class Seen(NamedTuple):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, look: Look, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    look: Look,
+    scale: float,
+    bias: Tensor | None = None,
+    connectivity: ConnectivityPredictor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with what `look` asks for.
 
-    Takes q, k, v [B, N, H, D], and a bias [1|B, H, N, N] that is added to the logits; returns
-    [B, N, H * D] and the statistics.
+    Takes q, k, v [B, N, H, D], and a bias [1|B, H, N, N] that is added to the logits or a predictor
+    of what each query sees; returns [B, N, H * D] and the statistics.
     """
     want = look.want or look.cut is not None
+    if connectivity is not None and connectivity.sparse(q.shape[1], look.num_patches):
+        out, stats = attend_to_named(q, k, v, look, scale, connectivity, want)
+        return out.flatten(2), stats if want else None
     if look.keep is None and not want:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -84,6 +101,52 @@ def attend(
         need_stats=want,
     )
     return out.flatten(2), stats if want else None
+
+
+def attend_to_named(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    look: Look,
+    scale: float,
+    connectivity: ConnectivityPredictor,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys that the predictor names: [B, N, H, D], and statistics or nothing.
+
+    Both backends give the same result: one reads those keys alone, the other all of them.
+    """
+    queries = q[:, look.num_prefix :]
+    index = connectivity(queries, k, look.columns, look.keep, look.num_patches)
+    if connectivity.backend(q, index.shape[3]) == "sparse":
+        return spot_ext.sparse_attention(
+            q,
+            k,
+            v,
+            index,
+            look.keep,
+            scale=scale,
+            num_prefix=look.num_prefix,
+            class_token=look.class_token,
+            need_stats=need_stats,
+        )
+    named = named_keys(index, q.shape[1])
+    if look.keep is None and not need_stats:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=named, scale=scale)
+        return out.transpose(1, 2), q.new_empty(0)
+    bias = torch.zeros_like(named, dtype=q.dtype).masked_fill(~named, float("-inf"))
+    return spot_ext.attention_stats(
+        q,
+        k,
+        v,
+        look.keep,
+        bias,
+        scale=scale,
+        num_prefix=look.num_prefix,
+        class_token=look.class_token,
+        need_stats=need_stats,
+    )
 
 
 def cut_inside(x: Tensor, stats: Tensor | None, look: Look) -> tuple[Tensor, Tensor | None]:
@@ -105,3 +168,11 @@ def cut_inside(x: Tensor, stats: Tensor | None, look: Look) -> tuple[Tensor, Ten
         weight = score.to(x.dtype)
         fused = spot_ext.fuse_tokens(x, weight, index, look.num_prefix, normalize=False)[:, None]
     return spot_ext.compact_tokens(x, index, look.num_prefix, fused), index
+
+
+def refuse_masks(attn_mask: Tensor | None, is_causal: bool = False) -> None:
+    """Raises for the arguments of timm's forward methods that a sparse model cannot honour."""
+    if attn_mask is not None:
+        raise ValueError("attn_mask is not supported by a sparse model: it builds its own masks")
+    if is_causal:
+        raise ValueError("is_causal is not supported by a sparse model: tokens are unordered")

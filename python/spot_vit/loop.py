@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import spot_ext
 from spot_vit.config import SpotConfig
 from spot_vit.decide import gumbel_mask, mask_of, topk_mask
-from spot_vit.look import Cut, Look
+from spot_vit.look import Cut, Look, refuse_masks
 from spot_vit.moments import History
 from spot_vit.places import Places
 from spot_vit.pooling import pool_kept
@@ -227,6 +227,7 @@ class SpotLoop(nn.Module):
         x, places = self._tokens(image)
         grid = x.shape[1] - self.num_prefix_tokens
         run = Pass(x, places, History(config), self.num_prefix_tokens, grid)
+        run.sparse = any(block.attn.sparse for block in blocks)
         at = [b for b, block in enumerate(blocks) if block.stage is not None]
         stages = self._stages(grid, at, kept, every_decision)
         for b, block in enumerate(blocks):
@@ -324,10 +325,18 @@ class SpotLoop(nn.Module):
             cut = Cut(stage.num_keep, self.spot_config.fuses, index)
         arguments = run.places.arguments(b)
         moved = run.places.tied and run.places is not run.full_places
+        moved = moved or run.columns is not None
         plain = not want and run.mask is None and cut is None and not moved
         if not plain:
             arguments["look"] = Look(
-                run.front, self.has_class_token, run.places, run.mask, want, cut
+                run.front,
+                self.has_class_token,
+                run.places,
+                run.mask,
+                want,
+                cut,
+                run.columns,
+                run.grid,
             )
         if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
             result = checkpoint(block, run.x, use_reentrant=False, **arguments)
@@ -348,14 +357,6 @@ class SpotLoop(nn.Module):
         if not later or not config.uses_statistics:
             return False
         return "moments" in config.evidence or b + 1 in later
-
-
-def refuse_masks(attn_mask: Tensor | None, is_causal: bool = False) -> None:
-    """Raises for the arguments of timm's forward methods that a sparse model cannot honour."""
-    if attn_mask is not None:
-        raise ValueError("attn_mask is not supported by a SPOT model: it builds its own masks")
-    if is_causal:
-        raise ValueError("is_causal is not supported by a SPOT model: tokens are unordered")
 
 
 def check_kept(kept: Sequence[Tensor], stages: int) -> None:

@@ -1,11 +1,11 @@
-"""SPOT models by name: `timm.create_model("spot_deit_small_patch16_224", keep=0.7)`.
+"""Sparse models by name: `timm.create_model("spot_deit_small_patch16_224", keep=0.7)`.
 
-Fields of `SpotConfig` go to `sparsify`, everything else to the dense model of the name.
+Fields of `SpotConfig` go to `sparsify`, those of `SparsifinerConfig` to `sparsify_attention`,
+everything else to the dense model of the name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,11 @@ NAMED = {
         "lvvit_small",
         "lvvit_medium",
     )
+}
+NAMED |= {
+    "sparsifiner_deit_small_patch16_224": "deit_small_patch16_224",
+    "sparsifiner_lvvit_small": "lvvit_small",
+    "spot_sparsifiner_deit_small_patch16_224": "deit_small_patch16_224",
 }
 """Our names and the dense models they are made from."""
 
@@ -54,21 +59,29 @@ def _entrypoint(name: str, dense: str) -> Callable[..., Any]:
         # Imported when a model is made: these modules import timm, which imports this one.
         from spot_vit.config import SpotConfig
         from spot_vit.convert import sparsify
+        from spot_vit.sparsifiner import sparsify_attention
+        from spot_vit.sparsifiner_config import SparsifinerConfig
 
+        steps: list[tuple[Any, list[str]]] = []
+        if "sparsifiner_" in name:
+            steps.append((sparsify_attention, SparsifinerConfig.names()))
+        if name.startswith("spot_"):
+            steps.append((sparsify, SpotConfig.names()))
         if pretrained:
+            calls = " and ".join(step.__name__ for step, _ in steps)
             raise RuntimeError(
                 f"No pretrained weights exist for {name}. For those of the dense model under "
-                f"untrained predictors: sparsify(timm.create_model({dense!r}, pretrained=True))"
+                f"untrained predictors: {calls} on timm.create_model({dense!r}, pretrained=True)"
             )
-        fields = {field.name for field in dataclasses.fields(SpotConfig)} & set(kwargs)
-        config = {field: kwargs.pop(field) for field in fields}
+        given = [{f: kwargs.pop(f) for f in fields if f in kwargs} for _, fields in steps]
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or timm.get_pretrained_cfg(name)
         model = timm.create_model(dense, **kwargs)
-        sparsify(model.model if kwargs.get("features_only") else model, **config)
+        for (step, _), config in zip(steps, given, strict=True):
+            step(model.model if kwargs.get("features_only") else model, **config)
         return model
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"`sparsify` of timm's `{dense}`."
+    create.__doc__ = f"Timm's `{dense}`, converted."
     return create
 
 

@@ -28,7 +28,7 @@ def param_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or name in frozen:
             continue
-        predictor = ".relevance." in name
+        predictor = ".relevance." in name or ".connectivity." in name
         decay = parameter.ndim > 1 and name not in exempt
         scale = 1.0 if predictor else backbone_lr_scale
         label = ("predictor" if predictor else "backbone") + ("" if decay else "_no_decay")

@@ -32,6 +32,8 @@ class Pass:
     places: Places = dataclasses.field(init=False)
     mask: Tensor | None = None  # [B, N] where training masks, after the first decision
     position: Tensor | None = None  # [B, alive] grid positions, after the first cut
+    columns: Tensor | None = None  # [B, P + fused + alive] as in `Look`, where attention is sparse
+    sparse: bool = False  # whether any attention asks for `columns`
     dropped: Tensor | None = None  # [B, P + N, C] last values on the full grid, when wanted
     masks: list[Tensor] = dataclasses.field(default_factory=list)
     logp: list[Tensor] = dataclasses.field(default_factory=list)
@@ -142,8 +144,17 @@ class Pass:
         self._place()
 
     def _place(self) -> None:
+        if self.sparse:
+            self.columns = self._columns()
         if self.full_places.tied:
             self.places = self.full_places.at(self.positions(), self.num_prefix, self.num_fused)
+
+    def _columns(self) -> Tensor:
+        nowhere = self.num_prefix + self.grid
+        position = (self.positions() + self.num_prefix).clamp(max=nowhere)
+        prefix = torch.arange(self.num_prefix, device=position.device)
+        front = F.pad(prefix, (0, self.num_fused), value=nowhere)
+        return torch.cat([front.expand(position.shape[0], -1), position], dim=1)
 
     def _add_fused(self, token: Tensor) -> None:
         self.x = torch.cat([self.x[:, : self.front], token[:, None], self.patches], dim=1)

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from spot_vit.look import Look, Seen, cut_inside
+from spot_vit.connectivity import ConnectivityPredictor
+from spot_vit.look import Look, Seen, attend, cut_inside
+from spot_vit.operands import Recorder
+from spot_vit.places import Places
 from spot_vit.pooling import refuse_attn_pool
 
 
@@ -28,6 +31,7 @@ class ClassAdapter:
             written.
         children: submodules and attributes the adapter uses.
         refuse: reason not to convert an instance, or None.
+        refuse_sparse: reason why this attention cannot be made sparse, or None.
     """
 
     target: type[nn.Module]
@@ -35,6 +39,7 @@ class ClassAdapter:
     signatures: dict[str, tuple[str, ...]]
     children: tuple[str, ...]
     refuse: Callable[[Any], str | None] = lambda module: None
+    refuse_sparse: str | None = None
 
     def mismatch(self, module: nn.Module) -> str | None:
         """Why `module` cannot be converted, or None."""
@@ -118,6 +123,64 @@ class GammaBlockLook(BlockLook):
     def _mix(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))
         return x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
+
+
+class AttentionLook(nn.Module):
+    """Mixin of attention adapters: attention that can be looked at, and may be sparse.
+
+    `connectivity` predicts what queries see, where `sparsify_attention` put a predictor; `recorder`
+    is there while `record_operands` wants q and k.
+    """
+
+    connectivity: ConnectivityPredictor
+    recorder: Recorder | None = None
+
+    if TYPE_CHECKING:  # what an adapter provides
+
+        def _attend(
+            self, x: Tensor, look: Look, *args: Any, **arguments: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            """Output [B, N, C], and statistics; further arguments are timm's, masks refused."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether queries may see less than all keys."""
+        return "connectivity" in self._modules
+
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        look: Look | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them.
+
+        Asked for nothing, and with nothing sparse, it runs timm's own forward method.
+        """
+        if look is not None:
+            return self._attend(x, look, *args, **arguments)
+        look = self._own_look(x.shape[1])
+        if look is None:
+            return super().forward(x, *args, **arguments)
+        return self._attend(x, look, *args, **arguments)[0]
+
+    def _own_look(self, num_tokens: int) -> Look | None:
+        """What timm's own block would ask, if it knew: nothing but sparse attention."""
+        if self.recorder is not None:
+            return Look(self.recorder.num_prefix, False, Places())
+        if self.sparse and self.connectivity.sparse(num_tokens):
+            return Look(self.connectivity.num_prefix, False, Places())
+        return None
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, look: Look, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of q, k, v [B, N, H, D] as `attend` gives it."""
+        if self.recorder is not None:
+            self.recorder(q, k, look, scale)
+        connectivity = self.connectivity if self.sparse else None
+        return attend(q, k, v, look, scale, connectivity=connectivity)
 
 
 def refuse_dropout(attention: Any) -> str | None:

@@ -28,6 +28,8 @@ from spot_vit.pooling import pool_kept
 class SpotBeitAttention(beit.Attention):
     """Attention with relative position bias that can be looked at."""
 
+    sparse = False
+
     def forward(
         self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *, look: Look | None = None
     ) -> Any:
@@ -113,5 +115,6 @@ register(
             "_get_rel_pos_bias proj proj_drop"
         ),
         refuse_dropout,
+        "a relative position bias is added to its logits, for which sparse attention has no place",
     ),
 )

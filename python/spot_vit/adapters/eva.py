@@ -15,6 +15,7 @@ from spot_vit.adapters.base import (
     ATTENTIONS,
     BLOCKS,
     MODELS,
+    AttentionLook,
     ClassAdapter,
     GammaBlockLook,
     names,
@@ -22,12 +23,12 @@ from spot_vit.adapters.base import (
     refuse_model,
     register,
 )
-from spot_vit.look import Look, attend
+from spot_vit.look import Look, refuse_masks
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places, RopePlaces
 
 
-class RotaryLook(nn.Module):
+class RotaryLook(AttentionLook):
     """Mixin of attention adapters: rotary embeddings, and attention that can be looked at."""
 
     num_kv_groups = 1
@@ -45,24 +46,22 @@ class RotaryLook(nn.Module):
         def _project(self, x: Tensor) -> Sequence[Tensor]:
             """Q [B, N, H, D], and k and v, of H / num_kv_groups heads."""
 
-    def forward(
+    def _attend(
         self,
         x: Tensor,
+        look: Look,
         rope: Tensor | None = None,
-        *args: Any,
-        look: Look | None = None,
-        **arguments: Any,
-    ) -> Any:
-        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
-        if look is None:
-            return super().forward(x, rope, *args, **arguments)
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        refuse_masks(attn_mask, is_causal)
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (_rotate(t, rope, look.num_prefix, self.rotate_half).type_as(v) for t in (q, k))
         if self.num_kv_groups > 1:
             k, v = (t.repeat_interleave(self.num_kv_groups, dim=2) for t in (k, v))
-        out, stats = attend(q, k, v, look, self.scale)
+        out, stats = self._attention(q, k, v, look, self.scale)
         out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

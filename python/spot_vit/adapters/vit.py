@@ -13,6 +13,7 @@ from spot_vit.adapters.base import (
     ATTENTIONS,
     BLOCKS,
     MODELS,
+    AttentionLook,
     BlockLook,
     ClassAdapter,
     names,
@@ -20,29 +21,22 @@ from spot_vit.adapters.base import (
     refuse_model,
     register,
 )
-from spot_vit.look import Look, attend
+from spot_vit.look import Look, refuse_masks
 from spot_vit.loop import SpotLoop
 from spot_vit.places import Places
 
 
-class SpotAttention(Attention):
+class SpotAttention(AttentionLook, Attention):
     """Attention that can be looked at."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        look: Look | None = None,
-    ) -> Any:
-        """Output [B, N, C]; with `look` also the statistics [B, N, H, 6], or None for them."""
-        if look is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+    def _attend(
+        self, x: Tensor, look: Look, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        refuse_masks(attn_mask, is_causal)
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         shape = (x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
         q, k, v = self.qkv(x).reshape(shape).unbind(2)
-        out, stats = attend(self.q_norm(q), self.k_norm(k), v, look, self.scale)
+        out, stats = self._attention(self.q_norm(q), self.k_norm(k), v, look, self.scale)
         out = self.norm(out)
         if gate is not None:
             out = out * gate

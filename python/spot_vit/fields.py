@@ -1,0 +1,57 @@
+"""What configurations have in common: checked copies, and a round trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound="Fields")
+
+
+def exact(ratio: float) -> Fraction:
+    """The decimal that was written: 0.7 is 7/10. Binary floats give 48, not 49, for 100 * 0.7²."""
+    return Fraction(str(ratio))
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises unless `value` is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+class Fields:
+    """Mixin of frozen dataclasses whose fields are plain data and tuples of it."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the fields."""
+        return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    def replace(self: F, **changes: Any) -> F:
+        """A copy with some fields changed, checked again."""
+        if unknown := set(changes) - set(self.names()):
+            kind = type(self).__name__
+            raise TypeError(f"{kind} has no {sorted(unknown)}; it has {self.names()}")
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[F], data: Mapping[str, Any]) -> F:
+        """The inverse of `to_dict`."""
+        return cls().replace(**data)
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls: type[F], text: str) -> F:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,73 @@
+"""Cost of attention alone, as Sparsifiner's paper counts it (arXiv 2303.13755)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import nn
+
+from spot_vit.connectivity import STD
+from spot_vit.flops import count_flops
+from spot_vit.sparsifiner_config import SparsifinerConfig
+
+
+class MhsaFlops(NamedTuple):
+    """Multiply-accumulates per image.
+
+    Attributes:
+        products: q k^T and A v over all blocks; projections are not counted.
+        connectivity: the predictors.
+    """
+
+    products: int
+    connectivity: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.products + self.connectivity
+
+
+def mhsa_flops(model: nn.Module, input_size: tuple[int, int, int]) -> MhsaFlops:
+    """Counts the attention of one eval forward pass at the current budget.
+
+    With n tokens of width D, one of them a class token, and k keys a query, L blocks have
+    `2 L D (n - 1) k` multiply-accumulates of products, `2 L D n` of dense class rows, and their
+    predictors; see `mhsa_constant`. Statistics for SPOT are left out.
+
+    Args:
+        model: a model with `blocks`, dense or sparse, with or without token removal.
+        input_size: (channels, height, width) of one image.
+    """
+    count = count_flops(model, input_size)
+    return MhsaFlops(sum(layer.products for layer in count.layers), count.connectivity)
+
+
+def mhsa_constant(
+    depth: int, dim: int, num_heads: int, num_tokens: int, config: SparsifinerConfig | None = None
+) -> int:
+    """C0: what Sparsifiner's attention costs beside the products of patch queries, by formula.
+
+    Per block, with n tokens, R = n // reduce_n, c = (D / H) // reduce_c, s coefficients a row and
+    a share p of nonzero basis entries:
+
+        2 n D                       class row
+        + n R D                     keys to R
+        + 2 R H d c + R H c         channels: of R keys down and back, and a bias
+        + (n - 1) R D               coefficients
+        + H (n - 1) s p n           combination of basis rows
+
+    p is what initialisation gives. The published code reduces the channels of all n queries and
+    keys before it sums them; the result is the same, its cost is higher.
+    """
+    config = config or SparsifinerConfig()
+    head_dim, rank = dim // num_heads, num_tokens // config.reduce_n
+    channels = head_dim // config.reduce_c
+    used = rank if config.coef_topk is None else min(config.coef_topk, rank)
+    share = math.erfc(config.basis_threshold / (STD * math.sqrt(2)))
+    patches = num_tokens - 1
+    block = 2 * num_tokens * dim + num_tokens * rank * dim + patches * rank * dim
+    if config.reduce_c > 1:
+        block += 2 * rank * dim * channels + rank * num_heads * channels
+    return depth * (block + round(num_heads * patches * used * share * num_tokens))
