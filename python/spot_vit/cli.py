@@ -39,6 +39,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--threads", type=int, default=2, help="CPU threads to use")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser("bench", help="measurements of this machine")
+    benches = bench.add_subparsers(required=True, metavar="what")
+    crossover = benches.add_parser(
+        "crossover",
+        help="where sparse attention beats dense attention with a mask (a minute)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    crossover.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    crossover.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "float64", "float16", "bfloat16"),
+        default=["float32"],
+        help="of queries, keys and values",
+    )
+    crossover.add_argument("--tokens", nargs="+", type=int, help="sizes of the table (default all)")
+    crossover.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
+    crossover.add_argument(
+        "--output",
+        type=Path,
+        default=Path("crossover.json"),
+        help="JSON to write; the environment variable SPOT_CROSSOVER may name it later",
+    )
+    crossover.set_defaults(run=_crossover)
+
     info = commands.add_parser("info", help="what is installed, built and loaded")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
@@ -62,6 +87,23 @@ def _demo(arguments: argparse.Namespace) -> int:
         hint = "install what the demonstration needs: pip install 'spot-vit[demo]'"
         print(f"spot demo: {error}; {hint}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _crossover(arguments: argparse.Namespace) -> int:
+    from spot_vit import crossover
+
+    sizes = arguments.tokens or crossover.SIZES
+    if unknown := sorted(set(sizes) - set(crossover.SIZES)):
+        print(f"spot bench: no column of {unknown} tokens; there are {crossover.SIZES}")
+        return 2
+    crossover.run(
+        arguments.output,
+        device=arguments.device,
+        dtypes=arguments.dtype,
+        sizes=sizes,
+        threads=arguments.threads,
+    )
     return 0
 
 
