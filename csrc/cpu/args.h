@@ -89,6 +89,19 @@ struct SparseGradArgs {
   void* keep;              // [B, H, N-P] float32 or float64, to be summed over heads; or null
 };
 
+struct ConnectivityArgs {
+  const void* coefficients;  // [B, H, Q, R], any strides
+  int64_t coefficients_strides[4];
+  const void* basis;  // [R, columns], any strides
+  int64_t basis_row, basis_column;
+  const int64_t* columns;  // [B, N], dense, in range; or null
+  const uint8_t* keep;     // [B, Q], dense, or null
+  int64_t num_heads, num_queries, rank, num_columns, budget, used;
+  bool has_threshold;
+  double threshold;
+  int32_t* index;  // [B, H, Q, budget]
+};
+
 // Tokens of an image are cut into spans by shape alone, so that sums over tokens, which are made of
 // sums over spans, do not depend on threads. Work items are the spans of all images.
 struct Spans {

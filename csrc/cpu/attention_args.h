@@ -4,10 +4,9 @@
 #include "../common/attention_stats.h"
 
 #include "args.h"
+#include "keep.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 namespace spot {
 
@@ -17,70 +16,25 @@ struct TokenOrder {
   bool one;
 };
 
-// read(i): element i of keep [B, N-P].
-template <typename Read>
-void sort_tokens(const char* op, const AttentionShape& s, const Tensor& keep, Read&& read,
-                 TokenOrder& result) {
-  std::vector<int32_t> dropped;
-  for (int64_t b = 0; b < s.batch; ++b) {
-    const std::size_t start = result.order.size();
-    dropped.clear();
-    for (int64_t t = 0; t < s.num_prefix; ++t) result.order.push_back(static_cast<int32_t>(t));
-    for (int64_t i = 0; i < s.num_patches(); ++i) {
-      const double value = read(b * keep.stride(0) + i * keep.stride(1));
-      SPOT_CHECK(value == 0 || value == 1, op, "keep must be exactly 0 or 1, got ", value,
-                 " at keep[", b, ", ", i, "]");
-      (value == 1 ? result.order : dropped).push_back(static_cast<int32_t>(s.num_prefix + i));
-    }
-    result.kept.push_back(
-        static_cast<int32_t>(static_cast<int64_t>(result.order.size() - start) - s.num_prefix));
-    result.order.insert(result.order.end(), dropped.begin(), dropped.end());
-  }
-}
-
-inline float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof(x));
-  return x;
-}
-inline double from_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 0x1f, mantissa = bits & 0x3ff;
-  const double magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
-                           : exponent == 0 ? std::ldexp(mantissa, -24)
-                                           : std::ldexp(1024 + mantissa, exponent - 25);
-  return bits >> 15 ? -magnitude : magnitude;
-}
-
 inline TokenOrder order_tokens(const char* op, const AttentionShape& s,
                                const std::optional<Tensor>& keep) {
   TokenOrder result;
   result.one = !keep;
-  if (!keep) {
-    for (int64_t t = 0; t < s.num_tokens; ++t) result.order.push_back(static_cast<int32_t>(t));
-    result.kept.push_back(static_cast<int32_t>(s.num_patches()));
-    return result;
-  }
-  result.order.reserve(static_cast<std::size_t>(s.batch * s.num_tokens));
-  const void* data = keep->const_data_ptr();
-  switch (dtype_slot(op, "keep", *keep)) {
-    case kFloat32:
-      sort_tokens(
-          op, s, *keep, [=](int64_t i) { return static_cast<const float*>(data)[i]; }, result);
-      break;
-    case kFloat64:
-      sort_tokens(
-          op, s, *keep, [=](int64_t i) { return static_cast<const double*>(data)[i]; }, result);
-      break;
-    case kFloat16:
-      sort_tokens(
-          op, s, *keep, [=](int64_t i) { return from_half(static_cast<const uint16_t*>(data)[i]); },
-          result);
-      break;
-    default:
-      sort_tokens(
-          op, s, *keep,
-          [=](int64_t i) { return from_bfloat16(static_cast<const uint16_t*>(data)[i]); }, result);
+  const std::vector<uint8_t> kept = keep ? read_keep(op, *keep) : std::vector<uint8_t>{};
+  const int64_t patches = s.num_patches();
+  const auto is_kept = [&](int64_t b, int64_t i) {
+    return result.one || kept[static_cast<std::size_t>(b * patches + i)] != 0;
+  };
+  for (int64_t b = 0; b < (result.one ? 1 : s.batch); ++b) {
+    for (int64_t t = 0; t < s.num_prefix; ++t) result.order.push_back(static_cast<int32_t>(t));
+    int32_t count = 0;
+    for (const bool wanted : {true, false})
+      for (int64_t i = 0; i < patches; ++i)
+        if (is_kept(b, i) == wanted) {
+          result.order.push_back(static_cast<int32_t>(s.num_prefix + i));
+          count += wanted;
+        }
+    result.kept.push_back(count);
   }
   return result;
 }

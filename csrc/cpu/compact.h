@@ -3,6 +3,8 @@
 // Cost per image: select 2 to 32 (64 for float64) vector passes over N keys; compact and scatter
 // one read and one write of each output row; fuse one pass over the removed tokens; fuse backward
 // two. Memory: N keys, N bytes or N positions of per-thread scratch; nothing else.
+#pragma once
+
 #include "isa.h"
 #include "numeric.h"
 #include "scratch.h"

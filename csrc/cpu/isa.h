@@ -5,6 +5,8 @@
 
 namespace spot {
 
+constexpr int64_t kChoiceRows = 16;  // queries of a block of connectivity
+
 // What a row kernel saw of the index: a bad entry, or positions that do not ascend strictly (and so
 // may repeat).
 enum RowStatus : int { kRowsFine = 0, kRowsUnsorted = 1, kRowsBad = 2 };
@@ -29,6 +31,8 @@ struct KernelTable {
   bool (*sparse_attention[4])(const SparseArgs&, int64_t begin, int64_t end);
   void (*sparse_attention_columns[4])(const SparseArgs&, int64_t begin, int64_t end);
   bool (*sparse_attention_backward[4])(const SparseGradArgs&, int64_t begin, int64_t end);
+  // Blocks of rows [begin, end) of all heads of all images.
+  void (*connectivity[4])(const ConnectivityArgs&, int64_t begin, int64_t end);
   // Spans [begin, end) of all images.
   void (*normalize[4])(const NormArgs&, int64_t begin, int64_t end);
   void (*normalize_backward[4])(const NormArgs&, int64_t begin, int64_t end);

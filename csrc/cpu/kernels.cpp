@@ -4,6 +4,7 @@
 #include "attention_stats.h"
 #include "attention_stats_backward.h"
 #include "compact.h"
+#include "connectivity.h"
 #include "relevance.h"
 #include "sparse_attention.h"
 #include "sparse_attention_backward.h"
@@ -29,6 +30,7 @@ const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
     SPOT_PER_DTYPE(sparse_attention),
     SPOT_PER_DTYPE(sparse_attention_columns),
     SPOT_PER_DTYPE(sparse_attention_backward),
+    SPOT_PER_DTYPE(connectivity),
     SPOT_PER_DTYPE(normalize),
     SPOT_PER_DTYPE(normalize_backward),
     SPOT_PER_DTYPE(remap),

@@ -1,0 +1,62 @@
+// CPU entry point of connectivity: check, allocate, run the kernel in parallel.
+#include "../common/connectivity.h"
+
+#include "isa.h"
+#include "keep.h"
+
+namespace spot {
+namespace {
+
+using torch::stable::parallel_for;
+
+void check_columns(const char* op, const Tensor& columns, int64_t num_basis) {
+  const int64_t* data = static_cast<const int64_t*>(columns.const_data_ptr());
+  for (int64_t i = 0; i < columns.size(0) * columns.size(1); ++i)
+    SPOT_CHECK(data[i] >= 0 && data[i] < num_basis, op, "columns must be in [0, ", num_basis,
+               ") (the columns of basis), got ", data[i], " at columns[", i / columns.size(1), ", ",
+               i % columns.size(1), "]");
+}
+
+Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t budget,
+                    std::optional<Tensor> columns, std::optional<Tensor> keep,
+                    std::optional<int64_t> coef_topk, std::optional<double> threshold) {
+  const char* op = "connectivity";
+  const ConnectivityShape s =
+      check_connectivity(op, coefficients, basis, budget, columns, keep, coef_topk);
+  SPOT_CHECK(coefficients.is_cpu(), op, "coefficients must be on the CPU");
+  const Dtype dtype = dtype_slot(op, "coefficients", coefficients);
+  Tensor index =
+      empty_on(coefficients, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
+  const Tensor places = columns ? dense(*columns) : index;
+  if (columns) check_columns(op, places, basis.size(1));
+  const std::vector<uint8_t> kept = keep ? read_keep(op, *keep) : std::vector<uint8_t>{};
+  ConnectivityArgs args{};
+  args.coefficients = coefficients.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.coefficients_strides[d] = coefficients.stride(d);
+  args.basis = basis.const_data_ptr();
+  args.basis_row = basis.stride(0);
+  args.basis_column = basis.stride(1);
+  args.columns = columns ? static_cast<const int64_t*>(places.const_data_ptr()) : nullptr;
+  args.keep = keep ? kept.data() : nullptr;
+  args.num_heads = s.num_heads;
+  args.num_queries = s.num_queries;
+  args.rank = s.rank;
+  args.num_columns = s.num_columns;
+  args.budget = s.budget;
+  args.used = s.used;
+  args.has_threshold = threshold.has_value();
+  args.threshold = threshold.value_or(0);
+  args.index = static_cast<int32_t*>(index.mutable_data_ptr());
+  const int64_t blocks = (s.num_queries + kChoiceRows - 1) / kChoiceRows;
+  const KernelTable& table = kernels();
+  if (s.batch * s.num_heads * s.num_queries > 0)
+    parallel_for(0, s.batch * s.num_heads * blocks, 1,
+                 [&](int64_t begin, int64_t end) { table.connectivity[dtype](args, begin, end); });
+  return index;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(spot, CPU, m) { m.impl("connectivity", TORCH_BOX(&connectivity)); }
+
+}  // namespace spot

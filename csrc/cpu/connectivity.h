@@ -1,0 +1,393 @@
+// Connectivity: the best columns of each query, from coefficients and a basis. Torch-free; one copy
+// per ISA.
+//
+// A work item is a row of coefficients. The basis is packed in tiles of columns that fit
+// first-level cache, candidates only; a block of rows is combined tile by tile, then the columns of
+// each row are chosen by a search for the threshold that as many reach as are wanted.
+//
+// Cost per row, with R coefficients of which C count, and N columns: R C comparisons (of lanes that
+// are rows), C N multiply-accumulates, and some five passes over N numbers. Scratch per thread:
+// R N numbers for the basis and kChoiceRows N for the block.
+#pragma once
+
+#include "attention_rows.h"
+#include "compact.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace spot {
+namespace SPOT_ISA {
+
+constexpr int64_t kTileBytes = 24 * 1024;  // of the basis, in first-level cache
+constexpr int64_t kMostLanes = 32;         // coefficients that are ranked with rows as lanes
+
+// ---- choosing from a row -----------------------------------------------------------------------
+
+template <typename A>
+inline int64_t count_lanes(Bits<A> mask) {
+  int64_t count = 0;
+  for (int l = 0; l < kLanes<A>; ++l) count -= mask[l];
+  return count;
+}
+
+// Appends first + l for the lanes l in `mask`; may write a whole vector behind them.
+template <typename A>
+inline int64_t append_lanes(Bits<A> mask, int32_t first, int32_t* out) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(A) == 4) {
+    const __mmask16 set = _mm512_movepi32_mask((__m512i)mask);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(set, at));
+    return __builtin_popcount(set);
+  }
+#endif
+  int64_t count = 0;
+  for (int l = 0; l < kLanes<A>; ++l) {
+    out[count] = first + l;
+    count -= mask[l];
+  }
+  return count;
+}
+
+// How many of x reach t; x has whole vectors, NaN behind its end.
+template <typename A>
+inline int64_t count_reach(const A* x, int64_t padded, A t) {
+  Bits<A> count = {};
+  for (int64_t i = 0; i < padded; i += kLanes<A>) count += vec_load(x + i) >= t;
+  return count_lanes<A>(count);
+}
+
+// A value between two others, by the bits of their order.
+inline float middle(float low, float high) {
+  const uint64_t key = (uint64_t{order_key(low)} + order_key(high) + 1) / 2;
+  const uint32_t bits = static_cast<uint32_t>(key);
+  return bit_cast<float>(bits ^ (bits >> 31 ? 0x80000000u : 0xffffffffu));
+}
+inline double middle(double low, double high) {
+  const uint64_t a = order_key(low), b = order_key(high), key = a + (b - a + 1) / 2;
+  return bit_cast<double>(key ^ (key >> 63 ? uint64_t{1} << 63 : ~uint64_t{0}));
+}
+
+// Where the search for a row starts: neighbouring rows are alike.
+template <typename A>
+struct Guess {
+  A threshold = 0, step = 0;  // the last one found, and how far apart values lie around it
+};
+
+// The positions of the `keep` largest of the n numbers x, ascending, ties to the lower; 0 < keep <
+// n, no NaN among them. Room for a vector behind the result.
+template <typename A>
+inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t* out) {
+  constexpr int kL = kLanes<A>;
+  const int64_t padded = round_up(n, kL);
+  // `below` of them reach `low`, `above` reach `high`: above < keep <= below. Without a high all of
+  // those that reach low are left.
+  A low = -static_cast<A>(__builtin_inff()), high = -low, t = guess.threshold;
+  A stride = 2 * guess.step;
+  int64_t below = n, above = 0, larger = -1;
+  bool has_low = false, has_high = false;
+  for (int turn = 0; below - above > kL; ++turn) {
+    // The middle of their order where a guess leads nowhere; now and then, so that it comes to an
+    // end.
+    if (!(t > low && t < high) || (turn > 6 && turn % 2)) t = middle(low, high);
+    if (t == high && has_high) break;  // nothing between them
+    const int64_t reach = count_reach(x, padded, t);
+    if (reach == keep) {
+      larger = 0;
+      break;
+    }
+    if (reach > keep) {
+      low = t;
+      below = reach;
+      has_low = true;
+    } else {
+      high = t;
+      above = reach;
+      has_high = true;
+    }
+    if (low == high) break;
+    if (has_low && has_high) {
+      t = low + (high - low) * (static_cast<A>(below - keep) / static_cast<A>(below - above));
+    } else {
+      stride *= 2;
+      t = has_low ? low + guess.step * static_cast<A>(below - keep) + stride
+                  : high - guess.step * static_cast<A>(keep - above) - stride;
+    }
+  }
+  int64_t ties = 0;  // of those equal to t, how many; 0 for all
+  if (larger < 0 && below - above > kL) {
+    t = low;  // all that are left are equal
+    ties = keep - above;
+  } else if (larger < 0) {
+    A few[2 * kL];
+    int32_t where[3 * kL];
+    int64_t count = 0, equal = 0;
+    for (int64_t i = 0; i < padded; i += kL) {
+      const Vec<A> v = vec_load(x + i);
+      Bits<A> left = v >= low;
+      if (has_high) left &= v < high;
+      count += append_lanes<A>(left, static_cast<int32_t>(i), where + count);
+    }
+    for (int64_t c = 0; c < count; ++c) few[c] = x[where[c]];
+    // The least of those that fewer than `keep` exceed.
+    t = static_cast<A>(__builtin_inff());
+    for (int64_t c = 0; c < count; ++c) {
+      int64_t more = above;
+      for (int64_t d = 0; d < count; ++d) more += few[d] > few[c];
+      if (more < keep && few[c] <= t) t = few[c];
+    }
+    larger = above;
+    for (int64_t c = 0; c < count; ++c) {
+      larger += few[c] > t;
+      equal += few[c] == t;
+    }
+    ties = larger + equal == keep ? 0 : keep - larger;
+  }
+  if (has_low && has_high && below > above)
+    guess.step = (high - low) / static_cast<A>(below - above);
+  guess.threshold = t;
+  int64_t written = 0;
+  if (ties == 0) {
+    for (int64_t i = 0; i < padded; i += kL)
+      written += append_lanes<A>(vec_load(x + i) >= t, static_cast<int32_t>(i), out + written);
+    return;
+  }
+  for (int64_t i = 0; written < keep; ++i) {
+    const bool tied = x[i] == t;
+    out[written] = static_cast<int32_t>(i);
+    written += (x[i] > t) | (tied & (ties > 0));
+    ties -= tied;
+  }
+}
+
+// The same for any numbers and any `keep`: NaN ranks below -inf.
+template <typename A>
+inline void choose_any(const A* x, int64_t n, int64_t keep, int64_t* positions,
+                       decltype(order_key(A{}))* keys, int32_t* out) {
+  const int64_t padded = round_up(n, kKeyLanes);
+  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(x[i]);
+  for (int64_t i = n; i < padded; ++i) keys[i] = 0;
+  largest_positions(keys, n, keep, positions);
+  for (int64_t i = 0; i < keep; ++i) out[i] = static_cast<int32_t>(positions[i]);
+}
+
+template <typename A>
+inline bool has_nan(const A* x, int64_t n) {
+  Bits<A> seen = {};
+  for_vectors<A>(n, [&](int64_t i, auto count) {
+    const Vec<A> v = load_lanes(x + i, count);
+    seen |= v != v;
+  });
+  return count_lanes<A>(seen) > 0;
+}
+
+// ---- a block of rows ---------------------------------------------------------------------------
+
+template <typename A>
+struct ChoiceScratch {
+  using Key = decltype(order_key(A{}));
+  A *basis, *coefficients, *turned, *sums;
+  int32_t *candidates, *places, *used, *chosen;
+  Key* keys;
+  int64_t* positions;
+  ChoiceScratch(Pieces& memory, int64_t rank, int64_t columns, int64_t used_most)
+      : basis(memory.take<A>(rank * round_up(columns, kLanes<A>))),
+        coefficients(memory.take<A>(kChoiceRows * round_up(rank, kLanes<A>))),
+        turned(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
+        sums(memory.take<A>(kChoiceRows * round_up(columns, kLanes<A>))),
+        candidates(memory.take<int32_t>(columns)),
+        places(memory.take<int32_t>(columns)),
+        used(memory.take<int32_t>(kChoiceRows * (used_most + kLanes<A>))),
+        chosen(memory.take<int32_t>(columns + kLanes<A>)),
+        keys(memory.take<Key>(round_up(columns > rank ? columns : rank, kKeyLanes))),
+        positions(memory.take<int64_t>(columns > rank ? columns : rank)) {}
+};
+
+template <typename T>
+class Chooser {
+  using A = Acc<T>;
+  static constexpr int kL = kLanes<A>;
+
+ public:
+  explicit Chooser(const ConnectivityArgs& args)
+      : a_(args),
+        padded_rank_(round_up(args.rank, kL)),
+        m_(in_scratch<ChoiceScratch<A>>(args.rank, args.num_columns, args.used)) {}
+
+  // Rows [first, first + rows), of one head of one image.
+  void run(int64_t first, int64_t rows) {
+    const int64_t b = first / (a_.num_heads * a_.num_queries);
+    if (b != image_) pack(b);
+    const int64_t at = first % (a_.num_heads * a_.num_queries);
+    const T* data = static_cast<const T*>(a_.coefficients) + b * a_.coefficients_strides[0] +
+                    at / a_.num_queries * a_.coefficients_strides[1];
+    for (int64_t r = 0; r < rows; ++r)
+      stage_row(data + (at % a_.num_queries + r) * a_.coefficients_strides[2],
+                a_.coefficients_strides[3], a_.rank, m_.coefficients + r * padded_rank_,
+                padded_rank_);
+    rank_coefficients(rows);
+    combine(rows);
+    for (int64_t r = 0; r < rows; ++r) emit(r, a_.index + (first + r) * a_.budget);
+  }
+
+ private:
+  // The basis at the candidates of image b, in tiles of columns.
+  void pack(int64_t b) {
+    image_ = b;
+    const int64_t prefix = a_.num_columns - a_.num_queries;
+    count_ = 0;
+    for (int64_t c = 0; c < a_.num_columns; ++c) {
+      m_.candidates[count_] = static_cast<int32_t>(c);
+      m_.places[count_] = static_cast<int32_t>(a_.columns ? a_.columns[b * a_.num_columns + c] : c);
+      count_ += c < prefix || !a_.keep || a_.keep[b * a_.num_queries + c - prefix];
+    }
+    padded_ = round_up(count_, kL);
+    const int64_t fit =
+        kTileBytes / (static_cast<int64_t>(sizeof(A)) * (a_.rank > 0 ? a_.rank : 1));
+    tile_ = fit / kL < 1 ? kL : fit / kL > kTileVecs ? kTileVecs * kL : fit / kL * kL;
+    const T* basis = static_cast<const T*>(a_.basis);
+    A* to = m_.basis;
+    for (int64_t first = 0; first < padded_; first += tile_) {
+      const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
+      for (int64_t r = 0; r < a_.rank; ++r, to += width)
+        for (int64_t c = 0; c < width; ++c)
+          to[c] = first + c < count_
+                      ? load(basis[r * a_.basis_row + m_.places[first + c] * a_.basis_column])
+                      : static_cast<A>(__builtin_nanf(""));
+    }
+  }
+
+  // The coefficients of each row that count, ascending.
+  void rank_coefficients(int64_t rows) {
+    if (a_.used >= a_.rank) {
+      for (int64_t c = 0; c < a_.rank; ++c) m_.used[c] = static_cast<int32_t>(c);
+      return;
+    }
+    for (int64_t r = 0; r < rows; r += kL) {
+      const int64_t lanes = rows - r < kL ? rows - r : kL;
+      const A* block = m_.coefficients + r * padded_rank_;
+      A least[kL];
+      const bool by_lanes = a_.used <= kMostLanes;
+      if (by_lanes) least_counted(block, least);
+      for (int64_t l = 0; l < lanes; ++l) {
+        const A* x = block + l * padded_rank_;
+        int32_t* used = used_of(r + l);
+        if (!by_lanes || has_nan(x, a_.rank)) {
+          choose_any(x, a_.rank, a_.used, m_.positions, m_.keys, used);
+          continue;
+        }
+        int64_t ties = a_.used, written = 0;
+        for (int64_t c = 0; c < a_.rank; ++c) ties -= x[c] > least[l];
+        for (int64_t c = 0; written < a_.used; ++c) {
+          const bool tied = x[c] == least[l];
+          used[written] = static_cast<int32_t>(c);
+          written += (x[c] > least[l]) | (tied & (ties > 0));
+          ties -= tied;
+        }
+      }
+    }
+  }
+
+  // Of kL rows the least coefficient that counts: the largest so far sink through `top`.
+  void least_counted(const A* block, A* least) {
+    for (int64_t c = 0; c < padded_rank_; c += kL)
+      store_transposed(block + c, padded_rank_, kL, m_.turned + c * kL, kL);
+    Vec<A> top[kMostLanes];
+    for (int64_t u = 0; u < a_.used; ++u) top[u] = splat(-static_cast<A>(__builtin_inff()));
+    const auto sink = [&](int64_t used) {
+      for (int64_t c = 0; c < a_.rank; ++c) {
+        Vec<A> x = vec_load(m_.turned + c * kL);
+#pragma GCC unroll 8
+        for (int64_t u = 0; u < used; ++u) {
+          const Vec<A> more = vec_max<A>(top[u], x);
+          x = top[u] < x ? top[u] : x;
+          top[u] = more;
+        }
+      }
+    };
+    if (a_.used == 8)
+      sink(8);  // as published: in registers
+    else
+      sink(a_.used);
+    vec_store(least, top[a_.used - 1]);
+  }
+
+  int32_t* used_of(int64_t r) const {
+    return a_.used >= a_.rank ? m_.used : m_.used + r * (a_.used + kL);
+  }
+
+  // sums [rows, candidates], NaN behind them.
+  void combine(int64_t rows) {
+    const A* tile = m_.basis;
+    for (int64_t first = 0; first < padded_; first += tile_) {
+      const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
+      with_count<kTileVecs>(static_cast<int>(width / kL), [&](auto n) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const int32_t* used = used_of(r);
+          const A* x = m_.coefficients + r * padded_rank_;
+          const int64_t count = a_.used < a_.rank ? a_.used : a_.rank;
+          Vec<A> sum[n.value] = {};
+          for (int64_t u = 0; u < count; ++u) {
+            const Vec<A> c = splat(x[used[u]]);
+            const A* row = tile + used[u] * (n.value * kL);
+#pragma GCC unroll 4
+            for (int j = 0; j < n.value; ++j) sum[j] += c * vec_load(row + j * kL);
+          }
+          A* to = m_.sums + r * padded_ + first;
+#pragma GCC unroll 4
+          for (int j = 0; j < n.value; ++j) vec_store(to + j * kL, sum[j]);
+        }
+      });
+      tile += a_.rank * width;
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = count_; c < padded_; ++c)
+        m_.sums[r * padded_ + c] = static_cast<A>(__builtin_nanf(""));
+  }
+
+  void emit(int64_t r, int32_t* index) {
+    const A* x = m_.sums + r * padded_;
+    int64_t keep = a_.budget < count_ ? a_.budget : count_;
+    if (a_.has_threshold) {
+      int64_t above = 0;
+      const A threshold = static_cast<A>(a_.threshold);
+      for (int64_t c = 0; c < count_; ++c) above += x[c] > threshold;
+      keep = keep < above ? keep : above;
+    }
+    int32_t* chosen = m_.chosen;
+    if (keep == count_)
+      for (int64_t c = 0; c < keep; ++c) chosen[c] = static_cast<int32_t>(c);
+    else if (keep > 0 && has_nan(x, count_))
+      choose_any(x, count_, keep, m_.positions, m_.keys, chosen);
+    else if (keep > 0)
+      choose(x, count_, keep, guess_, chosen);
+    if (count_ == a_.num_columns)
+      std::memcpy(index, chosen, static_cast<std::size_t>(keep) * sizeof(int32_t));
+    else
+      for (int64_t c = 0; c < keep; ++c) index[c] = m_.candidates[chosen[c]];
+    for (int64_t c = keep; c < a_.budget; ++c) index[c] = -1;
+  }
+
+  const ConnectivityArgs& a_;
+  const int64_t padded_rank_;
+  const ChoiceScratch<A> m_;
+  Guess<A> guess_;
+  int64_t image_ = -1, count_ = 0, padded_ = 0, tile_ = 0;
+};
+
+// Blocks of kChoiceRows rows [begin, end) of all heads of all images.
+template <typename T>
+void connectivity(const ConnectivityArgs& a, int64_t begin, int64_t end) {
+  const int64_t blocks = (a.num_queries + kChoiceRows - 1) / kChoiceRows;
+  Chooser<T> chooser(a);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t start = item % blocks * kChoiceRows, left = a.num_queries - start;
+    chooser.run(item / blocks * a.num_queries + start, left < kChoiceRows ? left : kChoiceRows);
+  }
+}
+
+}  // namespace SPOT_ISA
+}  // namespace spot
