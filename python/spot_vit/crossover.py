@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ RATES = (0.1, 0.25, 0.5, 0.75)
 HEADS, HEAD_DIM = 6, 64
 SECONDS = 0.15  # for one entry, more where three rounds take longer
 ROUNDS = 3
+KEY = ("tokens", "dtype", "device")  # what a column is for
 
 Entry = dict[str, float]
 """Median milliseconds of "sparse", "masked" and "plain" dense attention, and "keep_rate"."""
@@ -102,9 +104,8 @@ def _column(size: int, dtype: torch.dtype, device: torch.device) -> list[Entry] 
         _tables[path] = read(path) if path.exists() else {"machine": machine(device), "columns": []}
     table = _tables[path]
     for column in table["columns"]:
-        if (column["tokens"], column["dtype"]) == (size, _name(dtype)):
-            if column["device"] == device.type:
-                return column["entries"]
+        if [column[key] for key in KEY] == [size, _name(dtype), device.type]:
+            return column["entries"]
     if given or device.type not in ("cpu", "cuda") or _watched(device):
         return None
     column = measure_column(size, dtype, device)
@@ -155,7 +156,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
         for column in table["columns"]:
-            _ = [column[key] for key in ("tokens", "dtype", "device")]
+            _ = [column[key] for key in KEY]
             crossover_rate(column["entries"])
     except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
@@ -167,10 +168,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def _keep(path: Path, column: dict[str, Any], facts: dict[str, Any]) -> None:
     """Adds a column to the file, beside what other processes may have added meanwhile."""
-    key = ("tokens", "dtype", "device")
     try:
         columns = read(path)["columns"] if path.exists() else []
-        others = [c for c in columns if any(c[k] != column[k] for k in key)]
+        others = [c for c in columns if any(c[key] != column[key] for key in KEY)]
         save_json(path, {"machine": facts, "columns": [*others, column]})
     except (OSError, ValueError):
         pass  # a cache that cannot be written only costs time
@@ -219,15 +219,11 @@ def time_entry(size: int, rate: float, dtype: torch.dtype, device: torch.device)
     shape = (1, size, HEADS, HEAD_DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     index = _some_keys(size, math.ceil(rate * size), generator).to(device)
-    dense = [x.transpose(1, 2) for x in (q, k, v)]
-
-    def masked() -> Tensor:
-        return F.scaled_dot_product_attention(*dense, attn_mask=named_keys(index, size))
-
+    dense = partial(F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v)))
     sides: dict[str, Callable[[], Any]] = {
         "sparse": lambda: spot_ext.sparse_attention(q, k, v, index),
-        "masked": masked,
-        "plain": lambda: F.scaled_dot_product_attention(*dense),
+        "masked": lambda: dense(attn_mask=named_keys(index, size)),
+        "plain": dense,
     }
     with torch.autocast(device.type, enabled=False):
         return {"keep_rate": rate, **_race(sides, device)}

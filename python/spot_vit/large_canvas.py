@@ -57,7 +57,7 @@ class Canvas:
     phases: tuple[Phase, ...] = (
         Phase(64, 6, 1800, 1e-3, 0.4),
         Phase(128, 12, 150, 5e-4),
-        Phase(192, 24, 250, 5e-4),
+        Phase(192, 24, 100, 3e-4),
     )
 
     @property
@@ -102,6 +102,7 @@ def build(canvas: Canvas) -> VisionTransformer:
         mlp_ratio=canvas.mlp_ratio,
         embed_layer=ConvStem,
     )
+    assert model.pos_embed is not None
     with torch.no_grad():
         model.pos_embed[:, 1:] = 0.3 * _waves(canvas.size // PATCH, canvas.width)
     return model
