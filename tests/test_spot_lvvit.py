@@ -141,7 +141,7 @@ def test_compile_and_export():
         torch.testing.assert_close(program.module()(y), model(y), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [name for name in NAMED if name.startswith("spot_")])
 def test_named_models(name: str):
     with torch.device("meta"):
         model = timm.create_model(name, keep=0.5, method="dynamicvit", num_classes=10)
