@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_stats, compact, relevance, run, timing
+from benchmarks import attention_stats, compact, relevance, run, sparsifiner, timing
 from benchmarks.timing import Case, Clock
 
 
@@ -124,3 +124,14 @@ def test_the_sides_of_a_case_do_the_same() -> None:
     for side in (scored.forward, scored.training):
         ours, eager = side(relevance.token_relevance)(0), side(relevance.eager)(0)
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_models_are_compared_at_the_sizes_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsifiner, "SIZE", 64)
+    alone, both = sparsifiner.cases("cpu")
+    for case, share in ((alone, 0.9), (both, 0.55)):
+        assert case.at_least == {sparsifiner.DENSE: pytest.approx(1 / share)}
+        with torch.no_grad():
+            assert case.ours(0).shape == case.others[sparsifiner.DENSE](0).shape == (2, 1000)
+    model = both.ours.args[0]  # type: ignore[attr-defined]
+    assert model.sparsifiner_config.keep_rate == 0.25 and model.spot_config.keep == 0.7

@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="instead: one checkpoint for every keep ratio against one for each (up to an hour)",
     )
+    kind.add_argument(
+        "--sparsifiner",
+        action="store_true",
+        help="instead: dense attention, Sparsifiner's, and Sparsifiner's with SPOT (half an hour)",
+    )
     demo.add_argument("--seed", type=int, default=0, help="of everything random in training")
     demo.add_argument(
         "--seeds", type=int, default=3, help="how many of them --compare and --budgets run"
@@ -74,8 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        name = "compare" if arguments.compare else "many_budgets" if arguments.budgets else "demo"
-        several = {} if name == "demo" else {"seeds": arguments.seeds}
+        kinds = {
+            "compare": arguments.compare,
+            "many_budgets": arguments.budgets,
+            "sparsifiner_demo": arguments.sparsifiner,
+        }
+        name = next((name for name, asked in kinds.items() if asked), "demo")
+        several = {"seeds": arguments.seeds} if name in ("compare", "many_budgets") else {}
         importlib.import_module(f"spot_vit.{name}").run(
             arguments.output,
             quick=arguments.quick,

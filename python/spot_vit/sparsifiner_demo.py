@@ -24,6 +24,7 @@ from spot_vit.large_canvas import Canvas, Phase, in_bfloat16, trained_dense
 from spot_vit.latency import compare_latency
 from spot_vit.machine import Clock, contention, processor, wait_for_quiet
 from spot_vit.mhsa import mhsa_flops
+from spot_vit.regions import start_from_regions
 from spot_vit.report import paired_difference
 from spot_vit.table import format_table
 from spot_vit.train import evaluate, save_json
@@ -58,14 +59,14 @@ class Setting:
     canvas: Canvas = dataclasses.field(default_factory=Canvas)
     keep_rate: float = 0.25
     connectivity: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"reduce_n": 24, "basis_threshold": 2e-3}
+        default_factory=lambda: {"reduce_n": 16, "basis_threshold": 1e-3}
     )
     share: float = 0.5
     at: Sequence[int] = (1, 2, 3)
     batch_size: int = 16
-    connectivity_steps: int = 120
-    connectivity_lr: float = 3e-2
-    steps: int = 120
+    connectivity_steps: int = 40
+    connectivity_lr: float = 3e-5
+    steps: int = 100
     lr: float = 1e-4
     relevance_lr: float = 1e-3
     weight_decay: float = 0.05
@@ -131,6 +132,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
 def trained(output: Path, setting: Setting, seed: int) -> dict[str, Any]:
     """The three models, trained or read from `output`."""
     dense: Any = trained_dense(output, setting.canvas, seed)
+    torch.manual_seed(seed)
     connected = sparse_model(dense, setting)
     config = {"setting": _training(setting), "seed": seed}
     path = output / f"connectivity-seed{seed}.safetensors"
@@ -142,7 +144,6 @@ def trained(output: Path, setting: Setting, seed: int) -> dict[str, Any]:
         fits = {"warmup": steps // 10, "clip_grad": 1.0, "name": path.stem}
         train_connectivity(connected, loader, lr=setting.connectivity_lr, **fits, **options)
 
-    torch.manual_seed(seed)
     train_once(path, connected, {**config, "stage": 1}, connect)
 
     models = {"dense": dense, "Sparsifiner": copy.deepcopy(connected)}
@@ -164,9 +165,9 @@ def trained(output: Path, setting: Setting, seed: int) -> dict[str, Any]:
 
 def sparse_model(dense: Any, setting: Setting) -> Any:
     """A copy of the dense model with Sparsifiner attention, its predictors new."""
-    return spot_vit.sparsify_attention(
-        copy.deepcopy(dense), setting.keep_rate, **setting.connectivity
-    )
+    model = copy.deepcopy(dense)
+    spot_vit.sparsify_attention(model, setting.keep_rate, **setting.connectivity)
+    return start_from_regions(model)
 
 
 def with_tokens_removed(model: Any, dense: Any, setting: Setting) -> Any:
