@@ -20,16 +20,17 @@
 namespace spot {
 namespace SPOT_ISA {
 
-constexpr int64_t kTileBytes = 24 * 1024;  // of the basis, in first-level cache
-constexpr int64_t kMostLanes = 32;         // coefficients that are ranked with rows as lanes
+constexpr int64_t kTileBytes = 36 * 1024;  // of the basis, in first-level cache
+constexpr int kTurns = 9;           // of a search, before the last candidates are ranked instead
+constexpr int kWideVecs = 8;        // of a tile
+constexpr int64_t kMostLanes = 32;  // coefficients that are ranked with rows as lanes
 
 // ---- choosing from a row -----------------------------------------------------------------------
 
+// How many lanes are set, of one mask or of the sum of several.
 template <typename A>
-inline int64_t count_lanes(Bits<A> mask) {
-  int64_t count = 0;
-  for (int l = 0; l < kLanes<A>; ++l) count -= mask[l];
-  return count;
+inline int64_t count_lanes(Bits<A> masks) {
+  return -static_cast<int64_t>(reduce_add<A>(__builtin_convertvector(masks, Vec<A>)));
 }
 
 // Appends first + l for the lanes l in `mask`; may write a whole vector behind them.
@@ -55,9 +56,32 @@ inline int64_t append_lanes(Bits<A> mask, int32_t first, int32_t* out) {
 // How many of x reach t; x has whole vectors, NaN behind its end.
 template <typename A>
 inline int64_t count_reach(const A* x, int64_t padded, A t) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(A) == 4) {
+    int64_t count = 0;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < padded; i += 16)
+      count += __builtin_popcount(
+          _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_set1_ps(t), _CMP_GE_OQ));
+    return count;
+  }
+#endif
   Bits<A> count = {};
   for (int64_t i = 0; i < padded; i += kLanes<A>) count += vec_load(x + i) >= t;
   return count_lanes<A>(count);
+}
+
+// The positions of the first `keep` numbers of which no more than `ties` are t, the others above
+// it.
+template <typename A>
+inline void take_first(const A* x, int64_t keep, A t, int64_t ties, int32_t* out) {
+  int64_t written = 0;
+  for (int64_t i = 0; written < keep; ++i) {
+    const bool tied = x[i] == t;
+    out[written] = static_cast<int32_t>(i);
+    written += (x[i] > t) | (tied & (ties > 0));
+    ties -= tied;
+  }
 }
 
 // A value between two others, by the bits of their order.
@@ -71,10 +95,17 @@ inline double middle(double low, double high) {
   return bit_cast<double>(key ^ (key >> 63 ? uint64_t{1} << 63 : ~uint64_t{0}));
 }
 
-// Where the search for a row starts: neighbouring rows are alike.
+// Where the search for a row starts: neighbouring rows are alike, up to their size.
 template <typename A>
 struct Guess {
-  A threshold = 0, step = 0;  // the last one found, and how far apart values lie around it
+  A threshold = 0, step = 0;  // found in the last row, and how far apart values lie around it
+  A size = 1;                 // of that row
+  void resize(A now) {
+    if (!(now > 0) || !(now / size > 0)) return;
+    threshold *= now / size;
+    step *= now / size;
+    size = now;
+  }
 };
 
 // The positions of the `keep` largest of the n numbers x, ascending, ties to the lower; 0 < keep <
@@ -89,10 +120,10 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
   A stride = 2 * guess.step;
   int64_t below = n, above = 0, larger = -1;
   bool has_low = false, has_high = false;
-  for (int turn = 0; below - above > kL; ++turn) {
-    // The middle of their order where a guess leads nowhere; now and then, so that it comes to an
-    // end.
-    if (!(t > low && t < high) || (turn > 6 && turn % 2)) t = middle(low, high);
+  for (int turn = 0; below - above > kL || turn < kTurns; ++turn) {
+    // The middle of their order where a guess leads nowhere; late, every other time, so that it
+    // comes to an end.
+    if (!(t > low && t < high) || (turn >= kTurns && turn % 2)) t = middle(low, high);
     if (t == high && has_high) break;  // nothing between them
     const int64_t reach = count_reach(x, padded, t);
     if (reach == keep) {
@@ -122,23 +153,24 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
     t = low;  // all that are left are equal
     ties = keep - above;
   } else if (larger < 0) {
-    A few[2 * kL];
-    int32_t where[3 * kL];
-    int64_t count = 0, equal = 0;
+    A few[kL];
+    int32_t where[2 * kL];
+    int64_t count = 0;
     for (int64_t i = 0; i < padded; i += kL) {
       const Vec<A> v = vec_load(x + i);
       Bits<A> left = v >= low;
       if (has_high) left &= v < high;
       count += append_lanes<A>(left, static_cast<int32_t>(i), where + count);
     }
-    for (int64_t c = 0; c < count; ++c) few[c] = x[where[c]];
+    for (int64_t c = 0; c < kL; ++c) few[c] = x[where[c < count ? c : 0]];
+    const Vec<A> all = vec_load(few);
+    Bits<A> more = {};
+    for (int64_t c = 0; c < count; ++c) more += all < few[c];
     // The least of those that fewer than `keep` exceed.
     t = static_cast<A>(__builtin_inff());
-    for (int64_t c = 0; c < count; ++c) {
-      int64_t more = above;
-      for (int64_t d = 0; d < count; ++d) more += few[d] > few[c];
-      if (more < keep && few[c] <= t) t = few[c];
-    }
+    for (int64_t c = 0; c < count; ++c)
+      if (above - more[c] < keep && few[c] <= t) t = few[c];
+    int64_t equal = 0;
     larger = above;
     for (int64_t c = 0; c < count; ++c) {
       larger += few[c] > t;
@@ -149,17 +181,13 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
   if (has_low && has_high && below > above)
     guess.step = (high - low) / static_cast<A>(below - above);
   guess.threshold = t;
-  int64_t written = 0;
   if (ties == 0) {
+    int64_t written = 0;
+#pragma GCC unroll 4
     for (int64_t i = 0; i < padded; i += kL)
       written += append_lanes<A>(vec_load(x + i) >= t, static_cast<int32_t>(i), out + written);
-    return;
-  }
-  for (int64_t i = 0; written < keep; ++i) {
-    const bool tied = x[i] == t;
-    out[written] = static_cast<int32_t>(i);
-    written += (x[i] > t) | (tied & (ties > 0));
-    ties -= tied;
+  } else {
+    take_first(x, keep, t, ties, out);
   }
 }
 
@@ -174,22 +202,12 @@ inline void choose_any(const A* x, int64_t n, int64_t keep, int64_t* positions,
   for (int64_t i = 0; i < keep; ++i) out[i] = static_cast<int32_t>(positions[i]);
 }
 
-template <typename A>
-inline bool has_nan(const A* x, int64_t n) {
-  Bits<A> seen = {};
-  for_vectors<A>(n, [&](int64_t i, auto count) {
-    const Vec<A> v = load_lanes(x + i, count);
-    seen |= v != v;
-  });
-  return count_lanes<A>(seen) > 0;
-}
-
 // ---- a block of rows ---------------------------------------------------------------------------
 
 template <typename A>
 struct ChoiceScratch {
   using Key = decltype(order_key(A{}));
-  A *basis, *coefficients, *turned, *sums;
+  A *basis, *coefficients, *turned, *weights, *sums;
   int32_t *candidates, *places, *used, *chosen;
   Key* keys;
   int64_t* positions;
@@ -197,11 +215,12 @@ struct ChoiceScratch {
       : basis(memory.take<A>(rank * round_up(columns, kLanes<A>))),
         coefficients(memory.take<A>(kChoiceRows * round_up(rank, kLanes<A>))),
         turned(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
+        weights(memory.take<A>(kChoiceRows * used_most)),
         sums(memory.take<A>(kChoiceRows * round_up(columns, kLanes<A>))),
         candidates(memory.take<int32_t>(columns)),
         places(memory.take<int32_t>(columns)),
         used(memory.take<int32_t>(kChoiceRows * (used_most + kLanes<A>))),
-        chosen(memory.take<int32_t>(columns + kLanes<A>)),
+        chosen(memory.take<int32_t>((columns > rank ? columns : rank) + kLanes<A>)),
         keys(memory.take<Key>(round_up(columns > rank ? columns : rank, kKeyLanes))),
         positions(memory.take<int64_t>(columns > rank ? columns : rank)) {}
 };
@@ -228,6 +247,9 @@ class Chooser {
       stage_row(data + (at % a_.num_queries + r) * a_.coefficients_strides[2],
                 a_.coefficients_strides[3], a_.rank, m_.coefficients + r * padded_rank_,
                 padded_rank_);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = a_.rank; c < padded_rank_; ++c)
+        m_.coefficients[r * padded_rank_ + c] = static_cast<A>(__builtin_nanf(""));
     rank_coefficients(rows);
     combine(rows);
     for (int64_t r = 0; r < rows; ++r) emit(r, a_.index + (first + r) * a_.budget);
@@ -247,17 +269,35 @@ class Chooser {
     padded_ = round_up(count_, kL);
     const int64_t fit =
         kTileBytes / (static_cast<int64_t>(sizeof(A)) * (a_.rank > 0 ? a_.rank : 1));
-    tile_ = fit / kL < 1 ? kL : fit / kL > kTileVecs ? kTileVecs * kL : fit / kL * kL;
+    tile_ = fit / kL < 1 ? kL : fit / kL > kWideVecs ? kWideVecs * kL : fit / kL * kL;
     const T* basis = static_cast<const T*>(a_.basis);
     A* to = m_.basis;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
       for (int64_t r = 0; r < a_.rank; ++r, to += width)
-        for (int64_t c = 0; c < width; ++c)
-          to[c] = first + c < count_
-                      ? load(basis[r * a_.basis_row + m_.places[first + c] * a_.basis_column])
-                      : static_cast<A>(__builtin_nanf(""));
+        pack_row(basis + r * a_.basis_row, first, width, to);
     }
+    Vec<A> largest = {};
+    Bits<A> odd = {};
+    for (int64_t i = 0; i < a_.rank * padded_; i += kL) {
+      const Vec<A> x = vec_load(m_.basis + i);
+      largest = vec_max<A>(largest, x < 0 ? -x : x);
+      odd |= x != x;
+    }
+    largest_ = reduce_max<A>(largest);
+    // Of a NaN we know only that it is there; the padding is put back behind each sum.
+    if (count_lanes<A>(odd) > 0) largest_ = static_cast<A>(__builtin_nanf(""));
+  }
+
+  // Columns [first, first + width) of a row of the basis, zero behind the last candidate.
+  void pack_row(const T* row, int64_t first, int64_t width, A* to) const {
+    const int64_t count = count_ - first < width ? count_ - first : width;
+    const int32_t* places = m_.places + first;
+    if (a_.basis_column == 1 && !a_.columns && count_ == a_.num_columns)
+      for (int64_t c = 0; c < count; ++c) to[c] = load(row[first + c]);
+    else
+      for (int64_t c = 0; c < count; ++c) to[c] = load(row[places[c] * a_.basis_column]);
+    for (int64_t c = count; c < width; ++c) to[c] = 0;
   }
 
   // The coefficients of each row that count, ascending.
@@ -270,29 +310,32 @@ class Chooser {
       const int64_t lanes = rows - r < kL ? rows - r : kL;
       const A* block = m_.coefficients + r * padded_rank_;
       A least[kL];
+      Bits<A> odd = {};  // rows with a NaN
       const bool by_lanes = a_.used <= kMostLanes;
-      if (by_lanes) least_counted(block, least);
+      if (by_lanes) odd = least_counted(block, least);
       for (int64_t l = 0; l < lanes; ++l) {
         const A* x = block + l * padded_rank_;
         int32_t* used = used_of(r + l);
-        if (!by_lanes || has_nan(x, a_.rank)) {
+        if (!by_lanes || odd[l]) {
           choose_any(x, a_.rank, a_.used, m_.positions, m_.keys, used);
           continue;
         }
-        int64_t ties = a_.used, written = 0;
-        for (int64_t c = 0; c < a_.rank; ++c) ties -= x[c] > least[l];
-        for (int64_t c = 0; written < a_.used; ++c) {
-          const bool tied = x[c] == least[l];
-          used[written] = static_cast<int32_t>(c);
-          written += (x[c] > least[l]) | (tied & (ties > 0));
-          ties -= tied;
-        }
+        int64_t written = 0;
+        for (int64_t c = 0; c < padded_rank_; c += kL)
+          written += append_lanes<A>(vec_load(x + c) >= least[l], static_cast<int32_t>(c),
+                                     m_.chosen + written);
+        if (written == a_.used)
+          std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
+        else
+          take_first(x, a_.used, least[l], a_.used - count_above(x, a_.rank, least[l]), used);
       }
     }
   }
 
-  // Of kL rows the least coefficient that counts: the largest so far sink through `top`.
-  void least_counted(const A* block, A* least) {
+  // Of kL rows the least coefficient that counts: the largest so far sink through `top`. Returns
+  // which of the rows hold a NaN.
+  Bits<A> least_counted(const A* block, A* least) {
+    Bits<A> odd = {};
     for (int64_t c = 0; c < padded_rank_; c += kL)
       store_transposed(block + c, padded_rank_, kL, m_.turned + c * kL, kL);
     Vec<A> top[kMostLanes];
@@ -300,6 +343,7 @@ class Chooser {
     const auto sink = [&](int64_t used) {
       for (int64_t c = 0; c < a_.rank; ++c) {
         Vec<A> x = vec_load(m_.turned + c * kL);
+        odd |= x != x;
 #pragma GCC unroll 8
         for (int64_t u = 0; u < used; ++u) {
           const Vec<A> more = vec_max<A>(top[u], x);
@@ -313,31 +357,36 @@ class Chooser {
     else
       sink(a_.used);
     vec_store(least, top[a_.used - 1]);
+    return odd;
   }
 
+  int64_t num_used() const { return a_.used < a_.rank ? a_.used : a_.rank; }
   int32_t* used_of(int64_t r) const {
     return a_.used >= a_.rank ? m_.used : m_.used + r * (a_.used + kL);
   }
 
   // sums [rows, candidates], NaN behind them.
   void combine(int64_t rows) {
+    const int64_t count = num_used();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t u = 0; u < count; ++u)
+        m_.weights[r * count + u] = m_.coefficients[r * padded_rank_ + used_of(r)[u]];
     const A* tile = m_.basis;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
-      with_count<kTileVecs>(static_cast<int>(width / kL), [&](auto n) {
+      with_count<kWideVecs>(static_cast<int>(width / kL), [&](auto n) {
         for (int64_t r = 0; r < rows; ++r) {
           const int32_t* used = used_of(r);
-          const A* x = m_.coefficients + r * padded_rank_;
-          const int64_t count = a_.used < a_.rank ? a_.used : a_.rank;
+          const A* weights = m_.weights + r * count;
           Vec<A> sum[n.value] = {};
           for (int64_t u = 0; u < count; ++u) {
-            const Vec<A> c = splat(x[used[u]]);
+            const Vec<A> c = splat(weights[u]);
             const A* row = tile + used[u] * (n.value * kL);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < n.value; ++j) sum[j] += c * vec_load(row + j * kL);
           }
           A* to = m_.sums + r * padded_ + first;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int j = 0; j < n.value; ++j) vec_store(to + j * kL, sum[j]);
         }
       });
@@ -348,22 +397,38 @@ class Chooser {
         m_.sums[r * padded_ + c] = static_cast<A>(__builtin_nanf(""));
   }
 
+  // Whether the sums of row r cannot be NaN; tells the guess how large they are.
+  bool sums_are_finite(int64_t r) {
+    A size = 0;
+    for (int64_t u = 0; u < num_used(); ++u) {
+      const A c = m_.weights[r * num_used() + u];
+      size += c < 0 ? -c : c;
+    }
+    if (!(size * largest_ < static_cast<A>(__builtin_inff()))) return false;
+    guess_.resize(size);
+    return true;
+  }
+
+  static int64_t count_above(const A* x, int64_t n, A t) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += x[i] > t;
+    return count;
+  }
+
   void emit(int64_t r, int32_t* index) {
     const A* x = m_.sums + r * padded_;
     int64_t keep = a_.budget < count_ ? a_.budget : count_;
     if (a_.has_threshold) {
-      int64_t above = 0;
-      const A threshold = static_cast<A>(a_.threshold);
-      for (int64_t c = 0; c < count_; ++c) above += x[c] > threshold;
+      const int64_t above = count_above(x, count_, static_cast<A>(a_.threshold));
       keep = keep < above ? keep : above;
     }
     int32_t* chosen = m_.chosen;
     if (keep == count_)
       for (int64_t c = 0; c < keep; ++c) chosen[c] = static_cast<int32_t>(c);
-    else if (keep > 0 && has_nan(x, count_))
-      choose_any(x, count_, keep, m_.positions, m_.keys, chosen);
-    else if (keep > 0)
+    else if (keep > 0 && sums_are_finite(r))
       choose(x, count_, keep, guess_, chosen);
+    else if (keep > 0)
+      choose_any(x, count_, keep, m_.positions, m_.keys, chosen);
     if (count_ == a_.num_columns)
       std::memcpy(index, chosen, static_cast<std::size_t>(keep) * sizeof(int32_t));
     else
@@ -375,6 +440,7 @@ class Chooser {
   const int64_t padded_rank_;
   const ChoiceScratch<A> m_;
   Guess<A> guess_;
+  A largest_ = 0;  // of the basis
   int64_t image_ = -1, count_ = 0, padded_ = 0, tile_ = 0;
 };
 

@@ -5,7 +5,7 @@
 
 namespace spot {
 
-constexpr int64_t kChoiceRows = 16;  // queries of a block of connectivity
+constexpr int64_t kChoiceRows = 64;  // queries of a block of connectivity
 
 // What a row kernel saw of the index: a bad entry, or positions that do not ascend strictly (and so
 // may repeat).

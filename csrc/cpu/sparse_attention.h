@@ -6,7 +6,7 @@
 //
 // Cost per head, with K keys named by each of N queries: 2 N K D multiply-accumulates and N K
 // exponentials; for statistics, sums by column in double precision. Scratch per thread: 2 N D
-// numbers, and 2^14 keys and scores (N of each if that is more).
+// numbers, and 2^15 keys and scores (N of each if that is more).
 #pragma once
 
 #include "sparse_rows.h"

@@ -4,7 +4,7 @@
 // computed again. Gradients of keys and values go through transposed lists: for a block of rows,
 // the entries of each key in the order of the rows, so that no sum depends on threads. Per head,
 // with K keys named by each of N queries: 5 N K D multiply-accumulates and N K exponentials.
-// Scratch per thread: 4 N D numbers and 5 of 2^14 entries (of N if that is more).
+// Scratch per thread: 4 N D numbers and 5 of 2^15 entries (of N if that is more).
 //
 // The gradient of the map is that of attention_stats_backward.h at the entries that are seen.
 #pragma once

@@ -12,8 +12,8 @@
 namespace spot {
 namespace SPOT_ISA {
 
-constexpr int64_t kListRows = 64;          // rows of a block
-constexpr int64_t kListEntries = 1 << 14;  // entries of a block, unless a single row has more
+constexpr int64_t kListRows = 128;         // rows of a block
+constexpr int64_t kListEntries = 1 << 15;  // entries of a block, unless a single row has more
 
 inline int64_t list_rows(int64_t row) {
   const int64_t fit = kListEntries / (row > 0 ? row : 1);
