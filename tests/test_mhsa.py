@@ -67,10 +67,12 @@ def test_slope_and_constant(name: str):
             gaps.append(cost.total / 1e6 - PUBLISHED[name][rate])
     # The same slope as published, and a constant of our own.
     assert len(gaps) == len(PUBLISHED[name]) and max(gaps) - min(gaps) < 0.2
-    assert 0 < min(gaps) and max(gaps) < 0.02 * constant / 1e6
+    assert min(gaps) > 0 and max(gaps) < 0.02 * constant / 1e6
 
 
-@pytest.mark.parametrize("overrides", [{"reduce_c": 1}, {"reduce_n": 9}, {"coef_topk": None}])
+@pytest.mark.parametrize(
+    "overrides", [{"reduce_c": 1}, {"reduce_n": 9}, {"reduce_n": 2}, {"coef_topk": None}]
+)
 def test_the_formula_follows_the_configuration(overrides: dict[str, Any]):
     model = sparse("deit_small_patch16_224", **overrides)
     constant = mhsa_constant(12, 384, 6, 197, SparsifinerConfig(**overrides))

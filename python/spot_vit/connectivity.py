@@ -27,6 +27,11 @@ from spot_vit.sparsifiner_config import SparsifinerConfig
 STD = 0.02  # of all weights at first, published
 
 
+def folds(head_dim: int, channels: int, rank: int) -> bool:
+    """Whether it costs less to bring R keys back to d channels than all queries to c."""
+    return head_dim * rank <= channels * (head_dim + rank)
+
+
 class ConnectivityPredictor(nn.Module):
     """Predicts connectivity from the queries and keys of one attention module.
 
@@ -103,7 +108,8 @@ class ConnectivityPredictor(nn.Module):
     ) -> Tensor:
         """Coefficients of the basis, differentiable in q, k and the parameters.
 
-        The products are associated so that neither queries nor keys are projected one by one.
+        The products are associated so that keys are added up before they are projected, and for
+        few R so that queries need no projection.
 
         Args:
             q: [B, M, H, D] patch queries, all of them or some.
@@ -123,21 +129,25 @@ class ConnectivityPredictor(nn.Module):
             prefix = keep.new_ones(keep.shape[0], k.shape[1] - keep.shape[1])
             seen = torch.cat([prefix, keep.detach()], dim=1).to(down.dtype)
             down = down * seen[..., None]
-        keys = down.mT @ k.flatten(2)  # [B, R, H * D], and k may be a view of qkv
-        keys = keys.unflatten(2, k.shape[2:])
+        # [B, R, H * D]; not matmul, which would copy keys that are a view of qkv.
+        keys = down.mT.expand(k.shape[0], -1, -1).bmm(k.flatten(2))
+        keys = keys.unflatten(2, k.shape[2:]).transpose(1, 2)  # [B, H, R, D]
+        q = q.transpose(1, 2)
         if self.proj_c_q is None or self.proj_c_k is None:
-            return _softmax(q, keys * self.scale)
-        shift = down.sum(dim=-2)[..., None, None] * self.proj_c_k.bias  # [R, 1, c], or of images
-        keys = (F.linear(keys, self.proj_c_k.weight) + shift) * self.scale
-        # [B, R, H, D + 1]: what queries meet, and what is added to that.
-        keys = keys @ torch.cat([self.proj_c_q.weight, self.proj_c_q.bias[:, None]], dim=1)
-        return _softmax(q, keys[..., :-1], keys[..., -1])
+            return (q @ (keys * self.scale).mT).softmax(dim=-1)
+        weight, bias = self.proj_c_k.weight * self.scale, self.proj_c_k.bias * self.scale
+        # [B, H, R, c]: a bias of every key, added up as the keys are.
+        keys = F.linear(keys, weight) + down.sum(dim=-2)[..., None, :, None] * bias
+        weight, bias = self.proj_c_q.weight, self.proj_c_q.bias
+        if not folds(weight.shape[1], weight.shape[0], keys.shape[2]):
+            return (F.linear(q, weight, bias) @ keys.mT).softmax(dim=-1)
+        keys = keys @ torch.cat([weight, bias[:, None]], dim=1)  # [B, H, R, D + 1]
+        return (q @ keys[..., :-1].mT + keys[..., None, :, -1]).softmax(dim=-1)
 
     def basis(self, num_patches: int | None = None) -> Tensor:
         """[R, n] |W_up|^T, entries up to the threshold zero; no gradient."""
         _, up = self.weights(num_patches)
-        up = up.detach().abs().mT
-        return torch.where(up > self.config.basis_threshold, up, 0)
+        return F.threshold(up.detach().abs(), self.config.basis_threshold, 0).mT
 
     def approx(self, q: Tensor, k: Tensor) -> Tensor:
         """The dense low-rank map of the first training stage, without thresholds.
@@ -280,12 +290,3 @@ def _faster(num_tokens: int, num_named: int, dtype: torch.dtype, device: torch.d
     except ModuleNotFoundError:
         return "sparse"
     return choose(num_tokens, num_named / num_tokens, dtype, device)
-
-
-def _softmax(q: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax over R [B, H, M, R] of q [B, M, H, D] times keys [B, R, H, D], plus [B, R, H]."""
-    q, keys = q.transpose(1, 2), keys.permute(0, 2, 3, 1)
-    if bias is None:
-        return (q @ keys).softmax(dim=-1)
-    bias = bias.transpose(1, 2)[:, :, None]
-    return (q @ keys + bias).softmax(dim=-1)
