@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
-
 from spot_vit.machine import processor  # noqa: E402
 
 from benchmarks.timing import keep_memory, measure  # noqa: E402

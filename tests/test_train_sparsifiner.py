@@ -9,7 +9,8 @@ import pytest
 import spot_vit
 import torch
 from spot_vit.operands import Operands, dense_attention, record_operands
-from spot_vit.reconstruction import reconstruction_loss
+from spot_vit.reconstruction import attention_seen, reconstruction_loss
+from spot_vit.regions import _regions, start_from_regions
 from spot_vit.sparsifiner import predictors
 from spot_vit.train_sparsifiner import (
     ReconstructionObjective,
@@ -221,3 +222,58 @@ def test_what_does_not_fit_is_named() -> None:
     cut = {b: one._replace(q=one.q[:, :9], k=one.k[:, :9]) for b, one in seen.items()}
     with pytest.raises(ValueError, match="teacher: block 0 has 9 tokens, its predictor 17"):
         reconstruction_loss(predictors(model), seen, cut)
+
+
+@pytest.mark.parametrize("tile", [3, 100])
+def test_attention_seen_equals_its_definition(tile: int) -> None:
+    model, _ = make()
+    seen = operands(model, data()[0])
+    found = attention_seen(predictors(model), seen, tile)
+    for b, predictor in predictors(model).items():
+        q, k = seen[b].q.transpose(1, 2), seen[b].k.transpose(1, 2)
+        attention = (q @ k.mT * seen[b].scale).softmax(dim=-1)[:, :, 1:]
+        named = torch.zeros_like(attention, dtype=torch.bool)
+        index = predictor(seen[b].q[:, 1:], seen[b].k)
+        named.scatter_(-1, index.long(), True)
+        best = attention.sort(dim=-1, descending=True).values[..., : index.shape[-1]]
+        assert found[b][0] == pytest.approx((attention * named).sum(-1).mean().item(), rel=1e-5)
+        assert found[b][1] == pytest.approx(best.sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("reduce_c", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_regions_are_a_coarse_attention_map(reduce_c: int, shared: bool) -> None:
+    fields = {"reduce_n": 13, "reduce_c": reduce_c, "share_inout_proj": shared}
+    model, _ = make(64, **fields, basis_threshold=1e-3)
+    start_from_regions(model)
+    predictor = predictors(model)[0]
+    region = _regions((8, 8), 5)
+    down, up = predictor.weights()
+    assert torch.equal(down, up) and (down[0] == 0).all()
+    for r in range(int(region.max()) + 1):
+        (patches,) = (region == r).nonzero(as_tuple=True)
+        torch.testing.assert_close(
+            down[1 + patches, r], torch.full((len(patches),), 1 / len(patches))
+        )
+        assert (down[:, r] != 0).sum() == len(patches)
+    # A query that likes the keys of one region sees that region first.
+    liked = torch.randn(1, 1, H, 16, generator=torch.Generator().manual_seed(2))
+    k = 0.1 * torch.randn(1, 65, H, 16)
+    (patches,) = (region == 2).nonzero(as_tuple=True)
+    k[:, 1 + patches] += liked
+    index = predictor(4 * liked.expand(1, 64, H, 16), k)
+    count = min(len(patches), index.shape[-1])
+    assert (torch.isin(index, 1 + patches).sum(dim=-1) == count).all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "count", "shape"),
+    [((24, 24), 36, (6, 6)), ((24, 24), 24, (4, 6)), ((8, 4), 8, (4, 2)), ((3, 3), 20, (3, 3)),
+     ((5, 7), 1, (1, 1))],
+)  # fmt: skip
+def test_regions_are_nearly_square(
+    grid: tuple[int, int], count: int, shape: tuple[int, int]
+) -> None:
+    region = _regions(grid, count).reshape(grid)
+    assert sorted(set(region.flatten().tolist())) == list(range(shape[0] * shape[1]))
+    assert len(region[0].unique()) == shape[1] and len(region[:, 0].unique()) == shape[0]

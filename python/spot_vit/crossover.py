@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +218,14 @@ def time_entry(size: int, rate: float, dtype: torch.dtype, device: torch.device)
     shape = (1, size, HEADS, HEAD_DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     index = _some_keys(size, math.ceil(rate * size), generator).to(device)
-    dense = partial(F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v)))
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+    def dense(mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
+
     sides: dict[str, Callable[[], Any]] = {
         "sparse": lambda: spot_ext.sparse_attention(q, k, v, index),
-        "masked": lambda: dense(attn_mask=named_keys(index, size)),
+        "masked": lambda: dense(named_keys(index, size)),
         "plain": dense,
     }
     with torch.autocast(device.type, enabled=False):

@@ -61,18 +61,52 @@ def reconstruction_loss(
             strict=True,
         )
         sums = [
-            checkpoint(
-                _squares, predictor, q, ours.k, goal._replace(q=seen), use_reentrant=False
-            )
+            checkpoint(_squares, predictor, q, ours.k, goal._replace(q=seen), use_reentrant=False)
             for q, seen in pairs
         ]
         losses.append(torch.stack(sums).sum())
     return torch.stack(losses).mean()
 
 
+@torch.no_grad()
+def attention_seen(
+    predictors: Mapping[int, ConnectivityPredictor],
+    operands: Mapping[int, Operands],
+    tile: int = TILE,
+) -> dict[int, tuple[float, float]]:
+    """How much of the dense attention of patch queries falls on the keys that are named.
+
+    Args:
+        predictors: of the sparse blocks, by their index.
+        operands: of these blocks, of all tokens of the grid.
+        tile: queries at a time.
+
+    Returns:
+        For each block the mean share, and the largest that as many keys can hold, from 0 to 1.
+    """
+    found = {}
+    for b, predictor in predictors.items():
+        one = operands[b]
+        queries = one.q[:, one.num_prefix :]
+        index = predictor(queries, one.k)
+        seen = best = 0.0
+        for q, named in zip(queries.split(tile, dim=1), index.split(tile, dim=2), strict=True):
+            attention = _attention(one._replace(q=q))
+            held = attention.gather(-1, named.clamp(min=0).long()) * (named >= 0)
+            seen += held.sum().item()
+            best += attention.topk(named.shape[-1]).values.sum().item()
+        rows = index.shape[:3].numel()
+        found[b] = seen / rows, best / rows
+    return found
+
+
 def _squares(predictor: ConnectivityPredictor, q: Tensor, k: Tensor, goal: Operands) -> Tensor:
     """The sum for the queries q [B, tile, H, D], which in the teacher are `goal.q`."""
-    with torch.no_grad():
-        logits = goal.q.transpose(1, 2) @ goal.k.permute(0, 2, 3, 1)
-        attention = (logits.float() * goal.scale).softmax(dim=-1)
-    return (predictor.approx(q, k).float() - attention).square().sum()
+    return (predictor.approx(q, k).float() - _attention(goal)).square().sum()
+
+
+@torch.no_grad()
+def _attention(operands: Operands) -> Tensor:
+    """The dense map [B, H, M, N] of M queries, float32."""
+    logits = operands.q.transpose(1, 2) @ operands.k.permute(0, 2, 3, 1)
+    return (logits.float() * operands.scale).softmax(dim=-1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from torch.utils.data import DataLoader
 
 import spot_vit
 from spot_vit.crossover import choose
-from spot_vit.data import ClutteredDigits
 from spot_vit.demo import versions
 from spot_vit.experiment import signed, train_once
 from spot_vit.flops import count_flops
@@ -24,8 +25,11 @@ from spot_vit.large_canvas import Canvas, Phase, in_bfloat16, trained_dense
 from spot_vit.latency import compare_latency
 from spot_vit.machine import Clock, contention, processor, wait_for_quiet
 from spot_vit.mhsa import mhsa_flops
+from spot_vit.operands import dense_attention, record_operands
+from spot_vit.reconstruction import attention_seen
 from spot_vit.regions import start_from_regions
 from spot_vit.report import paired_difference
+from spot_vit.sparsifiner import predictors
 from spot_vit.table import format_table
 from spot_vit.train import evaluate, save_json
 from spot_vit.train_sparsifiner import finetune, train_connectivity
@@ -48,7 +52,8 @@ class Setting:
         batch_size: of the sparse stages.
         connectivity_steps: of the first stage.
         connectivity_lr: its peak rate.
-        steps: of the second stage, for each of the two models.
+        steps: of the second stage, of Sparsifiner alone.
+        both_steps: the same with SPOT, whose predictors start from nothing.
         lr: its peak rate.
         relevance_lr: of SPOT's predictors.
         weight_decay: of all stages.
@@ -66,7 +71,8 @@ class Setting:
     batch_size: int = 16
     connectivity_steps: int = 40
     connectivity_lr: float = 3e-5
-    steps: int = 100
+    steps: int = 30
+    both_steps: int = 70
     lr: float = 1e-4
     relevance_lr: float = 1e-3
     weight_decay: float = 0.05
@@ -87,6 +93,7 @@ QUICK = Setting(
     connectivity={"reduce_n": 6},
     share=0.75,
     steps=2,
+    both_steps=2,
     test_images=60,
     latency_rounds=3,
 )
@@ -134,33 +141,57 @@ def trained(output: Path, setting: Setting, seed: int) -> dict[str, Any]:
     dense: Any = trained_dense(output, setting.canvas, seed)
     torch.manual_seed(seed)
     connected = sparse_model(dense, setting)
-    config = {"setting": _training(setting), "seed": seed}
     path = output / f"connectivity-seed{seed}.safetensors"
-    options: dict[str, Any] = {"weight_decay": setting.weight_decay, "wrap": in_bfloat16}
-
-    def connect() -> None:
-        steps = setting.connectivity_steps
-        loader = _images(setting, steps, 100 * seed + 50)
-        fits = {"warmup": steps // 10, "clip_grad": 1.0, "name": path.stem}
-        train_connectivity(connected, loader, lr=setting.connectivity_lr, **fits, **options)
-
-    train_once(path, connected, {**config, "stage": 1}, connect)
-
-    models = {"dense": dense, "Sparsifiner": copy.deepcopy(connected)}
-    models[BOTH] = with_tokens_removed(copy.deepcopy(connected), dense, setting)
-    for number, name in enumerate((*models,)[1:]):
-        model = models[name]
-        path = output / f"{name.replace(' + ', '-').lower()}-seed{seed}.safetensors"
-
-        def tune(model: Any = model, path: Path = path, number: int = number) -> None:
-            loader = _images(setting, setting.steps, 100 * seed + 60)
-            fits = {"warmup": setting.steps // 10, "clip_grad": 1.0, "name": path.stem}
-            rates = {"lr": setting.lr, "relevance_lr": (None, setting.relevance_lr)[number]}
-            finetune(model, loader, copy.deepcopy(dense), **rates, **fits, **options)
-
+    train_once(
+        path,
+        connected,
+        _config(setting, seed, "connectivity"),
+        _connecting(connected, setting, path, seed),
+    )
+    alone = copy.deepcopy(connected)
+    both = with_tokens_removed(copy.deepcopy(connected), dense, setting)
+    for model, steps in ((alone, "steps"), (both, "both_steps")):
         torch.manual_seed(seed)
-        train_once(path, model, {**config, "stage": 2, "model": name}, tune)
+        path = output / f"{'sparsifiner' if model is alone else 'both'}-seed{seed}.safetensors"
+        tune = _tuning(model, dense, setting, getattr(setting, steps), path, seed)
+        train_once(path, model, _config(setting, seed, steps), tune)
+    models = {"dense": dense, "Sparsifiner": alone, BOTH: both}
     return {name: model.eval() for name, model in models.items()}
+
+
+def _connecting(model: Any, setting: Setting, path: Path, seed: int) -> Callable[[], Any]:
+    """The first stage."""
+    steps = setting.connectivity_steps
+    return partial(
+        train_connectivity,
+        model,
+        _images(setting, steps, 100 * seed + 50),
+        lr=setting.connectivity_lr,
+        weight_decay=setting.weight_decay,
+        wrap=in_bfloat16,
+        warmup=steps // 10,
+        clip_grad=1.0,
+        name=path.stem,
+    )
+
+
+def _tuning(
+    model: Any, dense: Any, setting: Setting, steps: int, path: Path, seed: int
+) -> Callable[[], Any]:
+    """The second stage."""
+    return partial(
+        finetune,
+        model,
+        _images(setting, steps, 100 * seed + 60),
+        copy.deepcopy(dense),
+        lr=setting.lr,
+        relevance_lr=setting.relevance_lr,
+        weight_decay=setting.weight_decay,
+        wrap=in_bfloat16,
+        warmup=steps // 10,
+        clip_grad=1.0,
+        name=path.stem,
+    )
 
 
 def sparse_model(dense: Any, setting: Setting) -> Any:
@@ -182,10 +213,18 @@ def with_tokens_removed(model: Any, dense: Any, setting: Setting) -> Any:
     )
 
 
-def _training(setting: Setting) -> dict[str, Any]:
+_UNSEEN = {  # by each training: what it does not depend on
+    "connectivity": {"share", "at", "steps", "both_steps", "lr", "relevance_lr"},
+    "steps": {"share", "at", "both_steps", "relevance_lr"},
+    "both_steps": {"steps"},
+}
+
+
+def _config(setting: Setting, seed: int, training: str) -> dict[str, Any]:
     """What a trained model depends on."""
+    unseen = _UNSEEN[training] | {"test_images", "latency_rounds"}
     fields = dataclasses.asdict(setting)
-    return {key: fields[key] for key in fields if key not in ("test_images", "latency_rounds")}
+    return {"setting": {k: fields[k] for k in fields if k not in unseen}, "seed": seed}
 
 
 def _images(setting: Setting, steps: int, seed: int) -> DataLoader[Any]:
@@ -232,7 +271,12 @@ def measured(models: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
             row[f"latency_batch{batch}"] = dataclasses.asdict(times[name])
         rows.append(row)
     tokens = 1 + (canvas.size // 8) ** 2
+    sparse = models["Sparsifiner"]
+    with torch.no_grad(), dense_attention(sparse), record_operands(sparse) as operands:
+        sparse(test.batch(range(BATCH_SIZES[-1])).image)
+    seen = attention_seen(predictors(sparse), operands).values()
     return {
+        "attention_seen": [statistics.mean(share) for share in zip(*seen, strict=True)],
         "tokens": tokens,
         "backend": choose(tokens, setting.keep_rate, torch.float32, torch.device("cpu")),
         "contended": busy,
@@ -256,6 +300,7 @@ def describe(summary: Mapping[str, Any]) -> str:
             cells.append(f"{times['median']:.1f} x{times['ratio']:.2f}")
         table.append(cells)
     setting, notes = summary["setting"], ""
+    seen, best = summary["attention_seen"]
     if summary["contended"]:
         notes += f"\n\nThe machine was busy, so times mean little: {summary['contended']}."
     if summary["quick"]:
@@ -269,5 +314,6 @@ MHSA MMACs     those of q k^T, A v and the connectivity predictors alone, 1e6
 ρ              share of the patches that each of {len(setting["at"])} stages keeps
 ms             median time of one batch, {summary["threads"]} CPU threads, and the ratio to dense
 
-{summary["tokens"]} tokens, {setting["keep_rate"]:.0%} of the keys per query; backend="auto" chose \
-{summary["backend"]} attention{notes}"""
+{summary["tokens"]} tokens, {setting["keep_rate"]:.0%} of the keys per query. Sparsifiner's hold \
+{seen:.0%} of its own dense attention; the best would hold {best:.0%}.
+backend="auto" chose {summary["backend"]} attention.{notes}"""
