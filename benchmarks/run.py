@@ -27,7 +27,15 @@ from spot_vit.machine import processor  # noqa: E402
 
 from benchmarks.timing import keep_memory, measure  # noqa: E402
 
-OPS = ("compact", "attention_stats", "relevance", "predictor", "sparsifiner")
+OPS = (
+    "compact",
+    "attention_stats",
+    "relevance",
+    "predictor",
+    "connectivity",
+    "sparse_attention",
+    "sparsifiner",
+)
 
 
 def tests_pass(op: str, device: str) -> bool:

@@ -73,6 +73,12 @@ STABLE_TORCH_LIBRARY(spot, m) {
   m.def(
       "connectivity(Tensor coefficients, Tensor basis, SymInt budget, Tensor? columns=None, "
       "Tensor? keep=None, SymInt? coef_topk=None, float? threshold=None) -> Tensor");
+  // q [B, N-P, H, D], keys [B, R, H, D], bias [B, R, H] -> the same, of the coefficients
+  // softmax(q keys^T + bias)
+  m.def(
+      "predict_connectivity(Tensor q, Tensor keys, Tensor? bias, Tensor basis, SymInt budget, "
+      "Tensor? columns=None, Tensor? keep=None, SymInt? coef_topk=None, float? threshold=None) "
+      "-> Tensor");
 
   // q, k, v [B, N, H, D], index [B, H, N-P, K] int32 (-1 behind the last), keep [B, N-P]
   // -> out [B, N, H, D], stats [B, N, H, 6] (empty without need_stats), lse [B, N, H]
@@ -84,7 +90,8 @@ STABLE_TORCH_LIBRARY(spot, m) {
   // -> gradients of q, k, v and of keep [B, N-P] (float32, or float64 for float64; empty unless
   // asked for)
   m.def(
-      "sparse_attention_backward(Tensor grad_out, Tensor? grad_stats, Tensor q, Tensor k, Tensor v, "
+      "sparse_attention_backward(Tensor grad_out, Tensor? grad_stats, Tensor q, Tensor k, Tensor "
+      "v, "
       "Tensor index, Tensor? keep, Tensor out, Tensor stats, Tensor lse, float? scale=None, "
       "SymInt num_prefix=1, bool class_token=True, bool keep_grad=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");

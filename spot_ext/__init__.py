@@ -1,9 +1,8 @@
-"""SPOT's operators: compaction, relevance, attention with statistics or
-sparse; with autograd, for CPU and CUDA.
+"""SPOT's operators: compaction, relevance, attention with statistics, sparse attention.
 
-Importing this package registers `torch.ops.spot.*`. Functions take and return torch tensors; each
-module holds one slice: public functions, `*_reference` definitions in plain PyTorch, and what torch
-needs to trace, differentiate and count them.
+Importing this package registers `torch.ops.spot.*`, for CPU and CUDA, with autograd. Functions take
+and return torch tensors; each module holds one slice: public functions, `*_reference` definitions in
+plain PyTorch, and what torch needs to trace, differentiate and count them.
 """
 
 from spot_ext import _library
@@ -22,7 +21,12 @@ from spot_ext.compact import (  # noqa: E402
     select_tokens,
     select_tokens_reference,
 )
-from spot_ext.connectivity import connectivity, connectivity_reference  # noqa: E402
+from spot_ext.connectivity import (  # noqa: E402
+    connectivity,
+    connectivity_reference,
+    predict_connectivity,
+    predict_connectivity_reference,
+)
 from spot_ext.relevance import token_relevance, token_relevance_reference  # noqa: E402
 from spot_ext.sparse_attention import (  # noqa: E402
     sparse_attention,
@@ -39,6 +43,8 @@ __all__ = [
     "connectivity_reference",
     "fuse_tokens",
     "fuse_tokens_reference",
+    "predict_connectivity",
+    "predict_connectivity_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "select_tokens",

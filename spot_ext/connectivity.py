@@ -41,7 +41,8 @@ def connectivity(
         coefficients: [B, H, N-P, R] float32, float64, float16 or bfloat16, any strides: one row per
             patch query. N is the number of columns in play, so that P of them are prefix tokens.
         basis: [R, columns] in the dtype of coefficients, one column per token of the full grid,
-            prefix first; thresholds on it are the caller's.
+            prefix first; thresholds on it are the caller's. Finite where `coef_topk` leaves
+            coefficients out: those may be skipped or multiplied by zero.
         budget: K, between 1 and N.
         columns: [B, N] int64, the basis column of each token in play, for images whose tokens were
             compacted; results are positions among them. None when all are there.
@@ -73,6 +74,56 @@ def connectivity(
     return _check.call(op, *args) if _check.eager() else op(*args)
 
 
+def predict_connectivity(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    budget: int,
+    columns: Tensor | None = None,
+    keep: Tensor | None = None,
+    *,
+    coef_topk: int | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """`connectivity` of the coefficients softmax(q keys^T + bias), which are never stored.
+
+    Keys are few: those of a head reduced to R (METHOD B1's K_down), with whatever scales the logits
+    in them. The sums are those of `connectivity` up to the rounding of the coefficients.
+
+    Args:
+        q: [B, N-P, H, D] queries of the patch tokens; float32, float64, float16 or bfloat16, any
+            strides.
+        keys: [B, R, H, D] as q.
+        bias: [B, R, H] as q, or None.
+        basis: as in `connectivity`, like all that follow.
+        budget: K, between 1 and N.
+        columns: [B, N] int64, or None.
+        keep: [B, N-P] float, exactly 0 or 1, or None.
+        coef_topk: coefficients of a row to keep, or None for all.
+        threshold: columns must exceed it, or None.
+
+    Returns:
+        [B, H, N-P, K] int32, as `connectivity`.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: as `connectivity`.
+    """
+    if _check.eager():
+        if threshold is not None:
+            _check.number("threshold", threshold)
+        _check_prediction(q, keys, bias, basis, budget, columns, keep, coef_topk)
+        if not _check.has_kernel("predict_connectivity", q):
+            return predict_connectivity_reference(
+                q, keys, bias, basis, budget, columns, keep,
+                coef_topk=coef_topk, threshold=threshold,
+            )  # fmt: skip
+    op = torch.ops.spot.predict_connectivity
+    args = (q, keys, bias, basis, budget, columns, keep, coef_topk, threshold)
+    return _check.call(op, *args) if _check.eager() else op(*args)
+
+
 # ---- reference: the definition -------------------------------------------------------------------
 
 
@@ -93,10 +144,8 @@ def connectivity_reference(
     if coef_topk is not None and coef_topk < rank:
         order = _ranked(coef)[..., :coef_topk]
         coef = torch.zeros_like(coef).scatter(-1, order, coef.gather(-1, order))
-    if columns is None:
-        approx = coef @ basis  # [B, H, N-P, N]
-    else:
-        approx = coef @ basis[:, columns].transpose(0, 1)[:, None]
+    in_play = basis if columns is None else basis[:, columns].transpose(0, 1)[:, None]
+    approx = coef @ in_play  # [B, H, N-P, N]
     candidate = torch.ones_like(approx, dtype=torch.bool)
     if keep is not None:
         prefix = approx.shape[-1] - queries
@@ -111,6 +160,35 @@ def connectivity_reference(
     far = approx.shape[-1]
     best = best.masked_fill(~candidate.gather(-1, best), far).sort(dim=-1).values
     return best.masked_fill(best == far, -1).to(torch.int32)
+
+
+def predict_connectivity_reference(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    budget: int,
+    columns: Tensor | None = None,
+    keep: Tensor | None = None,
+    *,
+    coef_topk: int | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """Definition of `predict_connectivity` in plain PyTorch."""
+    coefficients = _coefficients(q, keys, bias)
+    return connectivity_reference(
+        coefficients, basis.to(coefficients.dtype), budget, columns, keep,
+        coef_topk=coef_topk, threshold=threshold,
+    )  # fmt: skip
+
+
+def _coefficients(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, H, N-P, R] of at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = q.detach().to(wide).transpose(1, 2) @ keys.detach().to(wide).permute(0, 2, 3, 1)
+    if bias is not None:
+        logits = logits + bias.detach().to(wide).transpose(1, 2)[:, :, None]
+    return logits.softmax(dim=-1)
 
 
 def _ranked(x: Tensor) -> Tensor:
@@ -134,22 +212,68 @@ def _check_connectivity(
 ) -> None:
     _check.tensor("coefficients", coefficients, 4)
     _check.dtype("coefficients", coefficients, _check.FLOATING)
+    sizes = coefficients.shape[0], *coefficients.shape[2:]
+    rank = "the coefficients of a row"
+    _check_choice(
+        "coefficients", coefficients, sizes, rank, basis, budget, columns, keep, coef_topk
+    )
+
+
+def _check_prediction(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    budget: int,
+    columns: Tensor | None,
+    keep: Tensor | None,
+    coef_topk: int | None,
+) -> None:
+    _check.tensor("q", q, 4)
+    _check.dtype("q", q, _check.FLOATING)
+    _check.tensor("keys", keys, 4)
+    for dim, meaning in ((0, "the batch"), (2, "heads"), (3, "the head dim of q")):
+        _check.size("keys", keys, dim, q.shape[dim], meaning)
+    if bias is not None:
+        _check.tensor("bias", bias, 3)
+        for dim in range(3):
+            _check.size("bias", bias, dim, keys.shape[dim], "as keys has")
+    for name, value in (("keys", keys), ("bias", bias)):
+        if value is not None:
+            _check.same_dtype(name, value, "q", q)
+            _check.device(name, value, "q", q)
+    sizes = q.shape[0], q.shape[1], keys.shape[1]
+    _check_choice("q", q, sizes, "the keys", basis, budget, columns, keep, coef_topk)
+
+
+def _check_choice(
+    like_name: str,
+    like: Tensor,
+    sizes: tuple[int, int, int],
+    rank_name: str,
+    basis: Tensor,
+    budget: int,
+    columns: Tensor | None,
+    keep: Tensor | None,
+    coef_topk: int | None,
+) -> None:
+    """What both ops check besides where coefficients come from; `sizes` are B, N-P and R."""
+    batch, queries, rank = sizes
     _check.tensor("basis", basis, 2)
-    _check.same_dtype("basis", basis, "coefficients", coefficients)
-    _check.device("basis", basis, "coefficients", coefficients)
-    _check.size("basis", basis, 0, coefficients.shape[3], "the coefficients of a row")
+    _check.same_dtype("basis", basis, like_name, like)
+    _check.device("basis", basis, like_name, like)
+    _check.size("basis", basis, 0, rank, rank_name)
     in_play = basis.shape[1]
     if columns is not None:
         _check.tensor("columns", columns, 2)
         _check.dtype("columns", columns, torch.int64)
-        _check.device("columns", columns, "coefficients", coefficients)
-        _check.size("columns", columns, 0, coefficients.shape[0], "the batch")
+        _check.device("columns", columns, like_name, like)
+        _check.size("columns", columns, 0, batch, "the batch")
         in_play = columns.shape[1]
-    queries = coefficients.shape[2]
     if isinstance(queries, int) and isinstance(in_play, int) and queries > in_play:
         name = "basis" if columns is None else "columns"
         raise ValueError(
-            f"{name} must have at least {queries} columns, as coefficients has queries, "
+            f"{name} must have at least {queries} columns, as {like_name} has queries, "
             f"got {in_play}"
         )
     _check.count("budget", budget, 1, in_play, " (the columns)")
@@ -158,8 +282,8 @@ def _check_connectivity(
     if keep is not None:
         _check.tensor("keep", keep, 2)
         _check.dtype("keep", keep, _check.FLOATING)
-        _check.device("keep", keep, "coefficients", coefficients)
-        _check.size("keep", keep, 0, coefficients.shape[0], "the batch")
+        _check.device("keep", keep, like_name, like)
+        _check.size("keep", keep, 0, batch, "the batch")
         _check.size("keep", keep, 1, queries, "the patch tokens")
 
 
@@ -180,16 +304,37 @@ def _(
     return coefficients.new_empty((*coefficients.shape[:3], budget), dtype=torch.int32)
 
 
+@_register.fake("predict_connectivity")
+def _(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    budget: int,
+    columns: Tensor | None = None,
+    keep: Tensor | None = None,
+    coef_topk: int | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    _check_prediction(q, keys, bias, basis, budget, columns, keep, coef_topk)
+    batch, queries, heads = q.shape[:3]
+    return q.new_empty((batch, heads, queries, budget), dtype=torch.int32)
+
+
 # ---- autograd: an index, nothing to differentiate ------------------------------------------------
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
+    ctx.num_inputs = len(inputs)
 
 
-@_register.autograd("connectivity", _setup)
-def _(ctx: Any, grad: None) -> tuple[None, ...]:
-    return (None,) * 7
+def _no_gradient(ctx: Any, grad: None) -> tuple[None, ...]:
+    return (None,) * ctx.num_inputs
+
+
+_register.autograd("connectivity", _setup)(_no_gradient)
+_register.autograd("predict_connectivity", _setup)(_no_gradient)
 
 
 # ---- autocast ------------------------------------------------------------------------------------
@@ -199,6 +344,11 @@ def _(ctx: Any, grad: None) -> tuple[None, ...]:
 def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     coefficients, basis = _register.cast(dtype, args[:2])
     return (coefficients, basis, *args[2:]), kwargs
+
+
+@_register.autocast("predict_connectivity")
+def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return (*_register.cast(dtype, args[:4]), *args[4:]), kwargs
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
@@ -216,7 +366,31 @@ def _(
     **kwargs: Any,
 ) -> int:
     """The combination of basis rows, as if the basis were dense."""
-    batch, heads, queries, rank = coefficients
+    return _combination(*coefficients, basis, columns, coef_topk)
+
+
+@_register.flops("predict_connectivity")
+def _(
+    q: Any,
+    keys: Any,
+    bias: Any,
+    basis: Any,
+    budget: int,
+    columns: Any = None,
+    keep: Any = None,
+    coef_topk: int | None = None,
+    threshold: float | None = None,
+    **kwargs: Any,
+) -> int:
+    """That, and the product of queries and keys."""
+    batch, queries, heads, dim = q
+    product = 2 * batch * heads * queries * keys[1] * dim
+    return product + _combination(batch, heads, queries, keys[1], basis, columns, coef_topk)
+
+
+def _combination(
+    batch: int, heads: int, queries: int, rank: int, basis: Any, columns: Any, topk: int | None
+) -> int:
     in_play = basis[1] if columns is None else columns[1]
-    used = rank if coef_topk is None else min(coef_topk, rank)
+    used = rank if topk is None else min(topk, rank)
     return 2 * batch * heads * queries * used * in_play

@@ -16,10 +16,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATING, LAYOUTS, generator, lay_out, lay_out_index, random, random_index
+from helpers import (
+    FLOATING,
+    LAYOUTS,
+    generator,
+    lay_out,
+    lay_out_index,
+    random,
+    random_index,
+    to_dtype,
+)
 from torch import Tensor
 
 import spot_ext
+from spot_ext.sparse_attention import named_keys
 
 
 @dataclass(frozen=True)
@@ -291,27 +301,37 @@ def attention_backward_reference(
     bias_grad: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients of the definition; it looks at none of the forward pass's results."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    leaves = [
-        x if x is None else x.detach().clone().requires_grad_() for x in (q, k, v, keep, bias)
-    ]
+    leaves = _leaves(q, k, v, keep, bias)
     with torch.enable_grad():
         results = spot_ext.attention_stats_reference(
             *leaves, scale=scale, num_prefix=num_prefix, class_token=class_token,
             need_stats=grad_stats is not None,
         )  # fmt: skip
-        pairs = [(results[0], grad_out)]
-        if grad_stats is not None:
-            pairs.append((results[1], grad_stats.to(results[1].dtype)))
-        flags = True, True, True, keep_grad, bias_grad
-        asked = [x for x, wanted in zip(leaves, flags, strict=True) if wanted]
+    asked = True, True, True, keep_grad, bias_grad
+    return _gradients_of(results, (grad_out, grad_stats), leaves, asked)
+
+
+def _leaves(*values: Tensor | None) -> list[Any]:
+    return [x if x is None else x.detach().clone().requires_grad_() for x in values]
+
+
+def _gradients_of(
+    results: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
+    leaves: list[Any],
+    asked: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v in their dtype; of the rest in a wide one, empty where not asked for."""
+    wide = torch.promote_types(leaves[0].dtype, torch.float32)
+    pairs = [(x, g.to(x.dtype)) for x, g in zip(results, grads, strict=True) if g is not None]
+    wanted = [x for x, flag in zip(leaves, asked, strict=True) if flag]
+    with torch.enable_grad():
         # A term of no weight reaches every leaf, also where the result does not depend on it.
-        loss = sum((x * y.to(x.dtype)).sum() for x, y in pairs) + sum(0 * x.sum() for x in asked)
-        grads = list(torch.autograd.grad(loss, asked))
-    empty = q.new_empty(0, dtype=wide)
-    dkeep = grads.pop(3).to(wide) if keep_grad else empty
-    dbias = grads.pop(3).to(wide) if bias_grad else empty
-    return *grads, dkeep, dbias
+        loss = sum((x * g).sum() for x, g in pairs) + sum(0 * x.sum() for x in wanted)
+        found = list(torch.autograd.grad(loss, wanted))
+    empty = leaves[0].new_empty(0, dtype=wide)
+    rest = [found.pop(3).to(wide) if flag else empty for flag in asked[3:]]
+    return *found, *rest
 
 
 @dataclass(frozen=True)
@@ -354,18 +374,25 @@ class _Attention:
     def backward_args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         """With all gradients that there are; without statistics none of them comes in."""
         *inputs, need_stats = self.args(device, dtype)
+        grad, grad_stats = self.incoming(device, dtype, need_stats)
         wide = torch.promote_types(dtype, torch.float32)
-        shape = (self.batch, self.num_tokens, self.heads)
-        grad = random(f"{self.name} grad", (*shape, self.dim), dtype, device)
-        grad_stats = random(f"{self.name} stats", (*shape, 6), wide, device) if need_stats else None
         with torch.no_grad():
             exact = [x.double() if isinstance(x, Tensor) else x for x in inputs]
             out, stats, lse = attention_reference(*exact, need_stats)
         asked = inputs[3] is not None, inputs[4] is not None
         return (
-            lay_out(grad, "contiguous" if self.layout == "qkv" else self.layout), grad_stats,
-            *inputs[:5], out.to(dtype), stats.to(wide), lse.to(wide), *inputs[5:], *asked,
+            grad, grad_stats, *inputs[:5], out.to(dtype), stats.to(wide), lse.to(wide),
+            *inputs[5:], *asked,
         )  # fmt: skip
+
+    def incoming(
+        self, device: Any, dtype: torch.dtype, need_stats: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        wide = torch.promote_types(dtype, torch.float32)
+        shape = (self.batch, self.num_tokens, self.heads)
+        grad = random(f"{self.name} grad", (*shape, self.dim), dtype, device)
+        grad_stats = random(f"{self.name} stats", (*shape, 6), wide, device) if need_stats else None
+        return lay_out(grad, "contiguous" if self.layout == "qkv" else self.layout), grad_stats
 
     def mask(self, device: Any, dtype: torch.dtype) -> Tensor:
         shape = (self.batch, self.num_tokens - self.num_prefix)
@@ -401,6 +428,246 @@ _ATTENTION = (
     _Attention("ViT", batch=1, num_tokens=197, dim=32, keep="random"),
     *(_Attention(f"{layout}", layout=layout, keep="random", traced=layout == "swapped")
       for layout in LAYOUTS),
+)  # fmt: skip
+
+
+def sparse_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    keep: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    need_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sparse_attention_reference` with the third output of the op: -inf where nothing is seen."""
+    out, stats = spot_ext.sparse_attention_reference(
+        q, k, v, index, keep, scale=scale, num_prefix=num_prefix, class_token=class_token,
+        need_stats=need_stats,
+    )  # fmt: skip
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.no_grad():
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
+        seen = named_keys(index, q.shape[1])
+        if keep is not None:
+            kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
+            own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+            seen = seen & (kept[:, None, None, :] | own)
+        lse = logits.masked_fill(~seen, -math.inf).logsumexp(-1).transpose(1, 2)
+    return out, stats, lse
+
+
+def sparse_backward_reference(
+    grad_out: Tensor,
+    grad_stats: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    keep: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+    num_prefix: int = 1,
+    class_token: bool = True,
+    keep_grad: bool = False,
+) -> tuple[Tensor, ...]:
+    """Gradients of the definition; it looks at none of the forward pass's results."""
+    leaves = _leaves(q, k, v, keep)
+    with torch.enable_grad():
+        results = spot_ext.sparse_attention_reference(
+            *leaves[:3], index, leaves[3], scale=scale, num_prefix=num_prefix,
+            class_token=class_token, need_stats=grad_stats is not None,
+        )  # fmt: skip
+    return _gradients_of(results, (grad_out, grad_stats), leaves, (True, True, True, keep_grad))
+
+
+def random_keys(
+    name: str, shape: tuple[int, int, int], num_tokens: int, named: int, order: str = "ascending"
+) -> Tensor:
+    """[*shape, named] int32 distinct keys of each query; "padded" rows end in -1, some are all."""
+    seeded = generator(f"keys {name}")
+    keys = torch.rand((*shape, num_tokens), generator=seeded).argsort(-1)[..., :named]
+    if order != "shuffled":
+        keys = keys.sort(-1).values
+    if order == "padded":
+        left = torch.randint(0, named + 1, (*shape, 1), generator=seeded)
+        left[:, :, ::3] = 0
+        keys = keys.masked_fill(torch.arange(named) >= left, -1)
+    if order == "empty":
+        keys = keys.masked_fill(keys >= 0, -1)
+    return keys.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class _Sparse(_Attention):
+    named: int = 3  # keys of each patch query
+    order: str = "ascending"  # shuffled; padded, empty: with -1
+    index_layout: str = "contiguous"
+    need_stats: bool = False
+
+    def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, v, keep, _, *rest = super().args(device, dtype)
+        shape = self.batch, self.heads, self.num_tokens - self.num_prefix
+        index = random_keys(self.name, shape, self.num_tokens, self.named, self.order)
+        return q, k, v, lay_out(index.to(device), self.index_layout), keep, *rest
+
+    def backward_args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        """With all gradients that there are; without statistics none of them comes in."""
+        *inputs, need_stats = self.args(device, dtype)
+        grad, grad_stats = self.incoming(device, dtype, need_stats)
+        wide = torch.promote_types(dtype, torch.float32)
+        exact = to_dtype(tuple(inputs), torch.float64)
+        out, stats, lse = sparse_reference(*exact, need_stats)
+        saved = out.to(dtype), stats.to(wide), lse.to(wide)
+        return grad, grad_stats, *inputs[:5], *saved, *inputs[5:], inputs[4] is not None
+
+
+_SPARSE = (
+    _Sparse("plain", traced=True),
+    _Sparse("masked with statistics", keep="random", need_stats=True, named=4, traced=True),
+    _Sparse("statistics", need_stats=True, named=5, traced=True),
+    _Sparse("masked", keep="random", traced=True),
+    _Sparse("shuffled", order="shuffled", keep="random", need_stats=True, traced=True),
+    _Sparse("rows end in -1", order="padded", keep="random", need_stats=True, named=5, traced=True),
+    _Sparse("rows end in -1, no mask", order="padded", named=6),
+    _Sparse("nothing named", order="empty", need_stats=True),
+    _Sparse("no keys", named=0, keep="random", need_stats=True, traced=True),
+    _Sparse("no keys, no prefix", named=0, num_prefix=0, class_token=False),
+    _Sparse("one key", named=1, keep="random"),
+    _Sparse("all keys", named=7, keep="random", need_stats=True, traced=True),
+    _Sparse("all keys, shuffled", named=7, order="shuffled", need_stats=True),
+    _Sparse("keep all", keep="all", need_stats=True),
+    _Sparse("keep none", keep="none", need_stats=True, named=5),
+    _Sparse("keep none, no prefix", keep="none", named=4, num_prefix=0, class_token=False),
+    _Sparse("no class token", class_token=False, keep="random", need_stats=True),
+    _Sparse("no prefix", num_prefix=0, class_token=False, keep="random", need_stats=True,
+            traced=True),
+    _Sparse("no prefix, rows end in -1", num_prefix=0, class_token=False, order="padded",
+            keep="random", need_stats=True),
+    _Sparse("five prefix tokens", num_tokens=9, num_prefix=5, keep="random", need_stats=True,
+            traced=True),
+    _Sparse("prefix only", num_tokens=3, num_prefix=3, keep="random", need_stats=True),
+    _Sparse("one token", num_tokens=1, named=1, traced=True),
+    _Sparse("one patch", num_tokens=1, num_prefix=0, class_token=False, named=1, keep="random",
+            need_stats=True),
+    _Sparse("no tokens", num_tokens=0, num_prefix=0, class_token=False, named=0),
+    _Sparse("empty batch", batch=0, keep="random", traced=True),
+    _Sparse("no heads", heads=0, keep="random"),
+    _Sparse("one head", heads=1, keep="random"),
+    _Sparse("one channel", dim=1, keep="random"),
+    _Sparse("scaled", scale=0.37, keep="random", need_stats=True),
+    _Sparse("scale 0", scale=0.0, keep="random", need_stats=True),
+    _Sparse("negative scale", scale=-1.5, keep="random", need_stats=True),
+    _Sparse("head dim 33", dim=33, heads=3, need_stats=True),
+    _Sparse("head dim 64", dim=64, num_tokens=50, named=13, keep="random", need_stats=True),
+    _Sparse("head dim 256", dim=256, num_tokens=20, named=9, order="padded"),
+    _Sparse("many heads", heads=9, batch=3, num_tokens=11, named=6, order="shuffled"),
+    _Sparse("ViT", batch=1, num_tokens=197, dim=32, named=50, keep="random", need_stats=True),
+    _Sparse("twelve ViT images", batch=12, num_tokens=99, heads=3, dim=32, named=25,
+            order="padded", keep="random", need_stats=True),
+    *(_Sparse(f"{layout}", layout=layout, keep="random", need_stats=True,
+              traced=layout == "swapped") for layout in LAYOUTS),
+    *(_Sparse(f"{layout} list", index_layout=layout, order="padded", keep="random", named=5,
+              traced=layout == "stepped") for layout in LAYOUTS[1:]),
+)  # fmt: skip
+
+
+def exact_values(name: str, shape: tuple[int, ...], low: int, high: int, part: float = 1.0) -> Any:
+    """Eighths between low and high, of which `part` is not 0: sums of products stay exact."""
+    seeded = generator(f"exact {name}")
+    value = torch.randint(low, high + 1, shape, generator=seeded).double() / 8
+    return value * (torch.rand(shape, generator=seeded) < part)
+
+
+@dataclass(frozen=True)
+class _Connectivity:
+    name: str
+    batch: int = 2
+    heads: int = 2
+    queries: int = 9
+    num_prefix: int = 1
+    rank: int = 5
+    budget: int = 4
+    columns: int | None = None  # of the full grid, of which those in play are drawn
+    keep: str = ""  # random, all, none
+    coef_topk: int | None = None
+    threshold: float | None = None
+    part: float = 0.7  # of the basis that is not 0
+    coefficients_layout: str = "contiguous"
+    basis_layout: str = "contiguous"
+    columns_layout: str = "contiguous"
+    traced: bool = False
+
+    def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        in_play = self.queries + self.num_prefix
+        shape = self.batch, self.heads, self.queries, self.rank
+        coefficients = exact_values(f"{self.name} coefficients", shape, -4, 8)
+        grid = in_play if self.columns is None else self.columns
+        basis = exact_values(f"{self.name} basis", (self.rank, grid), 1, 6, self.part)
+        columns = keep = None
+        if self.columns is not None:
+            drawn = random_index(f"{self.name} columns", self.batch, grid, in_play)
+            columns = lay_out(drawn.to(device), self.columns_layout)
+        if self.keep:
+            value = {"random": 0.6, "all": 1.0, "none": 0.0}[self.keep]
+            flips = torch.rand((self.batch, self.queries), generator=generator(f"{self.name} keep"))
+            keep = (flips < value).to(device, dtype)
+        return (
+            lay_out(coefficients.to(device, dtype), self.coefficients_layout),
+            lay_out(basis.to(device, dtype), self.basis_layout),
+            self.budget, columns, keep, self.coef_topk, self.threshold,
+        )  # fmt: skip
+
+
+_CONNECTIVITY = (
+    _Connectivity("plain", traced=True),
+    _Connectivity("everything", columns=16, keep="random", coef_topk=3, threshold=0.3, budget=6,
+                  traced=True),
+    _Connectivity("columns", columns=23, traced=True),
+    _Connectivity("columns of all", columns=10),
+    _Connectivity("masked", keep="random", traced=True),
+    _Connectivity("masked columns", keep="random", columns=15),
+    _Connectivity("keep all", keep="all"),
+    _Connectivity("keep none", keep="none", traced=True),
+    _Connectivity("keep none, no prefix", keep="none", num_prefix=0),
+    _Connectivity("threshold", threshold=0.5, budget=8, traced=True),
+    _Connectivity("threshold of 0", threshold=0.0, part=0.3, budget=8),
+    _Connectivity("negative threshold", threshold=-0.5, budget=8),
+    _Connectivity("threshold beyond all", threshold=1e3),
+    _Connectivity("topk of 1", coef_topk=1, traced=True),
+    _Connectivity("topk of 3", coef_topk=3, rank=8),
+    _Connectivity("topk of all", coef_topk=5),
+    _Connectivity("topk beyond all", coef_topk=50),
+    _Connectivity("budget of 1", budget=1),
+    _Connectivity("budget of all", budget=10, traced=True),
+    _Connectivity("budget of all, masked", budget=10, keep="random"),
+    _Connectivity("one coefficient", rank=1, traced=True),
+    _Connectivity("no coefficients", rank=0, budget=3),
+    _Connectivity("no prefix", num_prefix=0, traced=True),
+    _Connectivity("five prefix tokens", num_prefix=5, keep="random", traced=True),
+    _Connectivity("one head", heads=1),
+    _Connectivity("one column", queries=0, num_prefix=1, budget=1),
+    _Connectivity("one query", queries=1, num_prefix=0, budget=1),
+    _Connectivity("no queries", queries=0, num_prefix=3, budget=2),
+    _Connectivity("no heads", heads=0),
+    _Connectivity("empty batch", batch=0, keep="random", columns=12, traced=True),
+    _Connectivity("all ties", part=0.0, keep="random"),
+    _Connectivity("sparse basis", part=0.1, budget=7, queries=30, rank=9, coef_topk=4),
+    _Connectivity("odd sizes", batch=3, heads=3, queries=67, num_prefix=2, rank=13, budget=19,
+                  coef_topk=8, keep="random"),
+    _Connectivity("ViT", queries=196, rank=32, budget=50, coef_topk=8, batch=1),
+    _Connectivity("twelve ViT images", batch=12, queries=98, rank=16, budget=25, coef_topk=8,
+                  columns=197, keep="random"),
+    *(_Connectivity(f"{layout} coefficients", coefficients_layout=layout, keep="random",
+                    traced=layout == "swapped") for layout in LAYOUTS[1:]),
+    *(_Connectivity(f"{layout} basis", basis_layout=layout, columns=14) for layout in LAYOUTS[1:]),
+    *(_Connectivity(f"{layout} columns", columns_layout=layout, columns=19)
+      for layout in LAYOUTS[1:-1]),
 )  # fmt: skip
 
 
@@ -863,6 +1130,31 @@ def _attention_errors() -> tuple[Bad, ...]:
             **more: Any) -> Bad:  # fmt: skip
         return Bad(label, lambda d: build(d, **changes(d)), raises, words, **more)
 
+    return (
+        *_operand_errors(build),
+        bad("bias is a list", lambda d: {"bias": [1.0]}, TypeError, ("bias", "list"),
+            op_words=("bias",)),
+        bad("bias of rank 3", lambda d: {"bias": _t(2, 6, 6, device=d)}, ValueError,
+            ("bias", "4 dim")),
+        bad("bias integer", lambda d: {"bias": _t(1, 2, 6, 6, dtype=torch.int64, device=d)},
+            TypeError, ("bias", "int64")),
+        *(bad(f"bias {list(shape)}", lambda d, s=shape: {"bias": _t(*s, device=d)}, ValueError,
+              ("bias", str(list(shape))))
+          for shape in ((3, 2, 6, 6), (1, 1, 6, 6), (1, 2, 1, 6), (1, 2, 6, 1), (2, 2, 5, 5))),
+        bad("bias on another device", lambda d: {"bias": _t(1, 2, 6, 6, device="meta")},
+            ValueError, ("bias", "device")),
+    )  # fmt: skip
+
+
+def _operand_errors(build: Callable[..., tuple[Any, ...]]) -> list[Bad]:
+    """Wrong arguments that every attention op has; `build(device, **changes)` starts from q, k, v
+    [2, 6, 2, 4]."""
+    good = (2, 6, 2, 4)
+
+    def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(label, lambda d: build(d, **changes(d)), raises, words, **more)
+
     errors = []
     for name in "qkv":
         errors += _tensor_errors(name, lambda d, x, n=name: build(d, **{n: x}), good, "4 dim")
@@ -894,34 +1186,7 @@ def _attention_errors() -> tuple[Bad, ...]:
         *_prefix_errors(lambda d, p: build(d, num_prefix=p), 6),
         bad("class token without prefix", lambda d: {"num_prefix": 0}, ValueError,
             ("class_token", "num_prefix", "0")),
-        bad("keep is a list", lambda d: {"keep": [1.0]}, TypeError, ("keep", "list"),
-            op_words=("keep",)),
-        bad("keep of rank 1", lambda d: {"keep": _t(5, device=d)}, ValueError, ("keep", "2 dim")),
-        bad("keep bool", lambda d: {"keep": _t(2, 5, dtype=torch.bool, device=d)}, TypeError,
-            ("keep", "bool")),
-        bad("keep of another batch", lambda d: {"keep": _t(1, 5, device=d)}, ValueError,
-            ("keep", "size 2", "[1, 5]")),
-        bad("keep with the prefix", lambda d: {"keep": _t(2, 6, device=d)}, ValueError,
-            ("keep", "size 5", "[2, 6]")),
-        bad("keep on another device", lambda d: {"keep": _t(2, 5, device="meta")}, ValueError,
-            ("keep", "device")),
-        bad("keep between 0 and 1", lambda d: {"keep": torch.full((2, 5), 0.5, device=d)},
-            ValueError, ("keep", "0 or 1"), values=True),
-        bad("keep of 2", lambda d: {"keep": torch.full((2, 5), 2.0, device=d)}, ValueError,
-            ("keep", "0 or 1"), values=True),
-        bad("keep NaN", lambda d: {"keep": torch.full((2, 5), math.nan, device=d)}, ValueError,
-            ("keep", "0 or 1"), values=True),
-        bad("bias is a list", lambda d: {"bias": [1.0]}, TypeError, ("bias", "list"),
-            op_words=("bias",)),
-        bad("bias of rank 3", lambda d: {"bias": _t(2, 6, 6, device=d)}, ValueError,
-            ("bias", "4 dim")),
-        bad("bias integer", lambda d: {"bias": _t(1, 2, 6, 6, dtype=torch.int64, device=d)},
-            TypeError, ("bias", "int64")),
-        *(bad(f"bias {list(shape)}", lambda d, s=shape: {"bias": _t(*s, device=d)}, ValueError,
-              ("bias", str(list(shape))))
-          for shape in ((3, 2, 6, 6), (1, 1, 6, 6), (1, 2, 1, 6), (1, 2, 6, 1), (2, 2, 5, 5))),
-        bad("bias on another device", lambda d: {"bias": _t(1, 2, 6, 6, device="meta")},
-            ValueError, ("bias", "device")),
+        *_keep_errors(lambda d, keep: build(d, keep=keep)),
         bad("scale is a string", lambda d: {"scale": "1"}, TypeError, ("scale", "str"),
             op_words=("scale",)),
         bad("scale is a tensor", lambda d: {"scale": torch.tensor(1.0)}, TypeError,
@@ -933,7 +1198,190 @@ def _attention_errors() -> tuple[Bad, ...]:
         bad("need_stats is a number", lambda d: {"need_stats": 1}, TypeError,
             ("need_stats", "int"), op_accepts=True),
     ]  # fmt: skip
-    return tuple(errors)
+    return errors
+
+
+def _keep_errors(build: Callable[[Any, Any], tuple[Any, ...]]) -> list[Bad]:
+    """Wrong masks beside 2 images of 5 patch tokens."""
+
+    def bad(label: str, keep: Callable[[Any], Any], words: Any, raises: Any = ValueError,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(f"keep {label}", lambda d: build(d, keep(d)), raises, words, **more)
+
+    return [
+        bad("is a list", lambda d: [1.0], ("keep", "list"), TypeError, op_words=("keep",)),
+        bad("of rank 1", lambda d: _t(5, device=d), ("keep", "2 dim")),
+        bad("bool", lambda d: _t(2, 5, dtype=torch.bool, device=d), ("keep", "bool"), TypeError),
+        bad("of another batch", lambda d: _t(1, 5, device=d), ("keep", "size 2", "[1, 5]")),
+        bad("with the prefix", lambda d: _t(2, 6, device=d), ("keep", "size 5", "[2, 6]")),
+        bad("on another device", lambda d: _t(2, 5, device="meta"), ("keep", "device")),
+        *(bad(label, lambda d, v=value: torch.full((2, 5), v, device=d), ("keep", "0 or 1"),
+              values=True)
+          for label, value in (("between 0 and 1", 0.5), ("of 2", 2.0), ("NaN", math.nan))),
+    ]  # fmt: skip
+
+
+def _keys(device: Any, *row: int) -> Tensor:
+    """A legal index [2, 2, 5, 3] for 6 tokens, but for the last row."""
+    index = random_keys("good", (2, 2, 5), 6, max(len(row), 3)).to(device)
+    if row:
+        index[1, 1, 4] = torch.tensor(row, dtype=torch.int32, device=device)
+    return index
+
+
+def _keys_errors(build: Callable[[Any, Any], tuple[Any, ...]]) -> list[Bad]:
+    """Wrong indices of an op whose arguments with an index are `build(device, index)`."""
+
+    def bad(label: str, index: Callable[[Any], Any], words: Any, raises: Any = ValueError,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(f"index {label}", lambda d: build(d, index(d)), raises, words, **more)
+
+    def row(label: str, at: int, words: tuple[str, ...], *values: int) -> Bad:
+        return bad(label, lambda d: _keys(d, *values), (f"index[1, 1, 4, {at}]", *words),
+                   values=True)  # fmt: skip
+
+    return [
+        bad("is None", lambda d: None, ("index", "NoneType"), TypeError, op_words=()),
+        bad("is a list", lambda d: [1], ("index", "list"), TypeError, op_words=()),
+        bad("int64", lambda d: _keys(d).long(), ("index", "int32", "int64"), TypeError),
+        bad("float", lambda d: _keys(d).float(), ("index", "int32", "float32"), TypeError),
+        bad("of rank 3", lambda d: _keys(d)[0], ("index", "4 dim", "[2, 5, 3]")),
+        bad("of another batch", lambda d: _keys(d)[:1], ("index", "size 2", "[1, 2, 5, 3]")),
+        bad("of other heads", lambda d: _keys(d)[:, :1], ("index", "size 2", "[2, 1, 5, 3]")),
+        bad("with the prefix", lambda d: random_keys("6", (2, 2, 6), 6, 3).to(d),
+            ("index", "size 5", "[2, 2, 6, 3]")),
+        bad("of more keys than tokens",
+            lambda d: torch.arange(7, dtype=torch.int32, device=d).expand(2, 2, 5, 7),
+            ("index", "7", "6")),
+        bad("on another device", lambda d: _keys("meta"), ("index", "device")),
+        bad("sparse", lambda d: _keys(d).to_sparse(), ("index", "sparse"), TypeError, layouts=True),
+        row("too large", 2, ("in [0, 6)", "got 6"), 0, 2, 6),
+        row("too large, in front", 0, ("in [0, 6)", "got 6"), 6, 2, 0),
+        row("huge", 1, ("in [0, 6)", f"got {2**31 - 1}"), 0, 2**31 - 1, 3),
+        row("below -1", 2, ("in [0, 6)", "got -2"), 0, 2, -2),
+        row("far below -1", 0, ("in [0, 6)", f"got {-(2**31)}"), -(2**31), 2, 3),
+        row("repeats", 2, ("repeated", "got 2"), 0, 2, 2),
+        row("repeats far apart", 3, ("repeated", "got 5"), 5, 2, 0, 5),
+        row("behind a -1", 2, ("-1 at the end of a row only", "got 3"), 0, -1, 3),
+        row("behind many -1", 3, ("-1 at the end of a row only", "got 3"), -1, -1, -1, 3),
+    ]  # fmt: skip
+
+
+def _sparse_errors() -> tuple[Bad, ...]:
+    def build(device: Any, **changes: Any) -> tuple[Any, ...]:
+        values: dict[str, Any] = {name: _t(2, 6, 2, 4, device=device) for name in "qkv"}
+        values |= {"index": _keys(device), "keep": None, "scale": None, "num_prefix": 1}
+        values |= {"class_token": True, "need_stats": False}
+        return tuple((values | changes).values())
+
+    return (
+        *_operand_errors(build),
+        *_keys_errors(lambda d, index: build(d, index=index)),
+    )
+
+
+def _sparse_backward_errors() -> tuple[Bad, ...]:
+    good = (2, 6, 2, 4)
+
+    def build(device: Any, **changes: Any) -> tuple[Any, ...]:
+        values: dict[str, Any] = {"grad_out": _t(*good, device=device)}
+        values["grad_stats"] = _t(2, 6, 2, 6, device=device)
+        values |= {name: _t(*good, device=device) for name in "qkv"}
+        values |= {"index": _keys(device), "keep": None, "out": _t(*good, device=device)}
+        values |= {"stats": _t(2, 6, 2, 6, device=device), "lse": _t(2, 6, 2, device=device)}
+        return tuple((values | changes).values())
+
+    return (
+        *_saved_errors(build),
+        *_keys_errors(lambda d, index: build(d, index=index)),
+    )
+
+
+def _connectivity_errors() -> tuple[Bad, ...]:
+    def build(device: Any, **changes: Any) -> tuple[Any, ...]:
+        values: dict[str, Any] = {
+            "coefficients": _t(2, 3, 5, 4, device=device), "basis": _t(4, 6, device=device),
+            "budget": 3, "columns": None, "keep": None, "coef_topk": None, "threshold": None,
+        }  # fmt: skip
+        return tuple((values | changes).values())
+
+    def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(label, lambda d: build(d, **changes(d)), raises, words, **more)
+
+    def resized(name: str, *shape: int, words: tuple[str, ...]) -> Bad:
+        return bad(f"{name} {list(shape)}", lambda d: {name: _t(*shape, device=d)}, ValueError,
+                   (name, str(list(shape)), *words))  # fmt: skip
+
+    def named(device: Any, *row: int) -> dict[str, Any]:
+        return {"columns": _i(device, [0, 1, 2, 3, 4, 5], list(row))}
+
+    def numbers(name: str, *values: int) -> list[Bad]:
+        return [
+            *(bad(f"{name} {value}", lambda d, v=value: {name: v}, ValueError, (name, f"{value}"))
+              for value in (0, -1, -(2**62), *values)),
+            bad(f"{name} huge", lambda d: {name: 2**70}, ValueError, (name,), op_words=(name,)),
+            bad(f"{name} float", lambda d: {name: 2.0}, TypeError, (name, "float"),
+                op_words=(name,)),
+            bad(f"{name} bool", lambda d: {name: True}, TypeError, (name, "bool"),
+                op_accepts=True),
+            bad(f"{name} is a string", lambda d: {name: "2"}, TypeError, (name, "str"),
+                op_words=(name,)),
+        ]  # fmt: skip
+
+    return (
+        *_tensor_errors("coefficients", lambda d, x: build(d, coefficients=x), (2, 3, 5, 4),
+                        "4 dim"),
+        *_tensor_errors("basis", lambda d, x: build(d, basis=x), (4, 6), "2 dim"),
+        resized("coefficients", 3, 5, 4, words=("4 dim",)),
+        bad("more queries than columns", lambda d: {"coefficients": _t(2, 3, 7, 4, device=d)},
+            ValueError, ("basis", "7", "6")),
+        bad("coefficients integer",
+            lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.int32, device=d)}, TypeError,
+            ("coefficients", "float32", "int32")),
+        bad("coefficients complex",
+            lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.complex64, device=d)}, TypeError,
+            ("coefficients", "complex64")),
+        resized("basis", 4, 6, 1, words=("2 dim",)),
+        resized("basis", 3, 6, words=("size 4",)),
+        bad("basis of another dtype", lambda d: {"basis": _t(4, 6, device=d).double()}, TypeError,
+            ("basis", "float32", "float64")),
+        bad("basis on another device", lambda d: {"basis": _t(4, 6, device="meta")}, ValueError,
+            ("basis", "device")),
+        *numbers("budget", 7, 2**40),
+        bad("budget None", lambda d: {"budget": None}, TypeError, ("budget", "NoneType"),
+            op_words=("budget",)),
+        bad("budget of other columns", lambda d: {
+            "columns": _i(d, [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]), "budget": 6}, ValueError,
+            ("budget", "between 1 and 5", "6")),
+        *numbers("coef_topk"),
+        bad("columns is a list", lambda d: {"columns": [1]}, TypeError, ("columns", "list"),
+            op_words=("columns",)),
+        bad("columns int32", lambda d: {"columns": named(d, 0, 1, 2, 3, 4, 5)["columns"].int()},
+            TypeError, ("columns", "int64", "int32")),
+        bad("columns of rank 1", lambda d: {"columns": torch.arange(6, device=d)}, ValueError,
+            ("columns", "2 dim", "[6]")),
+        bad("columns of another batch", lambda d: {"columns": torch.arange(6, device=d)[None]},
+            ValueError, ("columns", "size 2", "[1, 6]")),
+        bad("columns too few", lambda d: {"columns": _i(d, [0, 1, 2, 3], [5, 4, 3, 2])},
+            ValueError, ("columns", "5", "4")),
+        bad("columns on another device",
+            lambda d: {"columns": torch.zeros(2, 6, dtype=torch.int64, device="meta")}, ValueError,
+            ("columns", "device")),
+        bad("columns too large", lambda d: named(d, 0, 1, 2, 3, 4, 6), ValueError,
+            ("columns[1, 5]", "in [0, 6)", "got 6"), values=True),
+        bad("columns negative", lambda d: named(d, 0, -1, 2, 3, 4, 5), ValueError,
+            ("columns[1, 1]", "in [0, 6)", "got -1"), values=True),
+        bad("columns huge", lambda d: named(d, 2**62, 1, 2, 3, 4, 5), ValueError,
+            ("columns[1, 0]", "in [0, 6)", f"got {2**62}"), values=True),
+        *_keep_errors(lambda d, keep: build(d, keep=keep)),
+        bad("threshold is a string", lambda d: {"threshold": "1"}, TypeError,
+            ("threshold", "str"), op_words=("threshold",)),
+        bad("threshold is a tensor", lambda d: {"threshold": torch.tensor(1.0)}, TypeError,
+            ("threshold", "Tensor"), op_accepts=True),
+        bad("threshold is a bool", lambda d: {"threshold": True}, TypeError,
+            ("threshold", "bool"), op_accepts=True),
+    )  # fmt: skip
 
 
 # -- FLOPs: 2 per multiply-accumulate
@@ -967,6 +1415,31 @@ def _attention_backward_flops(
     return 5 * least // 2, 5 * least // 2 + most - least
 
 
+def _sparse_flops(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *args: Any) -> tuple[int, int]:
+    """As `_attention_flops`, of the entries that are named and of the prefix queries' rows."""
+    batch, num_tokens, heads, dim = q.shape
+    entries = index.numel() + batch * heads * (num_tokens - index.shape[2]) * num_tokens
+    return 4 * entries * dim, 4 * entries * dim + 32 * entries
+
+
+def _sparse_backward_flops(
+    grad_out: Tensor, grad_stats: Tensor | None, *args: Any
+) -> tuple[int, int]:
+    least, most = _sparse_flops(*args)
+    return 5 * least // 2, 5 * least // 2 + most - least
+
+
+def _connectivity_flops(
+    coefficients: Tensor, basis: Tensor, budget: int, columns: Tensor | None, keep: Any,
+    coef_topk: int | None, *args: Any,
+) -> tuple[int, int]:  # fmt: skip
+    """The product with the coefficients that count, as if the basis were dense."""
+    in_play = basis.shape[1] if columns is None else columns.shape[1]
+    rows, rank = coefficients.shape[:3].numel(), coefficients.shape[3]
+    used = rank if coef_topk is None else min(rank, coef_topk)
+    return 2 * rows * used * in_play, 2 * rows * used * in_play
+
+
 def _attention_backward_errors() -> tuple[Bad, ...]:
     good = (2, 6, 2, 4)
 
@@ -977,6 +1450,16 @@ def _attention_backward_errors() -> tuple[Bad, ...]:
         values |= {"keep": None, "bias": None, "out": _t(*good, device=device)}
         values |= {"stats": _t(2, 6, 2, 6, device=device), "lse": _t(2, 6, 2, device=device)}
         return tuple((values | changes).values())
+
+    return (
+        *_saved_errors(build),
+        Bad("bias of other columns", lambda d: build(d, bias=_t(1, 2, 6, 5, device=d)),
+            ValueError, ("bias", "size 6")),
+    )  # fmt: skip
+
+
+def _saved_errors(build: Callable[..., tuple[Any, ...]]) -> tuple[Bad, ...]:
+    """Wrong arguments of a backward op: `build(device, **changes)` starts from q [2, 6, 2, 4]."""
 
     def bad(label: str, words: Any, raises: Any = ValueError, **changes: Any) -> Bad:
         return Bad(label, lambda d: build(d, **{n: make(d) for n, make in changes.items()}),
@@ -996,8 +1479,6 @@ def _attention_backward_errors() -> tuple[Bad, ...]:
         bad("out of other tokens", ("out", "size 6"), out=lambda d: _t(2, 7, 2, 4, device=d)),
         bad("v of rank 3", ("v", "4 dim"), v=lambda d: _t(2, 6, 8, device=d)),
         bad("lse of rank 4", ("lse", "3 dim"), lse=lambda d: _t(2, 6, 2, 1, device=d)),
-        bad("bias of other columns", ("bias", "size 6"),
-            bias=lambda d: _t(1, 2, 6, 5, device=d)),
         bad("lse of another batch", ("lse", "size 2"), lse=lambda d: _t(1, 6, 2, device=d)),
         bad("keep of rank 1", ("keep", "2 dim"), keep=lambda d: _t(5, device=d)),
         Bad("keep between 0 and 1", lambda d: build(d, keep=torch.full((2, 5), 0.5, device=d)),
@@ -1136,6 +1617,25 @@ def _public_attention(*args: Any) -> Any:
     return spot_ext.attention_stats(*args[:5], **keywords)
 
 
+def _public_sparse(*args: Any) -> Any:
+    """`sparse_attention` with the op's positional arguments."""
+    names = ("scale", "num_prefix", "class_token", "need_stats")
+    keywords = dict(zip(names, args[5:], strict=False))
+    return spot_ext.sparse_attention(*args[:5], **keywords)
+
+
+def _public_connectivity(*args: Any) -> Any:
+    """`connectivity` with the op's positional arguments."""
+    keywords = dict(zip(("coef_topk", "threshold"), args[5:], strict=False))
+    return spot_ext.connectivity(*args[:5], **keywords)
+
+
+def _connectivity_reference(*args: Any) -> Tensor:
+    """`connectivity_reference` with the op's positional arguments."""
+    keywords = dict(zip(("coef_topk", "threshold"), args[5:], strict=False))
+    return spot_ext.connectivity_reference(*args[:5], **keywords)
+
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -1172,6 +1672,18 @@ OPS: dict[str, Op] = {
            _relevance_errors(backward=True), _relevance_backward_flops, exact=False,
            once_only="differentiable once", weights=tuple(range(4, 14)),
            roundings=8, large="twelve ViT images"),
+        Op("connectivity", _connectivity_reference,
+           tuple(Sample(c.name, c.args, c.traced) for c in _CONNECTIVITY), _connectivity_errors(),
+           _connectivity_flops, public=_public_connectivity, weights=(1,),
+           large="twelve ViT images"),
+        Op("sparse_attention", sparse_reference,
+           tuple(Sample(a.name, a.args, a.traced) for a in _SPARSE), _sparse_errors(),
+           _sparse_flops, grads=(0, 1, 2, 4), exact=False, public=_public_sparse,
+           once_only="differentiable once", large="twelve ViT images"),
+        Op("sparse_attention_backward", sparse_backward_reference,
+           tuple(Sample(a.name, a.backward_args, a.traced) for a in _SPARSE),
+           _sparse_backward_errors(), _sparse_backward_flops, exact=False,
+           once_only="differentiable once", large="twelve ViT images"),
     )
 }  # fmt: skip
 

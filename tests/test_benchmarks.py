@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_stats, compact, relevance, run, sparsifiner, timing
+from benchmarks import (
+    attention_stats,
+    compact,
+    connectivity,
+    relevance,
+    run,
+    sparse_attention,
+    sparsifiner,
+    timing,
+)
 from benchmarks.timing import Case, Clock
 
 
@@ -124,6 +133,28 @@ def test_the_sides_of_a_case_do_the_same() -> None:
     for side in (scored.forward, scored.training):
         ours, eager = side(relevance.token_relevance)(0), side(relevance.eager)(0)
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_sides_do_the_same() -> None:
+    for kept in (None, 40):
+        named = connectivity.Inputs(2, 61, kept, torch.float32, "cpu")
+        ours, eager = (named.forward(f)(0) for f in (connectivity.ours, connectivity.eager))
+        # The sets may differ where a tie, or nearly one, is at the cut.
+        assert ours.shape == eager.shape and (ours == eager).float().mean() > 0.9
+    inputs = sparse_attention.Inputs(2, 61, torch.float32, "cpu")
+    ours = inputs.forward(sparse_attention.sparse)(0)
+    torch.testing.assert_close(inputs.whole()(0), ours)
+    masks = inputs.masks()
+    torch.testing.assert_close(inputs.forward(sparse_attention.masked, masks)(0), ours)
+    blocks = [sparse_attention.block_mask(index, 61) for index in inputs.index]
+    assert torch.equal(blocks[0].mask_mod(1, 2, torch.arange(61)[:, None], torch.arange(61)),
+                       masks[0][1, 2])  # fmt: skip
+    one = inputs.training(sparse_attention.sparse)(0)
+    other = inputs.training(sparse_attention.masked, masks)(0)
+    torch.testing.assert_close(one, other)
+    everything = [torch.arange(61, dtype=torch.int32).expand(2, 6, 60, 61)]
+    dense = inputs.forward(sparse_attention.dense)(0)
+    torch.testing.assert_close(inputs.forward(sparse_attention.sparse, everything)(0), dense)
 
 
 def test_whole_models_are_compared_at_the_sizes_they_say(monkeypatch: pytest.MonkeyPatch) -> None:

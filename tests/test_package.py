@@ -37,12 +37,16 @@ PUBLIC = {
     "attention_stats_reference",
     "compact_tokens",
     "compact_tokens_reference",
+    "connectivity",
+    "connectivity_reference",
     "fuse_tokens",
     "fuse_tokens_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "select_tokens",
     "select_tokens_reference",
+    "sparse_attention",
+    "sparse_attention_reference",
     "token_relevance",
     "token_relevance_reference",
 }
@@ -294,6 +298,9 @@ CALLS = {
     "scatter_tokens": "s.scatter_tokens(torch.rand(2, 3, 3), index, 5)",
     "fuse_tokens": "s.fuse_tokens(torch.rand(2, 6, 3), torch.rand(2, 5), index)",
     "attention_stats": "s.attention_stats(*[torch.rand(2, 6, 2, 4)] * 3)",
+    "connectivity": "s.connectivity(torch.rand(2, 2, 5, 3), torch.rand(3, 6), 4)",
+    "sparse_attention": "s.sparse_attention(*[torch.rand(2, 6, 2, 4)] * 3, "
+    "torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6))",
     "token_relevance": "s.token_relevance(None, torch.rand(2, 5, 3), *[None] * 5, "
     "*map(torch.rand, [(4, 3), 4, (3, 4), 3, (2, 3), 2]))",
 }

@@ -90,8 +90,11 @@ struct SparseGradArgs {
 };
 
 struct ConnectivityArgs {
-  const void* coefficients;  // [B, H, Q, R], any strides
+  const void* coefficients;  // [B, H, Q, R], any strides; or null, to make them of the next three
   int64_t coefficients_strides[4];
+  HeadRows queries, keys;  // [B, Q, H, D], [B, R, H, D]
+  const void* bias;        // [B, R, H], dense, or null
+  int64_t head_dim;
   const void* basis;  // [R, columns], any strides
   int64_t basis_row, basis_column;
   const int64_t* columns;  // [B, N], dense, in range; or null

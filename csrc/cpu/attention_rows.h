@@ -40,6 +40,29 @@ inline Layout in_scratch(const Sizes&... sizes) {
   return Layout(pieces, sizes...);
 }
 
+// ---- memory ahead ------------------------------------------------------------------------------
+
+// Cache lines of rows of memory, fetched one by one.
+struct Lines {
+  const char* base;
+  int64_t rows, stride, bytes;  // strides and sizes in bytes
+  int64_t at = 0;
+  Lines(const void* data, int64_t num_rows, int64_t row_stride, int64_t row_bytes)
+      : base(static_cast<const char*>(data)),
+        rows(num_rows),
+        stride(row_stride),
+        bytes(row_bytes) {}
+  void step() {
+    if (rows <= 0) return;
+    __builtin_prefetch(base + at, 0, 2);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    base += stride;
+    --rows;
+  }
+};
+
 // ---- one head of one image ---------------------------------------------------------------------
 
 template <typename T>

@@ -1,8 +1,8 @@
-// CPU entry point of connectivity: check, allocate, run the kernel in parallel.
+// CPU entry points of connectivity: check, allocate, run the kernel in parallel.
 #include "../common/connectivity.h"
 
+#include "attention_args.h"
 #include "isa.h"
-#include "keep.h"
 
 namespace spot {
 namespace {
@@ -17,22 +17,16 @@ void check_columns(const char* op, const Tensor& columns, int64_t num_basis) {
                i % columns.size(1), "]");
 }
 
-Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t budget,
-                    std::optional<Tensor> columns, std::optional<Tensor> keep,
-                    std::optional<int64_t> coef_topk, std::optional<double> threshold) {
-  const char* op = "connectivity";
-  const ConnectivityShape s =
-      check_connectivity(op, coefficients, basis, budget, columns, keep, coef_topk);
-  SPOT_CHECK(coefficients.is_cpu(), op, "coefficients must be on the CPU");
-  const Dtype dtype = dtype_slot(op, "coefficients", coefficients);
-  Tensor index =
-      empty_on(coefficients, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
+// What both ops share; `args` says where coefficients come from.
+Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args,
+              const Tensor& basis, const std::optional<Tensor>& columns,
+              const std::optional<Tensor>& keep, std::optional<double> threshold) {
+  SPOT_CHECK(basis.is_cpu(), op, "basis must be on the CPU");
+  const Dtype dtype = dtype_slot(op, "basis", basis);
+  Tensor index = empty_on(basis, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
   const Tensor places = columns ? dense(*columns) : index;
   if (columns) check_columns(op, places, basis.size(1));
   const std::vector<uint8_t> kept = keep ? read_keep(op, *keep) : std::vector<uint8_t>{};
-  ConnectivityArgs args{};
-  args.coefficients = coefficients.const_data_ptr();
-  for (int d = 0; d < 4; ++d) args.coefficients_strides[d] = coefficients.stride(d);
   args.basis = basis.const_data_ptr();
   args.basis_row = basis.stride(0);
   args.basis_column = basis.stride(1);
@@ -55,8 +49,39 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   return index;
 }
 
+Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t budget,
+                    std::optional<Tensor> columns, std::optional<Tensor> keep,
+                    std::optional<int64_t> coef_topk, std::optional<double> threshold) {
+  const char* op = "connectivity";
+  const ConnectivityShape s =
+      check_connectivity(op, coefficients, basis, budget, columns, keep, coef_topk);
+  ConnectivityArgs args{};
+  args.coefficients = coefficients.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.coefficients_strides[d] = coefficients.stride(d);
+  return choose(op, s, args, basis, columns, keep, threshold);
+}
+
+Tensor predict_connectivity(const Tensor& q, const Tensor& keys, std::optional<Tensor> bias,
+                            const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
+                            std::optional<Tensor> keep, std::optional<int64_t> coef_topk,
+                            std::optional<double> threshold) {
+  const char* op = "predict_connectivity";
+  const ConnectivityShape s =
+      check_predict_connectivity(op, q, keys, bias, basis, budget, columns, keep, coef_topk);
+  const Tensor dense_bias = bias ? dense(*bias) : basis;
+  ConnectivityArgs args{};
+  args.queries = head_rows(q);
+  args.keys = head_rows(keys);
+  args.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  args.head_dim = q.size(3);
+  return choose(op, s, args, basis, columns, keep, threshold);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(spot, CPU, m) { m.impl("connectivity", TORCH_BOX(&connectivity)); }
+STABLE_TORCH_LIBRARY_IMPL(spot, CPU, m) {
+  m.impl("connectivity", TORCH_BOX(&connectivity));
+  m.impl("predict_connectivity", TORCH_BOX(&predict_connectivity));
+}
 
 }  // namespace spot

@@ -5,6 +5,9 @@
 // first-level cache, candidates only; a block of rows is combined tile by tile, then the columns of
 // each row are chosen by a search for the threshold that as many reach as are wanted.
 //
+// Coefficients may also be made here, as the softmax of queries times few keys: R D more
+// multiply-accumulates per row, and they are never stored.
+//
 // Cost per row, with R coefficients of which C count, and N columns: R C comparisons (of lanes that
 // are rows), C N multiply-accumulates, and some five passes over N numbers. Scratch per thread:
 // R N numbers for the basis and kChoiceRows N for the block.
@@ -208,21 +211,27 @@ template <typename A>
 struct ChoiceScratch {
   using Key = decltype(order_key(A{}));
   A *basis, *coefficients, *turned, *weights, *sums;
+  A *queries, *made_of, *bias;  // what coefficients are made of
   int32_t *candidates, *places, *used, *chosen;
   Key* keys;
   int64_t* positions;
-  ChoiceScratch(Pieces& memory, int64_t rank, int64_t columns, int64_t used_most)
+  RowState<A> state;
+  ChoiceScratch(Pieces& memory, int64_t rank, int64_t columns, int64_t used_most, int64_t dim)
       : basis(memory.take<A>(rank * round_up(columns, kLanes<A>))),
-        coefficients(memory.take<A>(kChoiceRows * round_up(rank, kLanes<A>))),
+        coefficients(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
         turned(memory.take<A>(kLanes<A> * round_up(rank, kLanes<A>))),
         weights(memory.take<A>(kChoiceRows * used_most)),
         sums(memory.take<A>(kChoiceRows * round_up(columns, kLanes<A>))),
+        queries(memory.take<A>(kLanes<A> * dim)),
+        made_of(memory.take<A>(dim * round_up(rank, kLanes<A>))),
+        bias(memory.take<A>(round_up(rank, kLanes<A>))),
         candidates(memory.take<int32_t>(columns)),
         places(memory.take<int32_t>(columns)),
-        used(memory.take<int32_t>(kChoiceRows * (used_most + kLanes<A>))),
+        used(memory.take<int32_t>(kChoiceRows * used_most)),
         chosen(memory.take<int32_t>((columns > rank ? columns : rank) + kLanes<A>)),
         keys(memory.take<Key>(round_up(columns > rank ? columns : rank, kKeyLanes))),
-        positions(memory.take<int64_t>(columns > rank ? columns : rank)) {}
+        positions(memory.take<int64_t>(columns > rank ? columns : rank)),
+        state(memory, kLanes<A>) {}
 };
 
 template <typename T>
@@ -234,28 +243,80 @@ class Chooser {
   explicit Chooser(const ConnectivityArgs& args)
       : a_(args),
         padded_rank_(round_up(args.rank, kL)),
-        m_(in_scratch<ChoiceScratch<A>>(args.rank, args.num_columns, args.used)) {}
+        m_(in_scratch<ChoiceScratch<A>>(args.rank, args.num_columns, args.used, args.head_dim)) {}
 
   // Rows [first, first + rows), of one head of one image.
   void run(int64_t first, int64_t rows) {
     const int64_t b = first / (a_.num_heads * a_.num_queries);
     if (b != image_) pack(b);
     const int64_t at = first % (a_.num_heads * a_.num_queries);
-    const T* data = static_cast<const T*>(a_.coefficients) + b * a_.coefficients_strides[0] +
-                    at / a_.num_queries * a_.coefficients_strides[1];
-    for (int64_t r = 0; r < rows; ++r)
-      stage_row(data + (at % a_.num_queries + r) * a_.coefficients_strides[2],
-                a_.coefficients_strides[3], a_.rank, m_.coefficients + r * padded_rank_,
-                padded_rank_);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = a_.rank; c < padded_rank_; ++c)
-        m_.coefficients[r * padded_rank_ + c] = static_cast<A>(__builtin_nanf(""));
-    rank_coefficients(rows);
+    const int64_t h = at / a_.num_queries, q = at % a_.num_queries;
+    for (int64_t r = 0; r < rows; r += kL) {  // so few that they stay in first-level cache
+      const int64_t some = rows - r < kL ? rows - r : kL;
+      if (a_.coefficients)
+        read_coefficients(b, h, q + r, some);
+      else
+        make_coefficients(b, h, q + r, some);
+      for (int64_t l = 0; l < some; ++l)
+        for (int64_t c = a_.rank; c < padded_rank_; ++c)
+          m_.coefficients[l * padded_rank_ + c] = static_cast<A>(__builtin_nanf(""));
+      rank_coefficients(r, some);
+    }
+    ahead_ = {a_.index + first * a_.budget, 1, 0, rows * a_.budget * 4};
     combine(rows);
     for (int64_t r = 0; r < rows; ++r) emit(r, a_.index + (first + r) * a_.budget);
   }
 
  private:
+  void read_coefficients(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    const int64_t* strides = a_.coefficients_strides;
+    const T* data = static_cast<const T*>(a_.coefficients) + b * strides[0] + h * strides[1];
+    for (int64_t r = 0; r < rows; ++r)
+      stage_row(data + (q + r) * strides[2], strides[3], a_.rank,
+                m_.coefficients + r * padded_rank_, padded_rank_);
+  }
+
+  // Softmax of queries times keys, plus bias.
+  void make_coefficients(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    const int64_t dim = a_.head_dim, head = b * a_.num_heads + h;
+    const A none = -static_cast<A>(__builtin_inff());
+    if (head != head_) {
+      head_ = head;
+      const Rows<T> keys(a_.keys, b, h);
+      for (int64_t d = 0; d < dim; ++d)
+        for (int64_t c = 0; c < padded_rank_; ++c)
+          m_.made_of[d * padded_rank_ + c] =
+              c < a_.rank ? static_cast<A>(load(keys.row(c)[d * keys.dim])) : A(0);
+      const T* bias = static_cast<const T*>(a_.bias) + b * a_.rank * a_.num_heads + h;
+      for (int64_t c = 0; c < padded_rank_; ++c)
+        m_.bias[c] = c >= a_.rank ? none : a_.bias ? A(load(bias[c * a_.num_heads])) : A(0);
+    }
+    const Rows<T> queries(a_.queries, b, h);
+    for (int64_t r = 0; r < rows; ++r)
+      stage_row(queries.row(q + r), queries.dim, dim, m_.queries + r * dim, dim);
+    const Panels panels(padded_rank_ / kL);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t c = panels.start(p) * kL;
+      multiply(m_.queries, dim, rows, m_.made_of + c, padded_rank_, dim, panels.width(p),
+               m_.coefficients + c, padded_rank_);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < padded_rank_; c += kL) {
+        A* x = m_.coefficients + r * padded_rank_ + c;
+        vec_store(x, vec_load(x) + vec_load(m_.bias + c));
+      }
+    for_groups(rows, [&](auto group, int64_t r) {
+      exponentials<group.value>(m_.coefficients + r * padded_rank_, padded_rank_, padded_rank_ / kL,
+                                padded_rank_, rows, kExpUnit<A>, m_.state, r, m_.coefficients);
+    });
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < padded_rank_; c += kL) {
+        const A factor = A(1) / m_.state.sum[r];
+        A* x = m_.coefficients + r * padded_rank_ + c;
+        vec_store(x, vec_load(x) * factor);
+      }
+  }
+
   // The basis at the candidates of image b, in tiles of columns.
   void pack(int64_t b) {
     image_ = b;
@@ -300,36 +361,35 @@ class Chooser {
     for (int64_t c = count; c < width; ++c) to[c] = 0;
   }
 
-  // The coefficients of each row that count, ascending.
-  void rank_coefficients(int64_t rows) {
-    if (a_.used >= a_.rank) {
-      for (int64_t c = 0; c < a_.rank; ++c) m_.used[c] = static_cast<int32_t>(c);
-      return;
+  // The coefficients that count, ascending, of at most kL rows from `first` on.
+  void rank_coefficients(int64_t first, int64_t rows) {
+    const int64_t count = num_used();
+    A least[kL];
+    Bits<A> odd = {};  // rows with a NaN
+    const bool all = count == a_.rank, by_lanes = !all && count <= kMostLanes;
+    if (by_lanes) odd = least_counted(m_.coefficients, least);
+    for (int64_t l = 0; l < rows; ++l) {
+      const A* x = m_.coefficients + l * padded_rank_;
+      int32_t* used = m_.used + (first + l) * count;
+      if (all)
+        for (int64_t c = 0; c < count; ++c) used[c] = static_cast<int32_t>(c);
+      else if (by_lanes && !odd[l])
+        take_reaching(x, least[l], used);
+      else
+        choose_any(x, a_.rank, count, m_.positions, m_.keys, used);
+      for (int64_t u = 0; u < count; ++u) m_.weights[(first + l) * count + u] = x[used[u]];
     }
-    for (int64_t r = 0; r < rows; r += kL) {
-      const int64_t lanes = rows - r < kL ? rows - r : kL;
-      const A* block = m_.coefficients + r * padded_rank_;
-      A least[kL];
-      Bits<A> odd = {};  // rows with a NaN
-      const bool by_lanes = a_.used <= kMostLanes;
-      if (by_lanes) odd = least_counted(block, least);
-      for (int64_t l = 0; l < lanes; ++l) {
-        const A* x = block + l * padded_rank_;
-        int32_t* used = used_of(r + l);
-        if (!by_lanes || odd[l]) {
-          choose_any(x, a_.rank, a_.used, m_.positions, m_.keys, used);
-          continue;
-        }
-        int64_t written = 0;
-        for (int64_t c = 0; c < padded_rank_; c += kL)
-          written += append_lanes<A>(vec_load(x + c) >= least[l], static_cast<int32_t>(c),
-                                     m_.chosen + written);
-        if (written == a_.used)
-          std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
-        else
-          take_first(x, a_.used, least[l], a_.used - count_above(x, a_.rank, least[l]), used);
-      }
-    }
+  }
+
+  void take_reaching(const A* x, A least, int32_t* used) {
+    int64_t written = 0;
+    for (int64_t c = 0; c < padded_rank_; c += kL)
+      written +=
+          append_lanes<A>(vec_load(x + c) >= least, static_cast<int32_t>(c), m_.chosen + written);
+    if (written == num_used())
+      std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
+    else
+      take_first(x, num_used(), least, num_used() - count_above(x, a_.rank, least), used);
   }
 
   // Of kL rows the least coefficient that counts: the largest so far sink through `top`. Returns
@@ -361,22 +421,16 @@ class Chooser {
   }
 
   int64_t num_used() const { return a_.used < a_.rank ? a_.used : a_.rank; }
-  int32_t* used_of(int64_t r) const {
-    return a_.used >= a_.rank ? m_.used : m_.used + r * (a_.used + kL);
-  }
 
   // sums [rows, candidates], NaN behind them.
   void combine(int64_t rows) {
     const int64_t count = num_used();
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t u = 0; u < count; ++u)
-        m_.weights[r * count + u] = m_.coefficients[r * padded_rank_ + used_of(r)[u]];
     const A* tile = m_.basis;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
       with_count<kWideVecs>(static_cast<int>(width / kL), [&](auto n) {
         for (int64_t r = 0; r < rows; ++r) {
-          const int32_t* used = used_of(r);
+          const int32_t* used = m_.used + r * count;
           const A* weights = m_.weights + r * count;
           Vec<A> sum[n.value] = {};
           for (int64_t u = 0; u < count; ++u) {
@@ -385,6 +439,7 @@ class Chooser {
 #pragma GCC unroll 8
             for (int j = 0; j < n.value; ++j) sum[j] += c * vec_load(row + j * kL);
           }
+          ahead_.step();
           A* to = m_.sums + r * padded_ + first;
 #pragma GCC unroll 8
           for (int j = 0; j < n.value; ++j) vec_store(to + j * kL, sum[j]);
@@ -440,8 +495,9 @@ class Chooser {
   const int64_t padded_rank_;
   const ChoiceScratch<A> m_;
   Guess<A> guess_;
-  A largest_ = 0;  // of the basis
-  int64_t image_ = -1, count_ = 0, padded_ = 0, tile_ = 0;
+  A largest_ = 0;                  // of the basis
+  Lines ahead_{nullptr, 0, 0, 0};  // of the result
+  int64_t head_ = -1, image_ = -1, count_ = 0, padded_ = 0, tile_ = 0;
 };
 
 // Blocks of kChoiceRows rows [begin, end) of all heads of all images.

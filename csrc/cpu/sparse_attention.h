@@ -62,11 +62,9 @@ class SparseForward {
   static constexpr int kL = kLanes<A>;
 
  public:
-  // `next` is the head that this thread does after this one.
-  SparseForward(const SparseArgs& args, const Head& head, const Head& next)
+  SparseForward(const SparseArgs& args, const Head& head)
       : a_(args.attention),
         head_(head),
-        fetch_(a_, sizeof(T), next.b, next.h),
         dim_(a_.head_dim),
         width_(round_up(dim_, kL)),
         m_(in_scratch<SparseScratch<A>>(a_, args.num_named, width_)),
@@ -192,15 +190,11 @@ class SparseForward {
 template <typename T>
 bool sparse_attention(const SparseArgs& args, int64_t begin, int64_t end) {
   const AttentionArgs& a = args.attention;
-  const auto head_of = [&a](int64_t item) {
-    const int64_t head = item / a.num_spans;
-    return Head(a, head / a.num_heads, head % a.num_heads);
-  };
   for (int64_t item = begin; item < end; ++item) {
-    const Head head = head_of(item), next = head_of(item + 1 < end ? item + 1 : item);
-    const int64_t span = item % a.num_spans;
-    if (!(a.need_stats ? SparseForward<T, true>(args, head, next).run(span)
-                       : SparseForward<T, false>(args, head, next).run(span)))
+    const int64_t at = item / a.num_spans, span = item % a.num_spans;
+    const Head head(a, at / a.num_heads, at % a.num_heads);
+    if (!(a.need_stats ? SparseForward<T, true>(args, head).run(span)
+                       : SparseForward<T, false>(args, head).run(span)))
       return false;
   }
   return true;

@@ -101,12 +101,10 @@ class SparseBackward {
   static constexpr int kL = kLanes<A>;
 
  public:
-  // `next` is the head that this thread does after this one.
-  SparseBackward(const SparseGradArgs& args, const Head& head, const Head& next)
+  SparseBackward(const SparseGradArgs& args, const Head& head)
       : g_(args),
         a_(args.forward.attention),
         head_(head),
-        fetch_(a_, sizeof(T), next.b, next.h),
         dim_(a_.head_dim),
         width_(round_up(dim_, kL)),
         m_(in_scratch<SparseGradScratch<A>>(a_, args.forward.num_named, width_,
@@ -264,11 +262,9 @@ template <typename T>
 bool sparse_attention_backward(const SparseGradArgs& g, int64_t begin, int64_t end) {
   const int64_t heads = g.forward.attention.num_heads;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t after = item + 1 < end ? item + 1 : item;
     const Head head(g.forward.attention, item / heads, item % heads);
-    const Head next(g.forward.attention, after / heads, after % heads);
-    if (!(g.grad_stats ? SparseBackward<T, true>(g, head, next).run()
-                       : SparseBackward<T, false>(g, head, next).run()))
+    if (!(g.grad_stats ? SparseBackward<T, true>(g, head).run()
+                       : SparseBackward<T, false>(g, head).run()))
       return false;
   }
   return true;

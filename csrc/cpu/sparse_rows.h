@@ -64,55 +64,14 @@ inline bool check_list(const int32_t* index, int64_t named, int64_t num_tokens, 
   return fine;
 }
 
-// ---- memory ahead ------------------------------------------------------------------------------
-
-// Cache lines of rows of memory, fetched one by one.
-struct Lines {
-  const char* base;
-  int64_t rows, stride, bytes;  // strides and sizes in bytes
-  int64_t at = 0;
-  Lines(const void* data, int64_t num_rows, int64_t row_stride, int64_t row_bytes)
-      : base(static_cast<const char*>(data)),
-        rows(num_rows),
-        stride(row_stride),
-        bytes(row_bytes) {}
-  void step() {
-    if (rows <= 0) return;
-    __builtin_prefetch(base + at, 0, 2);
-    at += 64;
-    if (at < bytes) return;
-    at = 0;
-    base += stride;
-    --rows;
-  }
-};
-
-// What this thread needs next: the index of the next block, and operands of the next head. Fetched
-// between computations, two lines at a time: more at once would wait for each other, and the
-// processor's own prefetching does not cross the pages that neighbouring tokens lie in.
-class Fetch {
- public:
-  Fetch(const AttentionArgs& a, int64_t item_bytes, int64_t b, int64_t h)
-      : index(nullptr, 0, 0, 0),
-        out(nullptr, 0, 0, 0),
-        operands_{lines(a, a.k, item_bytes, b, h), lines(a, a.v, item_bytes, b, h),
-                  lines(a, a.q, item_bytes, b, h)} {}
+// What is needed next, fetched between computations: the index of the next block, and where the
+// results of this one go.
+struct Fetch {
+  Lines index{nullptr, 0, 0, 0}, out{nullptr, 0, 0, 0};
   void step() {
     index.step();
     out.step();
-    operands_[turn_].step();
-    turn_ = turn_ == 2 ? 0 : turn_ + 1;
   }
-  Lines index, out;
-
- private:
-  static Lines lines(const AttentionArgs& a, const HeadRows& x, int64_t item, int64_t b,
-                     int64_t h) {
-    return {static_cast<const char*>(x.data) + (b * x.batch + h * x.head) * item,
-            x.dim == 1 ? a.num_tokens : 0, x.token * item, a.head_dim * item};
-  }
-  Lines operands_[3];
-  int turn_ = 0;
 };
 
 // ---- products with named rows ------------------------------------------------------------------

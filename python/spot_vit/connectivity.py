@@ -27,11 +27,6 @@ from spot_vit.sparsifiner_config import SparsifinerConfig
 STD = 0.02  # of all weights at first, published
 
 
-def folds(head_dim: int, channels: int, rank: int) -> bool:
-    """Whether it costs less to bring R keys back to d channels than all queries to c."""
-    return head_dim * rank <= channels * (head_dim + rank)
-
-
 class ConnectivityPredictor(nn.Module):
     """Predicts connectivity from the queries and keys of one attention module.
 
@@ -108,8 +103,8 @@ class ConnectivityPredictor(nn.Module):
     ) -> Tensor:
         """Coefficients of the basis, differentiable in q, k and the parameters.
 
-        The products are associated so that keys are added up before they are projected, and for
-        few R so that queries need no projection.
+        The products are associated so that keys are added up before they are projected, and queries
+        need no projection.
 
         Args:
             q: [B, M, H, D] patch queries, all of them or some.
@@ -122,6 +117,16 @@ class ConnectivityPredictor(nn.Module):
         Returns:
             [B, H, M, R], rows sum to 1.
         """
+        keys, bias = self._keys(k, columns, keep, num_patches)
+        logits = q.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
+        if bias is not None:
+            logits = logits + bias.transpose(1, 2)[:, :, None]
+        return logits.softmax(dim=-1)
+
+    def _keys(
+        self, k: Tensor, columns: Tensor | None, keep: Tensor | None, num_patches: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What queries meet, scaled: R keys [B, R, H, D], and what is added to that [B, R, H]."""
         down, _ = self.weights(self._patches(k, columns, num_patches))
         if columns is not None:
             down = F.pad(down, (0, 0, 0, 1))[columns]  # [B, N, R]
@@ -131,18 +136,15 @@ class ConnectivityPredictor(nn.Module):
             down = down * seen[..., None]
         # [B, R, H * D]; not matmul, which would copy keys that are a view of qkv.
         keys = down.mT.expand(k.shape[0], -1, -1).bmm(k.flatten(2))
-        keys = keys.unflatten(2, k.shape[2:]).transpose(1, 2)  # [B, H, R, D]
-        q = q.transpose(1, 2)
+        keys = keys.unflatten(2, k.shape[2:])
         if self.proj_c_q is None or self.proj_c_k is None:
-            return (q @ (keys * self.scale).mT).softmax(dim=-1)
+            return keys * self.scale, None
         weight, bias = self.proj_c_k.weight * self.scale, self.proj_c_k.bias * self.scale
-        # [B, H, R, c]: a bias of every key, added up as the keys are.
-        keys = F.linear(keys, weight) + down.sum(dim=-2)[..., None, :, None] * bias
+        # [B, R, H, c]: a bias of every key, added up as the keys are.
+        keys = F.linear(keys, weight) + down.sum(dim=-2)[..., None, None] * bias
         weight, bias = self.proj_c_q.weight, self.proj_c_q.bias
-        if not folds(weight.shape[1], weight.shape[0], keys.shape[2]):
-            return (F.linear(q, weight, bias) @ keys.mT).softmax(dim=-1)
-        keys = keys @ torch.cat([weight, bias[:, None]], dim=1)  # [B, H, R, D + 1]
-        return (q @ keys[..., :-1].mT + keys[..., None, :, -1]).softmax(dim=-1)
+        keys = keys @ torch.cat([weight, bias[:, None]], dim=1)  # [B, R, H, D + 1]
+        return keys[..., :-1], keys[..., -1]
 
     def basis(self, num_patches: int | None = None) -> Tensor:
         """[R, n] |W_up|^T, entries up to the threshold zero; no gradient."""
@@ -180,21 +182,26 @@ class ConnectivityPredictor(nn.Module):
         config = self.config
         with torch.no_grad():
             num_patches = self._patches(k, columns, num_patches)
-            coefficients = self.coefficients(q, k, columns, keep, num_patches)
-            if config.coef_threshold is not None:
-                low = coefficients <= config.coef_threshold
-                coefficients = coefficients.masked_fill(low, 0)
             basis = self.basis(num_patches)
             if columns is not None:
                 basis = F.pad(basis, (0, 1))  # the column of tokens that are not of the grid
+            budget = self.budget(k.shape[1], num_patches)
+            threshold = config.mask_threshold if config.mask == "threshold" else None
+            if config.coef_threshold is None:
+                return spot_ext.predict_connectivity(
+                    q,
+                    *self._keys(k, columns, keep, num_patches),
+                    basis,
+                    budget,
+                    columns,
+                    keep,
+                    coef_topk=config.coef_topk,
+                    threshold=threshold,
+                )
+            coefficients = self.coefficients(q, k, columns, keep, num_patches)
+            coefficients = coefficients.masked_fill(coefficients <= config.coef_threshold, 0)
             return spot_ext.connectivity(
-                coefficients,
-                basis,
-                self.budget(k.shape[1], num_patches),
-                columns,
-                keep,
-                coef_topk=config.coef_topk,
-                threshold=config.mask_threshold if config.mask == "threshold" else None,
+                coefficients, basis, budget, columns, keep, threshold=threshold
             )
 
     def backend(self, q: Tensor, num_named: int) -> str:

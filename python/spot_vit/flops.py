@@ -141,6 +141,7 @@ class _Watch:
             "spot.attention_stats": self._attention_stats,
             "spot.sparse_attention": self._sparse_attention,
             "spot.connectivity": self._connectivity,
+            "spot.predict_connectivity": self._predict_connectivity,
         }
         split = {op: own[str(op)](f) for op, f in flop_registry.items() if str(op) in own}
         self.counter = FlopCounterMode(display=False, custom_mapping=split)
@@ -170,6 +171,16 @@ class _Watch:
 
         def count(*args: Any, **kwargs: Any) -> int:
             return 2 * round(formula(*args, **kwargs) * self.running / 2)
+
+        return _of_tensors(count)
+
+    def _predict_connectivity(self, formula: Any) -> Any:
+        """The same behind the product of queries and keys."""
+
+        def count(q: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> int:
+            product = 2 * q.numel() * keys.shape[1]
+            combination = formula(q, keys, *args, **kwargs) - product
+            return product + 2 * round(combination * self.running / 2)
 
         return _of_tensors(count)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from spot_vit.connectivity import STD, folds
+from spot_vit.connectivity import STD
 from spot_vit.flops import count_flops
 from spot_vit.sparsifiner_config import SparsifinerConfig
 
@@ -54,10 +54,8 @@ def mhsa_constant(
 
         2 n D                       class row
         + n R D                     keys to R
-        + R D c                     their channels
-        + R D c + R H c             and back, with a bias (R up to d c / (d - c)), or
-          (n - 1) D c               the queries' channels
-        + (n - 1) H R (d or c)      coefficients
+        + 2 R D c + R H c           their channels and back, with a bias
+        + (n - 1) R D               coefficients
         + H (n - 1) s p n           combination of basis rows
 
     p is what initialisation gives. The published code reduces the channels of all n keys before it
@@ -69,11 +67,7 @@ def mhsa_constant(
     used = rank if config.coef_topk is None else min(config.coef_topk, rank)
     share = math.erfc(config.basis_threshold / (STD * math.sqrt(2)))
     patches = num_tokens - 1
-    block = 2 * num_tokens * dim + num_tokens * rank * dim
-    if config.reduce_c == 1:
-        block += patches * rank * dim
-    elif folds(head_dim, channels, rank):
-        block += 2 * rank * dim * channels + rank * num_heads * channels + patches * rank * dim
-    else:
-        block += (rank + patches) * dim * channels + patches * rank * num_heads * channels
+    block = 2 * num_tokens * dim + num_tokens * rank * dim + patches * rank * dim
+    if config.reduce_c > 1:
+        block += 2 * rank * dim * channels + rank * num_heads * channels
     return depth * (block + round(num_heads * patches * used * share * num_tokens))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +12,13 @@ import torch
 from helpers import (
     FLOATING,
     LAYOUTS,
+    MEASURE_MEMORY,
     assert_accurate,
     assert_close,
     assert_gradient,
     assert_same_bits,
     cotangents,
+    crash_free,
     generator,
     gradients,
     lay_out,
@@ -1183,23 +1182,11 @@ def test_there_are_no_second_derivatives(output: int, name: str, device: torch.d
 
 
 _MEMORY = """
-import ctypes, json, sys
+import json, sys
 import torch
 import spot_ext
 
 torch.set_num_threads(2)
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, which hold more than was asked for
-ballast = []
-
-def resident(field):
-    with open("/proc/self/status") as file:
-        return next(int(x.split()[1]) * 1024 for x in file if x.startswith(field))
-
-def rise(function):
-    ballast.append(b"x" * max(resident("VmHWM:") - resident("VmRSS:"), 0))
-    before = resident("VmHWM:")
-    result = function()
-    return resident("VmHWM:") - before, result
 
 def scratch(call, count, masked):
     q, k, v = (torch.randn(2, count, 6, 64).requires_grad_() for _ in range(3))
@@ -1225,17 +1212,10 @@ print(json.dumps(found))
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_map_is_ever_in_memory(masked: bool) -> None:
     """Peak resident size beyond results, of 12 maps of 1025 x 1025: at most 0.05 of their bytes."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed leaves the resident size
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(masked)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     maps = 2 * 6 * 1025 * 1025 * 4
-    kernel, reference = json.loads(done.stdout)  # forward, backward
+    kernel, reference = json.loads(
+        crash_free(MEASURE_MEMORY + _MEMORY, str(masked))
+    )  # forward, backward
     assert min(reference) > maps, "the measurement does not see maps where there are some"
     assert max(kernel) <= 0.05 * maps, f"forward, backward: {kernel} bytes"
 

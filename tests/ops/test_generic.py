@@ -75,7 +75,7 @@ def test_every_op_has_all_its_parts(op: Op) -> None:
     assert _has(op, "Meta"), "no fake"
     assert op.call in flop_registry, "no FLOP formula"
     assert _has(op, "CPU"), "no CPU kernel"
-    integer_only = op.name == "select_tokens"
+    integer_only = op.name in ("select_tokens", "connectivity")
     assert integer_only or _has(op, "Autograd"), "no autograd formula"
     assert op.grads or op.once_only or integer_only
 
@@ -104,7 +104,7 @@ def test_values(op: Op, sample: Sample, dtype: torch.dtype, device: torch.device
         assert mine.is_contiguous(), f"output {number} has strides {mine.stride()}"
         if op.exact:
             assert_same_bits(mine, theirs, f"output {number}")
-        elif op.name == "attention_stats" and number == 1 and mine.numel():
+        elif op.name in ("attention_stats", "sparse_attention") and number == 1 and mine.numel():
             for column in range(6):  # each statistic has its own scale
                 # Squares are summed around 1/n: that of a far-off mean bounds the error.
                 mean = truth[..., column - 1].abs().max().item() if column in (3, 5) else 0.0
@@ -156,7 +156,8 @@ def test_incoming_gradients_of_any_strides(
 def test_a_gradient_for_any_subset_of_the_arguments(op: Op, device: torch.device) -> None:
     sample = next(s for s in op.samples if s.traced and s.args("cpu", torch.float64)[0].numel())
     names = {"compact_tokens": "shuffled", "scatter_tokens": "shuffled",
-             "attention_stats": "masked with bias"}  # fmt: skip
+             "attention_stats": "masked with bias",
+             "sparse_attention": "masked with statistics"}  # fmt: skip
     if op.name in names:
         sample = op.sample(names[op.name])
     args = sample.args(device, torch.float64)
@@ -726,13 +727,14 @@ def test_vmap_equals_a_loop(op: Op, device: torch.device) -> None:
 
 def _cast_by_hand(op: Op, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """What autocast should do to float32 arguments: row ops keep them, arithmetic is cast."""
-    if op.exact or op.name.endswith("_backward"):
-        return args
     places = {
         "fuse_tokens": (0, 1),
         "attention_stats": (0, 1, 2),
         "token_relevance": (0, 1, *range(3, 13)),
-    }[op.name]
+        "connectivity": (0, 1),
+        "sparse_attention": (0, 1, 2),
+    }.get(op.name, ())
+    assert places or op.exact or op.name.endswith("_backward")
     return tuple(
         a.to(dtype) if i in places and isinstance(a, Tensor) else a for i, a in enumerate(args)
     )
