@@ -64,7 +64,7 @@ class Setting:
     canvas: Canvas = dataclasses.field(default_factory=Canvas)
     keep_rate: float = 0.25
     connectivity: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"reduce_n": 16, "basis_threshold": 1e-3}
+        default_factory=lambda: {"reduce_n": 16, "basis_threshold": 1e-4}
     )
     share: float = 0.5
     at: Sequence[int] = (1, 2, 3)
