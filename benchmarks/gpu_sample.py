@@ -8,6 +8,7 @@ not do is touch foreign memory.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -253,7 +254,189 @@ def relevance() -> Iterator[tuple[str, bool]]:
                 yield f"result {number} {what}", fitting(x, y, 8 * tolerance, 0.1)
 
 
-SAMPLES = {"attention_stats": attention_stats, "compact": compact, "relevance": relevance}
+# tokens, head dim, prefix, keys named, mask, statistics, strided views, order of the names
+SPARSE = [
+    (1, 32, 1, 1, False, True, False, "ascending"),  # no patch at all
+    (2, 8, 1, 1, True, True, True, "ascending"),
+    (17, 64, 0, 4, False, True, True, "shuffled"),
+    (17, 200, 2, 17, True, True, False, "ascending"),
+    (64, 20, 0, 9, True, False, False, "shuffled"),  # rows that are no multiple of 16 bytes
+    (64, 80, 2, 0, True, True, True, "ascending"),  # nothing named
+    (40, 16, 0, 0, True, True, False, "ascending"),  # no prefix either
+    (70, 96, 1, 33, True, True, False, "shuffled"),
+    (100, 64, 1, 12, True, True, True, "padded"),
+    (197, 64, 1, 50, False, True, True, "ascending"),
+    (197, 32, 1, 50, True, False, True, "padded"),
+    (130, 128, 2, 64, True, True, False, "shuffled"),
+    (300, 64, 5, 40, True, True, True, "ascending"),
+]
+
+
+def named(
+    batch: int, heads: int, tokens: int, prefix: int, count: int, order: str, draw: torch.Generator
+) -> Tensor:
+    """An index of `count` distinct keys a patch query; "padded" ends rows early with -1."""
+    scores = torch.rand(batch, heads, tokens - prefix, tokens, generator=draw)
+    index = scores.argsort(-1)[..., :count].to(torch.int32)
+    if order == "shuffled":
+        return index
+    index = index.sort(-1).values
+    if order == "padded":
+        length = torch.randint(0, count + 1, (batch, heads, tokens - prefix, 1), generator=draw)
+        index = torch.where(torch.arange(count) < length, index, -1)
+    return index
+
+
+def sparse_attention() -> Iterator[tuple[str, bool]]:
+    """The op and its backward op, against the definition in float64."""
+    draw = torch.Generator().manual_seed(0)
+    for tokens, dim, prefix, count, masked, need_stats, strided, order in SPARSE:
+        for dtype, tolerance in DTYPES.items():
+            batch, heads = 2, 2
+            wide = torch.promote_types(dtype, torch.float32)
+            what = f"[{batch},{tokens},{heads},{dim}] prefix {prefix} {count} {order} {dtype}"
+            what += f", mask {masked}, stats {need_stats}, strided {strided}"
+            qkv = torch.randn(3, batch, tokens, heads, dim, generator=draw).to(dtype)
+            pull = torch.randn(batch, tokens, heads, dim, generator=draw).to(dtype)
+            index = named(batch, heads, tokens, prefix, count, order, draw)
+            keep = pull_stats = None
+            if masked:
+                keep = (torch.rand(batch, tokens - prefix, generator=draw) < 0.7).to(wide)
+            if need_stats:
+                pull_stats = tokens * torch.randn(batch, tokens, heads, 6, generator=draw).to(wide)
+
+            leaves = [x.double() for x in qkv]
+            leaves += [keep.double()] if keep is not None else []
+            for leaf in leaves:
+                leaf.requires_grad_()
+            out, stats = spot_ext.sparse_attention_reference(
+                *leaves[:3], index, leaves[3] if masked else None, num_prefix=prefix,
+                need_stats=need_stats,
+            )  # fmt: skip
+            results = [out, stats] if pull_stats is not None else [out]
+            pulls = [pull.double()] + ([pull_stats.double()] if pull_stats is not None else [])
+            grads = list(
+                torch.autograd.grad(
+                    results, leaves, pulls, allow_unused=True, materialize_grads=True
+                )
+            )
+            want = [out.detach(), stats.detach(), *grads]
+            want += [] if masked else [torch.empty(0)]
+
+            if strided:  # what `qkv.reshape(B, N, 3, H, D).unbind(2)` gives
+                q, k, v = qkv.permute(1, 2, 0, 3, 4).contiguous().cuda().unbind(2)
+            else:
+                q, k, v = qkv.cuda()
+            gindex = index.cuda()
+            gkeep, gpull, gpull_stats = (
+                x.cuda() if x is not None else None for x in (keep, pull, pull_stats)
+            )
+            options = (None, prefix, prefix > 0)
+            runs = []
+            for _ in range(2):
+                got = torch.ops.spot.sparse_attention(q, k, v, gindex, gkeep, *options, need_stats)
+                back = torch.ops.spot.sparse_attention_backward(
+                    gpull, gpull_stats, q, k, v, gindex, gkeep, *got, *options, masked
+                )
+                runs.append([*got[:2], *back])
+            yield (
+                f"sparse_attention twice {what}",
+                all(torch.equal(x, y) for x, y in zip(*runs, strict=True)),
+            )
+            out, stats, *grads = runs[0]
+            yield f"out {what}", fitting(out, want[0], tolerance)
+            for i in range(6 if need_stats else 0):
+                yield (
+                    f"statistic {i} {what}",
+                    fitting(stats[..., i], want[1][..., i], min(4 * tolerance, 1e-4)),
+                )
+            for name, x, y in zip(("dq", "dk", "dv", "dkeep"), grads, want[2:], strict=True):
+                yield f"{name} {what}", fitting(x, y, 3 * tolerance, 0.1)
+    # One bad row each: its query is NaN, others are not. float32 gathers, float16 has tensor cores.
+    good = named(1, 1, 41, 1, 6, "shuffled", draw)
+    for dtype, (name, entries) in itertools.product(
+        (torch.float32, torch.float16),
+        {
+            "out of range": (0, 41, 2, 3, 4, 5),
+            "far out of range": (0, 2**31 - 1, -(2**31), 3, 4, 5),
+            "repeated": (0, 1, 2, 3, 1, 5),
+            "behind a -1": (0, 1, 2, -1, 4, 5),
+        }.items(),
+    ):
+        index = good.clone()
+        index[0, 0, 7] = torch.tensor(entries, dtype=torch.int32)
+        leaves = [
+            x.cuda().requires_grad_()
+            for x in torch.randn(3, 1, 41, 1, 64, generator=draw).to(dtype)
+        ]
+        out, _ = spot_ext.sparse_attention(*leaves, index.cuda(), need_stats=True)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        rest = torch.arange(41) != 8
+        yield (
+            f"sparse_attention with a name {name} {dtype}",
+            bool(out[0, 8].isnan().all() and out.cpu()[0, rest].isfinite().all())
+            and bool(grads[0][0, 8].isnan().all() and grads[0].cpu()[0, rest].isfinite().all()),
+        )
+
+
+# columns, patch queries, rank, budget, coefficients kept, masked, gathered columns, threshold
+CONNECTIVITY = [
+    (1, 1, 1, 1, None, False, False, None),
+    (2, 2, 0, 1, None, False, False, None),  # no basis: all tie
+    (17, 17, 5, 17, 3, True, False, None),
+    (33, 31, 40, 4, 8, True, True, None),
+    (197, 196, 32, 50, 8, False, False, None),
+    (197, 196, 32, 50, 8, True, True, None),
+    (197, 196, 32, 100, None, False, False, 0.01),
+    (256, 9, 7, 255, 2, True, True, 0.0),
+    (300, 20, 64, 30, 8, True, False, None),
+    (700, 12, 33, 70, 8, True, True, None),  # more columns than a warp holds
+    (30000, 2, 3, 999, 2, False, False, None),
+    (70000, 1, 2, 50, None, True, True, None),  # more than shared memory holds
+]
+
+
+def connectivity() -> Iterator[tuple[str, bool]]:
+    """Against the definition, on values whose sums are exact in every dtype, so that ties tie."""
+    draw = torch.Generator().manual_seed(0)
+    for columns, queries, rank, budget, used, masked, gathered, threshold in CONNECTIVITY:
+        for dtype in DTYPES:
+            batch, heads = 2, 3
+            what = f"[{batch},{heads},{queries},{rank}] x {columns}, {budget} of {used} {dtype}"
+            what += f", mask {masked}, columns {gathered}, threshold {threshold}"
+            full = columns + 5 if gathered else columns
+            coef = torch.randint(-8, 9, (batch, heads, queries, rank), generator=draw).to(dtype) / 8
+            basis = torch.randint(0, 9, (rank, full), generator=draw).to(dtype) / 8
+            coef.masked_fill_(torch.rand(coef.shape, generator=draw) < 0.01, float("nan"))
+            keep = which = None
+            if masked:
+                keep = (torch.rand(batch, queries, generator=draw) < 0.5).to(dtype)
+            if gathered:
+                which = torch.stack([torch.randperm(full, generator=draw) for _ in range(batch)])
+                which = which[:, :columns].sort(-1).values
+            options = {"coef_topk": used, "threshold": threshold}
+            want = spot_ext.connectivity_reference(coef, basis, budget, which, keep, **options)
+            flipped = coef.transpose(1, 3).contiguous().transpose(1, 3)
+            gpu = [x if x is None else x.cuda() for x in (basis, which, keep, coef, flipped)]
+            for given in gpu[3:]:
+                got = spot_ext.connectivity(given, gpu[0], budget, gpu[1], gpu[2], **options)
+                yield f"connectivity {what}", torch.equal(got.cpu(), want)
+    coef, basis = torch.rand(1, 1, 4, 3, generator=draw), torch.rand(3, 9, generator=draw)
+    which = torch.tensor([[0, 1, 2, 9, -1, 1 << 40]])
+    got = spot_ext.connectivity(coef.cuda(), basis.cuda(), 3, which.cuda())
+    yield (
+        "connectivity with columns out of range",
+        torch.equal(got.cpu(), torch.arange(3, dtype=torch.int32).expand(1, 1, 4, 3)),
+    )
+
+
+SAMPLES = {
+    "attention_stats": attention_stats,
+    "compact": compact,
+    "connectivity": connectivity,
+    "relevance": relevance,
+    "sparse_attention": sparse_attention,
+}
 
 
 def main(ops: list[str]) -> int:

@@ -94,4 +94,13 @@ inline ConnectivityShape check_predict_connectivity(
   return check_choice(op, s, "q", q, "the keys", basis, budget, columns, keep, coef_topk);
 }
 
+// Names the first of `columns`, dense and in host memory, that is out of range.
+inline void check_columns(const char* op, const Tensor& columns, int64_t num_basis) {
+  const int64_t* data = static_cast<const int64_t*>(columns.const_data_ptr());
+  for (int64_t i = 0; i < columns.size(0) * columns.size(1); ++i)
+    SPOT_CHECK(data[i] >= 0 && data[i] < num_basis, op, "columns must be in [0, ", num_basis,
+               ") (the columns of basis), got ", data[i], " at columns[", i / columns.size(1), ", ",
+               i % columns.size(1), "]");
+}
+
 }  // namespace spot

@@ -9,14 +9,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-void check_columns(const char* op, const Tensor& columns, int64_t num_basis) {
-  const int64_t* data = static_cast<const int64_t*>(columns.const_data_ptr());
-  for (int64_t i = 0; i < columns.size(0) * columns.size(1); ++i)
-    SPOT_CHECK(data[i] >= 0 && data[i] < num_basis, op, "columns must be in [0, ", num_basis,
-               ") (the columns of basis), got ", data[i], " at columns[", i / columns.size(1), ", ",
-               i % columns.size(1), "]");
-}
-
 // What both ops share; `args` says where coefficients come from.
 Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args,
               const Tensor& basis, const std::optional<Tensor>& columns,

@@ -101,7 +101,10 @@ class SparseForward {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = head_.at(first + r);
         store_scaled_row(m_.results + r * width_, dim_, factor(r), out_ + at * dim_);
-        static_cast<A*>(a_.lse)[at] = m_.state.max[r] * scale_ + natural_log(m_.state.sum[r]);
+        // A row that sees nothing: not the maximum times scale, which may be 0.
+        static_cast<A*>(a_.lse)[at] = m_.state.sum[r] == 0
+                                          ? m_.state.max[r]
+                                          : m_.state.max[r] * scale_ + natural_log(m_.state.sum[r]);
       }
       first += rows;
     }

@@ -1,6 +1,7 @@
 // What the kernels of attention_stats share: arguments, tiles in shared memory, logits, results.
 #pragma once
 
+#include "mask.cuh"
 #include "mma.cuh"
 
 namespace spot {
@@ -17,8 +18,6 @@ template <typename T>
 constexpr int plain_columns() {
   return sizeof(T) == 8 ? 32 : 64;
 }
-
-enum Role : uint8_t { kDropped = 0, kPatch = 1, kPrefix = 2 };
 
 struct AttentionArgs {
   View q, k, v;
@@ -106,10 +105,15 @@ __device__ inline int role_of(const AttentionArgs& a, Slice slice, int token) {
   return token < a.prefix ? kPrefix : kPatch;
 }
 
+// Kept patch tokens, or 1 where there are none.
+template <typename A>
+__device__ inline A patch_count(const AttentionArgs& a, Slice slice) {
+  const int count = a.counts != nullptr ? a.counts[slice.image] : a.tokens - a.prefix;
+  return A(count > 1 ? count : 1);
+}
 template <typename A>
 __device__ inline A inverse_count(const AttentionArgs& a, Slice slice) {
-  const int count = a.counts != nullptr ? a.counts[slice.image] : a.tokens - a.prefix;
-  return A(1) / A(count > 1 ? count : 1);
+  return A(1) / patch_count<A>(a, slice);
 }
 
 // Added to the logits of a column: hides it unless it is seen by all rows.

@@ -4,6 +4,7 @@
 //   per image and head holds all keys and values in shared memory, a warp complete rows of the map,
 //   16 at a time, in registers. Column sums stay in the block. Reads q, k, v once, writes each
 //   result once; no scratch.
+//   With kNamed rows see named keys only (sparse_attention).
 // - attention_loop_kernel (all types and lengths): one block per query tile loops over key tiles,
 //   with statistics twice: the first pass finds the maximum and sum of each row, the second has
 //   final values of the map, from which it takes the product with v, row statistics and, per query
@@ -23,10 +24,11 @@ namespace spot {
 
 template <typename T>
 struct ForwardArgs : AttentionArgs {
-  T* out;           // [B, N, H, D]
-  Acc<T>* stats;    // [B, N, H, 6]
-  Acc<T>* lse;      // [B, N, H]
-  Acc<T>* partial;  // [B, H, tiles, 2 N + 1], loop with statistics
+  T* out;                // [B, N, H, D]
+  Acc<T>* stats;         // [B, N, H, 6]
+  Acc<T>* lse;           // [B, N, H]
+  Acc<T>* partial;       // [B, H, tiles, 2 N + 1], loop with statistics
+  const uint32_t* seen;  // [B, H, N, words + 1], with kNamed: what each row sees (RowState)
 };
 
 constexpr int kLoopWarps = 4;
@@ -222,6 +224,31 @@ __device__ inline void write_lse(const ForwardArgs<T>& a, Slice slice, int row0,
   }
 }
 
+// ---- rows that see named keys only --------------------------------------------------------------
+
+// Bits of the keys that a row sees, then what is to become of the row as a whole.
+enum RowState : uint32_t { kSees = 0, kBlind = 1, kBad = 2 };
+
+template <int kKeys>
+constexpr int kSeenBits = (kKeys + 31) / 32;  // words
+
+// Dot products of the rows g and g + 8 -> logits; what a row does not see is -inf.
+template <int kKeys, typename T, int kTiles>
+__device__ inline void to_named_logits(float (&s)[kTiles][4], const ForwardArgs<T>& a,
+                                       const uint32_t* const (&seen)[2]) {
+  const float scale = static_cast<float>(a.scale) * kLogitUnit<T>;
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 4) {
+    const uint32_t words[2] = {seen[0][n / 4] >> 2 * this_lane().t,
+                               seen[1][n / 4] >> 2 * this_lane().t};
+#pragma unroll
+    for (int i = n; i < min(n + 4, kTiles); ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        s[i][e] = words[e / 2] >> (8 * (i - n) + e % 2) & 1u ? s[i][e] * scale : -infinity<float>();
+  }
+}
+
 // ---- all keys in one block ----------------------------------------------------------------------
 
 // Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], column sums [warps,
@@ -240,11 +267,12 @@ constexpr int kRowsThreads = kKeys > 144  ? 256
                              : kKeys > 80 ? 384
                                           : 512;
 
-template <typename T, int kKeys>
+// kNamed: rows see what a.seen says, which knows the mask too.
+template <typename T, int kKeys, bool kStats, bool kNamed>
 __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     attention_rows_kernel(const ForwardArgs<T> a) {
   static_assert(kTensorCores<T> && kKeys % 16 == 0);
-  constexpr int kTiles = kKeys / 8;
+  constexpr int kTiles = kKeys / 8, kWords = kSeenBits<kKeys>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Lane lane = this_lane();
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -270,7 +298,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     hide[j] = hiding<float>(role);
     weight[j] = role == kPatch ? 1.0f : 0.0f;
   }
-  for (int j = thread; j < warps * 3 * kKeys; j += threads) sums[j] = 0.0f;
+  for (int j = thread; kStats && j < warps * 3 * kKeys; j += threads) sums[j] = 0.0f;
   const float inverse = inverse_count<float>(a, slice);
   bool has_origin = false;
   copy_async_wait();
@@ -285,7 +313,19 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     __syncwarp();  // all lanes have read q: the next rows may come in
     if (row0 + 16 * warps < a.tokens)
       load_tile<16>(q_tile, a, a.q, slice, row0 + 16 * warps, 0, a.depth, lane.index, kWarp);
-    to_logits<T>(s, a, row0, 0, hide);
+    uint32_t states[2] = {kSees, kSees};
+    if constexpr (kNamed) {
+      const uint32_t* seen[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int64_t row = slice_index(a, slice) * a.tokens;
+        seen[r] = a.seen + (row + min(row0 + lane.g + 8 * r, a.tokens - 1)) * (kWords + 1);
+        states[r] = seen[r][kWords];
+      }
+      to_named_logits<kKeys>(s, a, seen);
+    } else {
+      to_logits<T>(s, a, row0, 0, hide);
+    }
 
     float top[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {0.0f, 0.0f};
     each_element<kTiles>([&](int n, int e, int, int) { top[e / 2] = max(top[e / 2], s[n][e]); });
@@ -299,31 +339,35 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = row_sum(sum[r]);
-      inverse_sum[r] = row0 + lane.g + 8 * r < a.tokens ? 1.0f / sum[r] : 0.0f;
+      if (states[r] == kBad) sum[r] = not_a_number<float>();
+      const bool sees = row0 + lane.g + 8 * r < a.tokens && states[r] != kBlind;
+      inverse_sum[r] = sees ? 1.0f / sum[r] : 0.0f;
     }
     write_lse(a, slice, row0, top, sum);
 
-    RowTerms<float> rows;
-    float prefix[2] = {0.0f, 0.0f};
-    add_prefix(prefix, s, a.prefix, 0);
+    if constexpr (kStats) {
+      RowTerms<float> rows;
+      float prefix[2] = {0.0f, 0.0f};
+      add_prefix(prefix, s, a.prefix, 0);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = row0 + lane.g + 8 * r;
-      rows.set(r, row < a.tokens && weight[row] != 0.0f, sum[r], row_sum(prefix[r]), inverse_sum[r],
-               inverse);
-    }
-    if (!has_origin) {
-      const int first = rows.first();
-      write_origin(own_origin, s, rows, first);
-      has_origin = first >= 0;
-    }
+      for (int r = 0; r < 2; ++r) {
+        const int row = row0 + lane.g + 8 * r;
+        rows.set(r, row < a.tokens && weight[row] != 0.0f, sum[r], row_sum(prefix[r]),
+                 inverse_sum[r], inverse);
+      }
+      if (!has_origin) {
+        const int first = rows.first();
+        write_origin(own_origin, s, rows, first);
+        has_origin = first >= 0;
+      }
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2)
-      own_sums[8 * n * 2 + statistic_slot()] +=
-          pair_statistics(s[n], s[n + 1], rows, weight + 8 * n, own_origin + 8 * n);
-    const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
-    write_row_statistics(a, slice, row0, rows, cls_in, inverse);
-    if (row0 == 0) write_cls_out<T>(a, slice, 0, s, inverse_sum[0], weight);
+      for (int n = 0; n < kTiles; n += 2)
+        own_sums[8 * n * 2 + statistic_slot()] +=
+            pair_statistics(s[n], s[n + 1], rows, weight + 8 * n, own_origin + 8 * n);
+      const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
+      write_row_statistics(a, slice, row0, rows, cls_in, inverse);
+      if (row0 == 0) write_cls_out<T>(a, slice, 0, s, inverse_sum[0], weight);
+    }
 
     uint32_t packed[kTiles][2];
     pack_tiles<T>(packed, s);
@@ -336,6 +380,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     }
   }
 
+  if constexpr (!kStats) return;
   float count = 0.0f;
   for (int row0 = 16 * warp; row0 < a.tokens; row0 += 16 * warps)
     count += lane.index < 16 && row0 + lane.index < kKeys ? weight[row0 + lane.index] : 0.0f;
@@ -351,6 +396,36 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     write_moments(stats_row(a, slice, j) + 4, weight[j] != 0.0f, column.mean, column.square,
                   inverse);
   }
+}
+
+// False where a block has no room for all keys.
+template <typename T, int kKeys, bool kStats, bool kNamed>
+bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
+  const int64_t blocks = a.batch * a.heads;
+  // Few blocks: more warps in each.
+  const int row_tiles = static_cast<int>(ceil_div(a.tokens, 16));
+  const int full = blocks < 2 * device_attribute(q, cudaDevAttrMultiProcessorCount) ? 8 : 4;
+  const int warps = std::min(full, row_tiles);
+  const size_t shared = rows_shared<T, kKeys>(a.depth, warps);
+  if (shared > max_shared(q)) return false;
+  launch(op, attention_rows_kernel<T, kKeys, kStats, kNamed>, blocks, warps * kWarp, shared, stream,
+         a);
+  return true;
+}
+
+// f(integral constant of the keys that a block of attention_rows_kernel holds), where there is one
+// for that many tokens: sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to
+// 261.
+constexpr int kMostRowsKeys = 272;
+
+template <typename F>
+bool dispatch_keys(int tokens, F&& f) {
+  if (tokens <= 80) return f(std::integral_constant<int, 80>{});
+  if (tokens <= 112) return f(std::integral_constant<int, 112>{});
+  if (tokens <= 144) return f(std::integral_constant<int, 144>{});
+  if (tokens <= 208) return f(std::integral_constant<int, 208>{});
+  if (tokens <= kMostRowsKeys) return f(std::integral_constant<int, kMostRowsKeys>{});
+  return false;
 }
 
 // ---- loop over keys -----------------------------------------------------------------------------
@@ -585,38 +660,6 @@ __global__ void __launch_bounds__(256)
       column.add({from[2 * tokens], from[token], from[tokens + token]});
     write_moments(stats_row(a, slice, token) + 4, role_of(a, slice, token) == kPatch, column.mean,
                   column.square, inverse_count<A>(a, slice));
-  }
-}
-
-// ---- masks --------------------------------------------------------------------------------------
-
-// One block per image: roles [B, N] and the number of kept patch tokens; first_bad[b] is the first
-// position whose value is neither 0 nor 1, or the number of positions.
-template <typename M>
-__global__ void __launch_bounds__(256)
-    roles_kernel(const M* keep, int64_t batch_stride, int64_t stride, int tokens, int prefix,
-                 uint8_t* roles, int32_t* counts, int32_t* first_bad) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  int* partial = reinterpret_cast<int*>(shared_memory);  // [32]
-  keep += blockIdx.x * batch_stride;
-  roles += blockIdx.x * static_cast<int64_t>(tokens);
-  int count = 0, bad = tokens - prefix;
-  for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
-    if (i < prefix) {
-      roles[i] = kPrefix;
-      continue;
-    }
-    const Acc<M> value = load(keep[(i - prefix) * stride]);
-    const bool kept = value > Acc<M>(0.5);
-    if (value != Acc<M>(0) && value != Acc<M>(1)) bad = min(bad, i - prefix);
-    roles[i] = kept ? kPatch : kDropped;
-    count += kept ? 1 : 0;
-  }
-  count = block_sum(count, partial);
-  bad = -block_max(-bad, partial);
-  if (threadIdx.x == 0) {
-    counts[blockIdx.x] = count;
-    first_bad[blockIdx.x] = bad;
   }
 }
 

@@ -10,9 +10,8 @@
 // - float32 takes a block per 64 columns of the results, float64 per 32, others per 128; each has
 //   its own q k^T. Shared memory grows with D: 98 KiB a block are enough up to D = 128.
 #include "../common/attention_stats.h"
-#include "attention_backward.cuh"
+#include "attention_entry.cuh"
 #include "attention_forward.cuh"
-#include "device.h"
 
 #include <algorithm>
 
@@ -20,83 +19,6 @@ namespace spot {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostTokens = 1 << 30;
-
-template <typename F>
-void dispatch(bool flag, F&& f) {
-  if (flag)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-int64_t grid_for(int64_t items, int64_t per_block) {
-  return std::min<int64_t>(ceil_div(items, per_block), INT32_MAX);
-}
-
-template <typename T>
-View view_of(const Tensor& t) {
-  const auto aligned = [&](int64_t d) { return t.size(d) == 1 || t.stride(d) % kVector<T> == 0; };
-  const bool wide = t.stride(3) == 1 && t.size(3) % kVector<T> == 0 && aligned(0) && aligned(1) &&
-                    aligned(2) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), wide};
-}
-
-// Roles of the tokens and numbers of kept ones; empty without a mask.
-struct Mask {
-  std::optional<Tensor> roles, counts;
-};
-
-Mask read_mask(const char* op, const std::optional<Tensor>& keep, const AttentionShape& s,
-               cudaStream_t stream) {
-  if (!keep || s.batch == 0) return {};
-  const Tensor roles = empty_on(*keep, {s.batch, s.num_tokens}, ScalarType::Byte);
-  const Tensor counts = empty_on(*keep, {2, s.batch}, ScalarType::Int);
-  int32_t* const numbers = mutable_data<int32_t>(counts);
-  dispatch(dtype_slot(op, "keep", *keep), [&](auto zero) {
-    using M = decltype(zero);
-    launch(op, roles_kernel<M>, s.batch, kThreads, kWarp * sizeof(int), stream, data<M>(*keep),
-           keep->stride(0), keep->stride(1), static_cast<int>(s.num_tokens),
-           static_cast<int>(s.num_prefix), mutable_data<uint8_t>(roles), numbers,
-           numbers + s.batch);
-  });
-  if (checks_wanted()) {
-    const Tensor host = copy_to_host(counts);
-    const int32_t* first_bad = data<int32_t>(host) + s.batch;
-    for (int64_t b = 0; b < s.batch; ++b)
-      SPOT_CHECK(first_bad[b] >= s.num_patches(), op, "keep must be exactly 0 or 1, but keep[", b,
-                 ", ", first_bad[b], "] is not");
-  }
-  return {roles, counts};
-}
-
-template <typename T>
-void fill_args(AttentionArgs& a, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-               const Mask& mask, const std::optional<Tensor>& bias, const AttentionShape& s) {
-  SPOT_CHECK(s.num_tokens <= kMostTokens, op, "q may have at most 2^30 tokens, got ", s.num_tokens);
-  a.q = view_of<T>(q);
-  a.k = view_of<T>(k);
-  a.v = view_of<T>(v);
-  a.batch = s.batch;
-  a.heads = s.num_heads;
-  a.tokens = static_cast<int>(s.num_tokens);
-  a.prefix = static_cast<int>(s.num_prefix);
-  a.dim = static_cast<int>(s.head_dim);
-  a.depth = round_up(a.dim, 32);
-  a.class_token = s.class_token;
-  a.scale = s.scale;
-  a.roles = mask.roles ? data<uint8_t>(*mask.roles) : nullptr;
-  a.counts = mask.counts ? data<int32_t>(*mask.counts) : nullptr;
-  if (!bias) return;
-  a.bias = bias->const_data_ptr();
-  a.bias_batch = bias->size(0) == 1 ? 0 : bias->stride(0);
-  a.bias_head = bias->stride(1);
-  a.bias_row = bias->stride(2);
-  a.bias_column = bias->stride(3);
-  a.bias_type = dtype_slot(op, "bias", *bias);
-}
 
 // As many warps, at most `most`, as shared memory has room for; `bytes` are those of a number of
 // warps.
@@ -110,19 +32,6 @@ int fitting_warps(const char* op, const Tensor& q, int most, F&& bytes) {
 }
 
 // ---- forward ------------------------------------------------------------------------------------
-
-template <typename T, int kKeys>
-bool launch_rows(const char* op, const Tensor& q, const ForwardArgs<T>& a, cudaStream_t stream) {
-  const int64_t blocks = a.batch * a.heads;
-  // Few blocks: more warps in each.
-  const int row_tiles = static_cast<int>(ceil_div(a.tokens, 16));
-  const int full = blocks < 2 * device_attribute(q, cudaDevAttrMultiProcessorCount) ? 8 : 4;
-  const int warps = std::min(full, row_tiles);
-  const size_t shared = rows_shared<T, kKeys>(a.depth, warps);
-  if (shared > max_shared(q)) return false;
-  launch(op, attention_rows_kernel<T, kKeys>, blocks, warps * kWarp, shared, stream, a);
-  return true;
-}
 
 template <typename T, int kOut, bool kStats>
 void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
@@ -147,21 +56,11 @@ void launch_loop(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_
 template <typename T, bool kStats>
 void launch_forward(const char* op, const Tensor& q, ForwardArgs<T>& a, cudaStream_t stream) {
   if constexpr (kTensorCores<T> && kStats) {
-    // Sizes of common ViTs, whole and after cuts: 197 tokens, 138, 98, 69; 257 to 261. Without
-    // statistics the loop needs one pass only.
-    if (a.bias != nullptr) {
-      // The rows kernel knows no bias.
-    } else if (a.tokens <= 80) {
-      if (launch_rows<T, 80>(op, q, a, stream)) return;
-    } else if (a.tokens <= 112) {
-      if (launch_rows<T, 112>(op, q, a, stream)) return;
-    } else if (a.tokens <= 144) {
-      if (launch_rows<T, 144>(op, q, a, stream)) return;
-    } else if (a.tokens <= 208) {
-      if (launch_rows<T, 208>(op, q, a, stream)) return;
-    } else if (a.tokens <= 272) {
-      if (launch_rows<T, 272>(op, q, a, stream)) return;
-    }
+    // The rows kernel knows no bias. Without statistics the loop needs one pass only.
+    if (a.bias == nullptr && dispatch_keys(a.tokens, [&](auto keys) {
+          return launch_rows<T, decltype(keys)::value, true, false>(op, q, a, stream);
+        }))
+      return;
   }
   if constexpr (kTensorCores<T>) {
     if (a.dim > 64) return launch_loop<T, 128, kStats>(op, q, a, stream);
@@ -184,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
                      ? empty_on(q, {s.batch, s.num_tokens, s.num_heads, kNumStats}, wide_type(q))
                      : empty_on(q, {0}, wide_type(q));
   Tensor lse = empty_on(q, {s.batch, s.num_tokens, s.num_heads}, wide_type(q));
-  const Mask mask = read_mask(op, keep, s, stream);
+  const Mask mask = read_mask(op, keep, s.num_tokens, s.num_prefix, stream);
   if (lse.numel() == 0) return {out, stats, lse};
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
@@ -248,45 +147,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   Tensor dv = empty_on(q, sizes_of(q), q.scalar_type());
   Tensor dkeep = empty_on(q, keep_grad ? sizes_of(*keep) : std::vector<int64_t>{0}, wide);
   Tensor dbias = empty_on(q, bias_grad ? sizes_of(*bias) : std::vector<int64_t>{0}, wide);
-  const Mask mask = read_mask(op, keep, s, stream);
-  const Tensor dense_lse = dense(lse);
-  const std::optional<Tensor> dense_stats =
-      grad_stats ? std::optional<Tensor>(dense(stats)) : std::nullopt;
+  const Mask mask = read_mask(op, keep, s.num_tokens, s.num_prefix, stream);
   const int64_t rows = s.batch * s.num_tokens * s.num_heads;
-  const int64_t entries =
-      s.batch * s.num_heads * round_up(static_cast<int>(s.num_tokens), kTableTokens);
-  const Tensor scratch =
-      empty_on(q, {entries * (kEntryValues + (grad_stats ? kSideValues : 0))}, wide);
   const Tensor keep_partial =
       empty_on(q, {keep_grad ? s.batch : 0, s.num_heads, s.num_tokens}, wide);
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
     BackwardArgs<T> a{};
     fill_args<T>(a, op, q, k, v, mask, bias, s);
-    a.grad_out = view_of<T>(grad_out);
-    a.out = view_of<T>(out);
-    a.lse = data<Acc<T>>(dense_lse);
-    if (grad_stats) {
-      a.stats = data<Acc<T>>(*dense_stats);
-      a.grad_stats = data<Acc<T>>(*grad_stats);
-      a.grad_stats_batch = grad_stats->stride(0);
-      a.grad_stats_token = grad_stats->stride(1);
-      a.grad_stats_head = grad_stats->stride(2);
-      a.grad_stats_entry = grad_stats->stride(3);
-    }
-    using A = Acc<T>;
-    A* const tables = mutable_data<A>(scratch);
-    a.table_tokens = round_up(a.tokens, kTableTokens);
-    a.entries = reinterpret_cast<QueryEntry<A>*>(tables);
-    a.hides = tables + 4 * entries;
-    a.query_sides = reinterpret_cast<Side<A>*>(tables + 5 * entries);
-    a.key_sides = reinterpret_cast<Side<A>*>(tables + 9 * entries);
+    const BackwardTables tables =
+        prepare_backward<T>(op, a, grad_out, grad_stats, out, stats, lse, stream);
     a.dq = mutable_data<T>(dq);
     a.dk = mutable_data<T>(dk);
     a.dv = mutable_data<T>(dv);
     a.keep_partial = keep_grad ? mutable_data<Acc<T>>(keep_partial) : nullptr;
-    launch(op, prepare_kernel<T>, grid_for(entries, kThreads / kGroup), kThreads, 0, stream, a,
-           entries);
     dispatch(grad_stats.has_value(), [&](auto wanted) {
       constexpr bool kStats = decltype(wanted)::value;
       if (rows > 0) {

@@ -8,6 +8,7 @@
 #include "../common/dispatch.h"
 #include "block.cuh"
 #include "device.h"
+#include "select.cuh"
 
 #include <algorithm>
 
@@ -19,67 +20,18 @@ constexpr int kMaxGridX = 0x7fffffff;
 
 // ---- select ------------------------------------------------------------------------------------
 
-// Unsigned keys in the order of the scores: NaN lowest, -0 equal to +0.
-__device__ inline uint32_t order_key(float x) {
-  const uint32_t u = __float_as_uint(x + 0.0f);
-  const uint32_t key = u ^ ((u >> 31) ? 0xffffffffu : 0x80000000u);
-  return x == x ? key : 0u;
-}
-__device__ inline uint64_t order_key(double x) {
-  const uint64_t u = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
-  const uint64_t key = u ^ ((u >> 63) ? ~uint64_t{0} : uint64_t{1} << 63);
-  return x == x ? key : 0u;
-}
-
-// One block per image. Radix search, 8 bits at a time, for the num_keep-th largest key; then the
-// positions above it, and the lowest positions equal to it, in order.
+// One block per image.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const T* __restrict__ scores, int64_t batch_stride, int64_t stride,
                   int64_t num_tokens, int64_t num_keep, int64_t* __restrict__ index) {
-  using Key = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
-  __shared__ int histogram[256];
-  __shared__ int partial[kThreads / kWarp];
-  __shared__ Key shared_prefix;
-  __shared__ int64_t shared_wanted;
+  __shared__ BlockSelect<SelectKey<T>> memory;
   scores += blockIdx.x * batch_stride;
   index += blockIdx.x * num_keep;
-
-  Key prefix = 0, mask = 0;   // bits of the threshold found so far
-  int64_t wanted = num_keep;  // keys still wanted among those that share the prefix
-  for (int shift = static_cast<int>(sizeof(Key)) * 8 - 8; shift >= 0; shift -= 8) {
-    histogram[threadIdx.x] = 0;
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < num_tokens; i += kThreads) {
-      const Key key = order_key(load(scores[i * stride]));
-      if ((key & mask) == prefix) atomicAdd(&histogram[static_cast<int>((key >> shift) & 0xff)], 1);
-    }
-    __syncthreads();
-    const int digit = 255 - static_cast<int>(threadIdx.x), here = histogram[digit];
-    const int64_t above = block_scan(here, partial) - here;
-    if (above < wanted && wanted <= above + here) {  // true in exactly one thread
-      shared_prefix = prefix | (static_cast<Key>(digit) << shift);
-      shared_wanted = wanted - above;
-    }
-    __syncthreads();
-    prefix = shared_prefix;
-    wanted = shared_wanted;
-    mask |= static_cast<Key>(0xff) << shift;
-  }
-
-  int64_t written = 0, ties = 0;  // over all earlier chunks; the same in every thread
-  for (int64_t start = 0; start < num_tokens; start += kThreads) {
-    const int64_t i = start + threadIdx.x;
-    const Key key = i < num_tokens ? order_key(load(scores[i * stride])) : Key{0};
-    const bool tied = i < num_tokens && key == prefix;
-    int tied_total, taken_total;
-    const int tied_before = block_rank(tied, partial, tied_total);
-    const bool take = i < num_tokens && (key > prefix || (tied && ties + tied_before < wanted));
-    const int place = block_rank(take, partial, taken_total);
-    if (take) index[written + place] = i;
-    written += taken_total;
-    ties += tied_total;
-  }
+  const auto key_at = [&](int64_t i) { return order_key(load(scores[i * stride])); };
+  const Cut<SelectKey<T>> cut = block_cut(memory, num_tokens, num_keep, key_at);
+  block_selected(memory, num_tokens, cut, key_at,
+                 [&](int64_t place, int64_t i) { index[place] = i; });
 }
 
 // ---- compact and scatter -----------------------------------------------------------------------

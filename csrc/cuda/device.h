@@ -10,8 +10,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 namespace spot {
 
@@ -48,6 +50,21 @@ auto dispatch(Dtype dtype, F&& f) {
     case kFloat16: return f(__half{});
     default: return f(__nv_bfloat16{});
   }
+}
+
+// f(std::true_type) or f(std::false_type).
+template <typename F>
+void dispatch(bool flag, F&& f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+inline int64_t grid_for(int64_t items, int64_t per_block) {
+  return std::min<int64_t>(ceil_div(items, per_block), INT32_MAX);
 }
 
 template <typename T>

@@ -1,0 +1,428 @@
+// CUDA kernels of connectivity: the sums of a row, then the cut that its budget makes, without ever
+// writing them to global memory.
+//
+// - connectivity_warp_kernel, up to 512 columns in play: a warp per row. The sums are in registers,
+//   the basis in shared memory where it fits: each block works on rows of one image, so columns are
+//   gathered once. The cut is a search over the bits of the keys, one count of the warp a bit, that
+//   ends when a bit separates as many as wanted: usually after about 20. That search bounds it.
+// - connectivity_block_kernel, beyond: a block per row. Keys in shared memory, or, where those do
+//   not fit, summed again for each of the 5 passes (9 for float64); coefficients and basis from
+//   global memory, through L2.
+//
+// - coefficients_kernel makes coefficients of queries and few keys, for predict_connectivity.
+//
+// Sums run over the coefficients that count, in ascending order, in float32 (float64 for float64).
+// Scratch: a byte per token with `keep`. A column out of range is never dereferenced: its sum is
+// NaN, so it ranks last; SPOT_CHECK=1 names it, at the price of a sync.
+#include "../common/connectivity.h"
+#include "device.h"
+#include "mask.cuh"
+#include "select.cuh"
+
+#include <algorithm>
+
+namespace spot {
+namespace {
+
+constexpr int kThreads = kSelectThreads;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kNone = -1, kBeyond = -2;  // columns: out of range; past the last one
+
+template <typename T>
+struct ConnectivityArgs {
+  const T* coefficients;  // [B, H, N-P, R], strides
+  int64_t image_stride, head_stride, query_stride, rank_stride;
+  const T* basis;  // [R, columns], strides
+  int64_t basis_row, basis_column, basis_columns;
+  const int64_t* columns;  // [B, N] dense, or null
+  const uint8_t* roles;    // [B, N], or null: all are candidates
+  int32_t* index;          // [B, H, N-P, K]
+  int heads, queries, rank, num_columns, budget, used;
+  bool has_threshold;
+  Acc<T> threshold;
+};
+
+// Which column of the basis is column j of an image.
+template <typename T>
+__device__ inline int64_t source_column(const ConnectivityArgs<T>& a, int64_t image, int64_t j) {
+  if (j >= a.num_columns) return kBeyond;
+  if (a.columns == nullptr) return j;
+  const int64_t column = a.columns[image * a.num_columns + j];
+  return column >= 0 && column < a.basis_columns ? column : kNone;
+}
+
+template <typename T>
+__device__ inline Acc<T> basis_at(const ConnectivityArgs<T>& a, int r, int64_t column) {
+  if (column < 0) return not_a_number<Acc<T>>();
+  return load(a.basis[r * a.basis_row + column * a.basis_column]);
+}
+
+// 0 for what is no candidate, so that all candidates rank above it, NaN among them.
+template <typename T>
+__device__ inline SelectKey<T> candidate_key(const ConnectivityArgs<T>& a, int64_t image, int64_t j,
+                                             Acc<T> sum) {
+  using Key = SelectKey<T>;
+  if (j >= a.num_columns) return 0;
+  if (a.roles != nullptr && a.roles[image * a.num_columns + j] == kDropped) return 0;
+  if (a.has_threshold && !(sum > a.threshold)) return 0;
+  const Key key = order_key(sum);
+  return key == 0 ? Key(1) : key;
+}
+
+// The coefficients of a row, and those of them that count, in ascending order. In shared memory.
+template <typename A>
+struct Chosen {
+  A* weights;  // [R]
+  int* ranks;  // [R], the first `used`
+};
+
+// By one warp.
+template <typename T>
+__device__ inline void choose(const ConnectivityArgs<T>& a, const T* row,
+                              const Chosen<Acc<T>>& chosen) {
+  using Key = SelectKey<T>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  __syncwarp();  // those of the row before may still be read
+  for (int r = lane; r < a.rank; r += kWarp) {
+    chosen.weights[r] = load(row[r * a.rank_stride]);
+    chosen.ranks[r] = r;
+  }
+  __syncwarp();
+  if (a.used == a.rank) return;
+  const auto key_at = [&](int r) { return order_key(chosen.weights[r]); };
+  const Cut<Key> cut = warp_cut<Key>(a.used, [&](Key key) {
+    int count = 0;
+    for (int r = lane; r < a.rank; r += kWarp) count += key_at(r) >= key ? 1 : 0;
+    return __reduce_add_sync(0xffffffffu, count);
+  });
+  warp_selected(a.rank, cut, key_at, [&](int place, int r) { chosen.ranks[place] = r; });
+  __syncwarp();
+}
+
+template <typename T>
+__device__ inline const T* row_of(const ConnectivityArgs<T>& a, int64_t image, int row) {
+  return a.coefficients + image * a.image_stride + row / a.queries * a.head_stride +
+         row % a.queries * a.query_stride;
+}
+
+// ---- a warp per row -----------------------------------------------------------------------------
+
+// Shared memory: weights [warps, R], ranks [warps, R], and the basis [R, N] where `staged`.
+template <typename A>
+size_t warp_shared(int rank, int num_columns, bool staged) {
+  return kWarps * rank * (sizeof(A) + sizeof(int)) +
+         (staged ? sizeof(A) * rank * static_cast<size_t>(num_columns) : 0);
+}
+
+// Lane l has columns l + 32 c, c < kHeld.
+template <typename T, int kHeld>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1
+                                            : kHeld > 8    ? 2
+                                                           : 3)
+    connectivity_warp_kernel(const ConnectivityArgs<T> a, int parts, bool staged) {
+  using A = Acc<T>;
+  using Key = SelectKey<T>;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t image = blockIdx.x / static_cast<unsigned>(parts);
+  const int rows = a.heads * a.queries, size = (rows + parts - 1) / parts;
+  const int first = static_cast<int>(blockIdx.x) % parts * size, end = min(first + size, rows);
+  A* weights = reinterpret_cast<A*>(shared_memory);
+  A* basis = weights + kWarps * a.rank;
+  int* ranks = reinterpret_cast<int*>(basis + (staged ? a.rank * a.num_columns : 0));
+  const Chosen<A> chosen{weights + warp * a.rank, ranks + warp * a.rank};
+  if (staged) {
+    for (int j = static_cast<int>(threadIdx.x); j < a.num_columns; j += kThreads) {
+      const int64_t column = source_column(a, image, j);
+      for (int r = 0; r < a.rank; ++r) basis[r * a.num_columns + j] = basis_at(a, r, column);
+    }
+    __syncthreads();
+  }
+
+  for (int row = first + warp; row < end; row += kWarps) {
+    choose(a, row_of(a, image, row), chosen);
+    A sum[kHeld];
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c) sum[c] = A(0);
+    for (int s = 0; s < a.used; ++s) {
+      const int r = chosen.ranks[s];
+      const A weight = chosen.weights[r];
+#pragma unroll
+      for (int c = 0; c < kHeld; ++c) {
+        const int j = c * kWarp + lane;
+        if (j < a.num_columns)
+          sum[c] += weight * (staged ? basis[r * a.num_columns + j]
+                                     : basis_at(a, r, source_column(a, image, j)));
+      }
+    }
+    Key keys[kHeld];
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c) keys[c] = candidate_key(a, image, c * kWarp + lane, sum[c]);
+    const auto count_from = [&](Key key) {
+      int count = 0;
+#pragma unroll
+      for (int c = 0; c < kHeld; ++c) count += keys[c] >= key ? 1 : 0;
+      return __reduce_add_sync(0xffffffffu, count);
+    };
+    const int candidates = count_from(1), wanted = min(a.budget, candidates);
+    const Cut<Key> cut = wanted == candidates ? Cut<Key>{0, 0} : warp_cut<Key>(wanted, count_from);
+    int32_t* to = a.index + (image * rows + row) * a.budget;
+    int written = 0, ties = 0;
+    const unsigned below = (1u << lane) - 1u;
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c) {
+      const unsigned tied = __ballot_sync(0xffffffffu, keys[c] == cut.at);
+      const bool take =
+          keys[c] > cut.at || (keys[c] == cut.at && ties + __popc(tied & below) < cut.ties);
+      const unsigned taken = __ballot_sync(0xffffffffu, take);
+      if (take) to[written + __popc(taken & below)] = c * kWarp + lane;
+      written += __popc(taken);
+      ties += __popc(tied);
+    }
+    for (int i = wanted + lane; i < a.budget; i += kWarp) to[i] = -1;
+  }
+}
+
+// ---- a block per row ----------------------------------------------------------------------------
+
+// Shared memory: weights and ranks [R], and keys [N] where kStored.
+template <typename T, bool kStored>
+size_t block_shared(int rank, int num_columns) {
+  return rank * (sizeof(Acc<T>) + sizeof(int)) + 8 +
+         (kStored ? sizeof(SelectKey<T>) * static_cast<size_t>(num_columns) : 0);
+}
+
+template <typename T, bool kStored>
+__global__ void __launch_bounds__(kThreads) connectivity_block_kernel(const ConnectivityArgs<T> a) {
+  using A = Acc<T>;
+  using Key = SelectKey<T>;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  __shared__ BlockSelect<Key> memory;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int rows = a.heads * a.queries;
+  const int64_t image = blockIdx.x / static_cast<unsigned>(rows);
+  const int row = static_cast<int>(blockIdx.x % static_cast<unsigned>(rows));
+  Key* keys = reinterpret_cast<Key*>(shared_memory);
+  A* weights = reinterpret_cast<A*>(shared_memory) + (kStored ? a.num_columns : 0);
+  const Chosen<A> chosen{weights, reinterpret_cast<int*>(weights + a.rank)};
+  if (thread < kWarp) choose(a, row_of(a, image, row), chosen);
+  __syncthreads();
+  const auto compute = [&](int64_t j) {
+    const int64_t column = source_column(a, image, j);
+    A sum = A(0);
+    for (int s = 0; s < a.used; ++s)
+      sum += chosen.weights[chosen.ranks[s]] * basis_at(a, chosen.ranks[s], column);
+    return candidate_key(a, image, j, sum);
+  };
+  const auto key_at = [&](int64_t j) {
+    if constexpr (kStored)
+      return keys[j];
+    else
+      return compute(j);
+  };
+  int count = 0;
+  for (int j = thread; j < a.num_columns; j += kThreads) {
+    const Key key = compute(j);
+    if constexpr (kStored) keys[j] = key;
+    count += key > 0 ? 1 : 0;
+  }
+  const int candidates = block_sum(count, memory.partial), wanted = min(a.budget, candidates);
+  __syncthreads();
+  const Cut<Key> cut =
+      wanted == candidates ? Cut<Key>{0, 0} : block_cut(memory, a.num_columns, wanted, key_at);
+  int32_t* to = a.index + blockIdx.x * static_cast<int64_t>(a.budget);
+  block_selected(memory, a.num_columns, cut, key_at,
+                 [&](int64_t place, int64_t j) { to[place] = static_cast<int32_t>(j); });
+  for (int i = wanted + thread; i < a.budget; i += kThreads) to[i] = -1;
+}
+
+// ---- entry point --------------------------------------------------------------------------------
+
+template <typename T, int kHeld>
+void launch_warps(const char* op, const Tensor& like, const ConnectivityArgs<T>& a, int64_t batch,
+                  cudaStream_t stream) {
+  using A = Acc<T>;
+  // Half of what a block may have, so that two run side by side.
+  const bool staged = warp_shared<A>(a.rank, a.num_columns, true) <= max_shared(like) / 2;
+  const size_t shared = warp_shared<A>(a.rank, a.num_columns, staged);
+  SPOT_CHECK(shared <= max_shared(like), op, "coefficients of ", a.rank, " a row need ", shared,
+             " bytes of shared memory per block; the device has ", max_shared(like));
+  // Few images: more blocks for each, but a warp no fewer rows than 4.
+  const int64_t wanted = 4LL * device_attribute(like, cudaDevAttrMultiProcessorCount);
+  const int64_t rows = a.heads * static_cast<int64_t>(a.queries);
+  const int64_t parts =
+      std::max<int64_t>(std::min(ceil_div(wanted, batch), ceil_div(rows, 4 * kWarps)), 1);
+  launch(op, connectivity_warp_kernel<T, kHeld>, batch * parts, kThreads, shared, stream, a,
+         static_cast<int>(parts), staged);
+}
+
+template <typename T>
+void launch_connectivity(const char* op, const Tensor& like, const ConnectivityArgs<T>& a,
+                         int64_t batch, cudaStream_t stream) {
+  if (a.num_columns <= 4 * kWarp) return launch_warps<T, 4>(op, like, a, batch, stream);
+  if (a.num_columns <= 8 * kWarp) return launch_warps<T, 8>(op, like, a, batch, stream);
+  if (a.num_columns <= 16 * kWarp) return launch_warps<T, 16>(op, like, a, batch, stream);
+  const int64_t blocks = batch * a.heads * a.queries;
+  const size_t room = max_shared(like) - 2048;  // less what is static
+  const size_t stored = block_shared<T, true>(a.rank, a.num_columns);
+  if (stored <= room)
+    return launch(op, connectivity_block_kernel<T, true>, blocks, kThreads, stored, stream, a);
+  const size_t least = block_shared<T, false>(a.rank, a.num_columns);
+  SPOT_CHECK(least <= room, op, "coefficients of ", a.rank, " a row need ", least,
+             " bytes of shared memory per block; the device has ", room);
+  launch(op, connectivity_block_kernel<T, false>, blocks, kThreads, least, stream, a);
+}
+
+// ---- coefficients of queries --------------------------------------------------------------------
+
+template <typename T>
+struct CoefficientArgs {
+  const T *q, *keys, *bias;  // [B, N-P, H, D], [B, R, H, D], [B, R, H] or null; strides
+  int64_t q_strides[4], keys_strides[4], bias_strides[3];
+  T* out;  // [B, H, N-P, R]
+  int64_t rows;
+  int heads, queries, rank, dim;
+};
+
+__device__ inline float exponential(float x) { return __expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+
+// Softmax of queries times keys, plus bias. A warp per row; a lane has every 32nd key and computes
+// its product twice, for the sum and for the result, so that nothing is kept. Bounded by reading
+// the keys through first-level cache.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(const CoefficientArgs<T> a) {
+  using A = Acc<T>;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (row >= a.rows) return;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t head = row / a.queries, b = head / a.heads, h = head % a.heads;
+  const T* q = a.q + b * a.q_strides[0] + row % a.queries * a.q_strides[1] + h * a.q_strides[2];
+  const T* keys = a.keys + b * a.keys_strides[0] + h * a.keys_strides[2];
+  const auto logit = [&](int r) {
+    const T* key = keys + r * a.keys_strides[1];
+    A sum =
+        a.bias ? load(a.bias[b * a.bias_strides[0] + r * a.bias_strides[1] + h * a.bias_strides[2]])
+               : A(0);
+    for (int d = 0; d < a.dim; ++d)
+      sum += load(q[d * a.q_strides[3]]) * load(key[d * a.keys_strides[3]]);
+    return sum;
+  };
+  A top = -static_cast<A>(INFINITY), total = 0;
+  for (int r = lane; r < a.rank; r += kWarp) {
+    const A x = logit(r), more = x > top ? x : top;
+    total = total * (top == more ? A(1) : exponential(top - more)) + exponential(x - more);
+    top = more;
+  }
+  A most = top;
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const A other = __shfl_xor_sync(0xffffffffu, most, step);
+    most = other > most ? other : most;
+  }
+  total = warp_sum(top == most ? total : total * exponential(top - most));
+  T* out = a.out + row * a.rank;
+  for (int r = lane; r < a.rank; r += kWarp)
+    out[r] = store<T>(exponential(logit(r) - most) / total);
+}
+
+Tensor make_coefficients(const char* op, const Tensor& q, const Tensor& keys,
+                         const std::optional<Tensor>& bias, const ConnectivityShape& s,
+                         cudaStream_t stream) {
+  const Tensor result = empty_on(q, {s.batch, s.num_heads, s.num_queries, s.rank}, q.scalar_type());
+  if (result.numel() == 0) return result;
+  dispatch(dtype_slot(op, "q", q), [&](auto zero) {
+    using T = decltype(zero);
+    CoefficientArgs<T> a{};
+    a.q = data<T>(q);
+    a.keys = data<T>(keys);
+    a.bias = bias ? data<T>(*bias) : nullptr;
+    for (int d = 0; d < 4; ++d) {
+      a.q_strides[d] = q.stride(d);
+      a.keys_strides[d] = keys.stride(d);
+      if (bias && d < 3) a.bias_strides[d] = bias->stride(d);
+    }
+    a.out = mutable_data<T>(result);
+    a.rows = s.batch * s.num_heads * s.num_queries;
+    a.heads = static_cast<int>(s.num_heads);
+    a.queries = static_cast<int>(s.num_queries);
+    a.rank = static_cast<int>(s.rank);
+    a.dim = static_cast<int>(q.size(3));
+    launch(op, coefficients_kernel<T>, ceil_div(a.rows, kWarps), kThreads, 0, stream, a);
+  });
+  return result;
+}
+
+// ---- entry points -------------------------------------------------------------------------------
+
+Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t budget,
+                    std::optional<Tensor> columns, std::optional<Tensor> keep,
+                    std::optional<int64_t> coef_topk, std::optional<double> threshold) {
+  const char* op = "connectivity";
+  check_cuda(op, "coefficients", coefficients);
+  const ConnectivityShape s =
+      check_connectivity(op, coefficients, basis, budget, columns, keep, coef_topk);
+  SPOT_CHECK(s.rank <= INT32_MAX && s.num_heads * s.num_queries <= INT32_MAX, op,
+             "coefficients may have at most 2^31 - 1 rows per image, and columns");
+  const DeviceGuard guard(coefficients.get_device_index());
+  const cudaStream_t stream = current_stream(coefficients);
+  const Tensor index =
+      empty_on(coefficients, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
+  const std::optional<Tensor> dense_columns =
+      columns ? std::optional<Tensor>(dense(*columns)) : std::nullopt;
+  if (columns && checks_wanted()) check_columns(op, copy_to_host(*columns), basis.size(1));
+  const Mask mask = read_mask(op, keep, s.num_columns, s.num_prefix(), stream);
+  if (index.numel() == 0) return index;
+  dispatch(dtype_slot(op, "coefficients", coefficients), [&](auto zero) {
+    using T = decltype(zero);
+    ConnectivityArgs<T> a{};
+    a.coefficients = data<T>(coefficients);
+    a.image_stride = coefficients.stride(0);
+    a.head_stride = coefficients.stride(1);
+    a.query_stride = coefficients.stride(2);
+    a.rank_stride = coefficients.stride(3);
+    a.basis = data<T>(basis);
+    a.basis_row = basis.stride(0);
+    a.basis_column = basis.stride(1);
+    a.basis_columns = basis.size(1);
+    a.columns = dense_columns ? data<int64_t>(*dense_columns) : nullptr;
+    a.roles = mask.roles ? data<uint8_t>(*mask.roles) : nullptr;
+    a.index = mutable_data<int32_t>(index);
+    a.heads = static_cast<int>(s.num_heads);
+    a.queries = static_cast<int>(s.num_queries);
+    a.rank = static_cast<int>(s.rank);
+    a.num_columns = static_cast<int>(s.num_columns);
+    a.budget = static_cast<int>(s.budget);
+    a.used = static_cast<int>(s.used);
+    a.has_threshold = threshold.has_value();
+    a.threshold = static_cast<Acc<T>>(threshold.value_or(0.0));
+    launch_connectivity<T>(op, coefficients, a, s.batch, stream);
+  });
+  return index;
+}
+
+// Coefficients are rounded to the dtype of q on the way, which the CPU's are not.
+Tensor predict_connectivity(const Tensor& q, const Tensor& keys, std::optional<Tensor> bias,
+                            const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
+                            std::optional<Tensor> keep, std::optional<int64_t> coef_topk,
+                            std::optional<double> threshold) {
+  const char* op = "predict_connectivity";
+  check_cuda(op, "q", q);
+  const ConnectivityShape s =
+      check_predict_connectivity(op, q, keys, bias, basis, budget, columns, keep, coef_topk);
+  SPOT_CHECK(s.rank <= INT32_MAX && s.num_heads * s.num_queries <= INT32_MAX, op,
+             "q may have at most 2^31 - 1 rows per image, and keys");
+  const DeviceGuard guard(q.get_device_index());
+  const Tensor coefficients = make_coefficients(op, q, keys, bias, s, current_stream(q));
+  return connectivity(coefficients, basis, budget, columns, keep, coef_topk, threshold);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(spot, CUDA, m) {
+  m.impl("connectivity", TORCH_BOX(&connectivity));
+  m.impl("predict_connectivity", TORCH_BOX(&predict_connectivity));
+}
+
+}  // namespace spot
