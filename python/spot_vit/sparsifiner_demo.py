@@ -46,7 +46,8 @@ class Setting:
         canvas: the dense model.
         keep_rate: keys per query.
         connectivity: other fields of `SparsifinerConfig`. The published rank, n // 6, and threshold
-            were made for 197 tokens: with 577 an attention weight is a third of what it was.
+            were made for 197 tokens: with 577 an attention weight is a third of what it was. A
+            threshold that leaves fewer columns than the budget makes ties, which cost time.
         share: GMACs of SPOT with Sparsifiner as a share of the dense model's.
         at: blocks before which tokens go.
         batch_size: of the sparse stages.
