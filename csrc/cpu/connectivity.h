@@ -56,6 +56,30 @@ inline int64_t append_lanes(Bits<A> mask, int32_t first, int32_t* out) {
   return count;
 }
 
+// Appends the positions of the numbers that reach t; x has whole vectors, NaN behind its end.
+template <typename A>
+inline int64_t append_reaching(const A* x, int64_t padded, A t, int32_t* out) {
+  int64_t count = 0;
+#ifdef __AVX512F__
+  if constexpr (sizeof(A) == 4) {
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i next = _mm512_set1_epi32(16);
+    const __m512 least = _mm512_set1_ps(t);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < padded; i += 16) {
+      const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), least, _CMP_GE_OQ);
+      _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(set, at));
+      count += __builtin_popcount(set);
+      at = _mm512_add_epi32(at, next);
+    }
+    return count;
+  }
+#endif
+  for (int64_t i = 0; i < padded; i += kLanes<A>)
+    count += append_lanes<A>(vec_load(x + i) >= t, static_cast<int32_t>(i), out + count);
+  return count;
+}
+
 // How many of x reach t; x has whole vectors, NaN behind its end.
 template <typename A>
 inline int64_t count_reach(const A* x, int64_t padded, A t) {
@@ -185,10 +209,7 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
     guess.step = (high - low) / static_cast<A>(below - above);
   guess.threshold = t;
   if (ties == 0) {
-    int64_t written = 0;
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < padded; i += kL)
-      written += append_lanes<A>(vec_load(x + i) >= t, static_cast<int32_t>(i), out + written);
+    append_reaching(x, padded, t, out);
   } else {
     take_first(x, keep, t, ties, out);
   }
@@ -382,10 +403,7 @@ class Chooser {
   }
 
   void take_reaching(const A* x, A least, int32_t* used) {
-    int64_t written = 0;
-    for (int64_t c = 0; c < padded_rank_; c += kL)
-      written +=
-          append_lanes<A>(vec_load(x + c) >= least, static_cast<int32_t>(c), m_.chosen + written);
+    const int64_t written = append_reaching(x, padded_rank_, least, m_.chosen);
     if (written == num_used())
       std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
     else
@@ -424,32 +442,47 @@ class Chooser {
 
   // sums [rows, candidates], NaN behind them.
   void combine(int64_t rows) {
-    const int64_t count = num_used();
     const A* tile = m_.basis;
     for (int64_t first = 0; first < padded_; first += tile_) {
       const int64_t width = padded_ - first < tile_ ? padded_ - first : tile_;
       with_count<kWideVecs>(static_cast<int>(width / kL), [&](auto n) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const int32_t* used = m_.used + r * count;
-          const A* weights = m_.weights + r * count;
-          Vec<A> sum[n.value] = {};
-          for (int64_t u = 0; u < count; ++u) {
-            const Vec<A> c = splat(weights[u]);
-            const A* row = tile + used[u] * (n.value * kL);
-#pragma GCC unroll 8
-            for (int j = 0; j < n.value; ++j) sum[j] += c * vec_load(row + j * kL);
-          }
-          ahead_.step();
-          A* to = m_.sums + r * padded_ + first;
-#pragma GCC unroll 8
-          for (int j = 0; j < n.value; ++j) vec_store(to + j * kL, sum[j]);
-        }
+        if (num_used() == 8)
+          combine_tile<n.value, 8>(rows, tile, first);  // as published
+        else
+          combine_tile<n.value, 0>(rows, tile, first);
       });
       tile += a_.rank * width;
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = count_; c < padded_; ++c)
         m_.sums[r * padded_ + c] = static_cast<A>(__builtin_nanf(""));
+  }
+
+  // With kCount known, the loop over the coefficients of a row is unrolled.
+  template <int kVecs, int kCount>
+  SPOT_NOINLINE void combine_tile(int64_t rows, const A* tile, int64_t first) {
+    const int64_t count = kCount > 0 ? kCount : num_used();
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t* used = m_.used + r * count;
+      const A* weights = m_.weights + r * count;
+      Vec<A> sum[kVecs] = {};
+      const auto add = [&](int64_t u) {
+        const Vec<A> c = splat(weights[u]);
+        const A* row = tile + used[u] * (kVecs * kL);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) sum[j] += c * vec_load(row + j * kL);
+      };
+      if constexpr (kCount > 0) {
+#pragma GCC unroll 8
+        for (int u = 0; u < kCount; ++u) add(u);
+      } else {
+        for (int64_t u = 0; u < count; ++u) add(u);
+      }
+      ahead_.step();
+      A* to = m_.sums + r * padded_ + first;
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) vec_store(to + j * kL, sum[j]);
+    }
   }
 
   // Whether the sums of row r cannot be NaN; tells the guess how large they are.
