@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
+from spot_vit.machine import processor  # noqa: E402
 
 from benchmarks.timing import keep_memory, measure  # noqa: E402
 
@@ -33,6 +34,7 @@ OPS = (
     "predictor",
     "connectivity",
     "sparse_attention",
+    "sparsifiner",
 )
 
 
@@ -55,15 +57,6 @@ def _git(*command: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def facts(device: str) -> dict[str, Any]:
     """What a reader needs to judge the figures."""
     import spot_ext._C as built
@@ -71,7 +64,7 @@ def facts(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": built.isa(),

@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+
+from spot_vit.machine import Clock, contention, wait_for_quiet
 
 Side = Callable[[int], Any]
 TURN = 25  # calls of one side before the next has its turn: enough to fill the caches its own way
@@ -34,65 +39,6 @@ class Case:
     others: dict[str, Side]
     at_least: dict[str, float] = field(default_factory=dict)
     bytes_per_round: int = 0  # of the inputs, for the rotation on CUDA
-
-
-@dataclass
-class Clock:
-    """Seconds used by the machine's clock, by this process and by all processes."""
-
-    wall: float
-    own: float
-    busy: float
-
-    @staticmethod
-    def now() -> Clock:
-        """The counters, for differences."""
-        return Clock(time.perf_counter(), time.process_time(), _busy_seconds())
-
-    def since(self, start: Clock) -> Clock:
-        """What passed between `start` and this."""
-        return Clock(self.wall - start.wall, self.own - start.own, self.busy - start.busy)
-
-
-def _busy_seconds() -> float:
-    """CPU seconds that all processes used, stolen time included; 0 where /proc is missing."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    except OSError:
-        return 0.0
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def others(clock: Clock, threads: int, cpus: int) -> str | None:
-    """Whether other processes used too much while `clock` passed.
-
-    They may use half of the CPUs that we leave idle, and a tenth of one besides: more would share
-    our CPUs, caches and memory.
-    """
-    used = (clock.busy - clock.own) / clock.wall
-    allowed = 0.1 + max(cpus - threads, 0) / 2
-    if used > allowed:
-        return f"other processes used {used:.2f} CPUs ({allowed:.2f} allowed)"
-    return None
-
-
-def contention(clock: Clock, threads: int, cpus: int) -> str | None:
-    """Why timings taken while `clock` passed cannot be trusted, or None."""
-    if clock.own < 0.9 * clock.wall:
-        return f"this process got only {clock.own / clock.wall:.2f} CPU seconds per second"
-    return others(clock, threads, cpus)
-
-
-def wait_for_quiet(patience: float) -> float:
-    """Waits until others leave us our CPUs, `patience` seconds at most; returns what is left."""
-    stop = time.perf_counter() + patience
-    while (left := stop - time.perf_counter()) > 0:
-        start = Clock.now()
-        time.sleep(0.25)
-        if others(Clock.now().since(start), torch.get_num_threads(), os.cpu_count() or 1) is None:
-            break
-    return max(left, 0.0)
 
 
 def summary(samples: list[float]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from benchmarks import (
     relevance,
     run,
     sparse_attention,
+    sparsifiner,
     timing,
 )
 from benchmarks.timing import Case, Clock
@@ -154,3 +155,14 @@ def test_sparse_sides_do_the_same() -> None:
     everything = [torch.arange(61, dtype=torch.int32).expand(2, 6, 60, 61)]
     dense = inputs.forward(sparse_attention.dense)(0)
     torch.testing.assert_close(inputs.forward(sparse_attention.sparse, everything)(0), dense)
+
+
+def test_whole_models_are_compared_at_the_sizes_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsifiner, "SIZE", 64)
+    alone, both = sparsifiner.cases("cpu")
+    for case, share in ((alone, 0.9), (both, 0.55)):
+        assert case.at_least == {sparsifiner.DENSE: pytest.approx(1 / share)}
+        with torch.no_grad():
+            assert case.ours(0).shape == case.others[sparsifiner.DENSE](0).shape == (2, 1000)
+    model = both.ours.args[0]  # type: ignore[attr-defined]
+    assert model.sparsifiner_config.keep_rate == 0.25 and model.spot_config.keep == 0.7

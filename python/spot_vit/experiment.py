@@ -26,7 +26,7 @@ def trained_dense(output: Path, recipe: Recipe, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     dense = build_dense(recipe)
     name = f"dense-seed{seed}"
-    _train_once(
+    train_once(
         output / f"{name}.safetensors",
         dense,
         {"recipe": dataclasses.asdict(recipe), "seed": seed},
@@ -71,13 +71,13 @@ def trained_sparse(
         "spot": model.spot_config.to_dict(),
         "sample_keep": draw and [draw.low, draw.high, draw.power],
     }
-    _train_once(
+    train_once(
         path, model, config, lambda: train_phase(model, groups, recipe, seed, path.stem, objective)
     )
     return model.eval()
 
 
-def _train_once(
+def train_once(
     path: Path, model: nn.Module, config: Mapping[str, Any], train: Callable[[], None]
 ) -> None:
     """Trains and saves, unless `path` holds a model that was trained just so."""

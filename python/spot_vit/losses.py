@@ -58,7 +58,8 @@ def spot_loss(
         output: what ``model(x, aux=True)`` returned in training mode: tokens of all N patches, or
             of the survivors where training removes the others.
         target: int64 [B] class indices, or [B, classes] probabilities.
-        keep_ratios: the share of the N patches that each of the K stages should keep.
+        keep_ratios: the share of the N patches that each of the K stages should keep; empty leaves
+            the ratio term out.
         teacher: the dense teacher's view of the same batch; without it kl and mse are left out.
         weights: weight of each term.
 
@@ -66,14 +67,15 @@ def spot_loss(
         The weighted total (scalar) and the unweighted terms by name, detached.
     """
     weights = weights or LossWeights()
-    masks = torch.stack(list(output.masks))  # [K, B, N]
-    goal = masks.new_tensor(list(keep_ratios))
-    if len(goal) != len(masks):
-        raise ValueError(f"keep_ratios: expected {len(masks)} values, one a stage, got {len(goal)}")
-    parts = {
-        "ce": F.cross_entropy(output.logits, target),
-        "ratio": (goal[:, None] - masks.mean(dim=2)).square().mean(),
-    }
+    parts = {"ce": F.cross_entropy(output.logits, target)}
+    if len(keep_ratios):
+        masks = torch.stack(list(output.masks))  # [K, B, N]
+        goal = masks.new_tensor(list(keep_ratios))
+        if len(goal) != len(masks):
+            raise ValueError(
+                f"keep_ratios: expected {len(masks)} values, one a stage, got {len(goal)}"
+            )
+        parts["ratio"] = (goal[:, None] - masks.mean(dim=2)).square().mean()
     if teacher is not None:
         parts["kl"] = F.kl_div(
             F.log_softmax(output.logits, dim=-1),
