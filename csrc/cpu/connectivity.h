@@ -98,17 +98,53 @@ inline int64_t count_reach(const A* x, int64_t padded, A t) {
   return count_lanes<A>(count);
 }
 
-// The positions of the first `keep` numbers of which no more than `ties` are t, the others above
-// it.
+// The positions of the numbers above t, and of the first `ties` of those that are t; `keep` in all.
+// Room for a vector behind the result.
 template <typename A>
 inline void take_first(const A* x, int64_t keep, A t, int64_t ties, int32_t* out) {
   int64_t written = 0;
+#ifdef __AVX512F__
+  if constexpr (sizeof(A) == 4) {
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t i = 0; written < keep; i += 16) {
+      const __m512 v = _mm512_loadu_ps(x + i);
+      const unsigned equal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(t), _CMP_EQ_OQ);
+      const unsigned few = ties < 16 ? _pdep_u32((1u << ties) - 1, equal) : equal;
+      ties -= __builtin_popcount(few);
+      const unsigned set = _mm512_cmp_ps_mask(v, _mm512_set1_ps(t), _CMP_GT_OQ) | few;
+      _mm512_storeu_si512(out + written,
+                          _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), at));
+      written += __builtin_popcount(set);
+      at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+    }
+    return;
+  }
+#endif
   for (int64_t i = 0; written < keep; ++i) {
     const bool tied = x[i] == t;
     out[written] = static_cast<int32_t>(i);
     written += (x[i] > t) | (tied & (ties > 0));
     ties -= tied;
   }
+}
+
+// The least number that reaches t; NaN behind the end does not.
+template <typename A>
+inline A least_reaching(const A* x, int64_t padded, A t) {
+  const Vec<A> inf = splat(static_cast<A>(__builtin_inff()));
+  Vec<A> least = inf;
+  for (int64_t i = 0; i < padded; i += kLanes<A>) {
+    const Vec<A> v = vec_load(x + i);
+    const Vec<A> reaching = v >= t ? v : inf;
+    least = reaching < least ? reaching : least;
+  }
+  return -reduce_max<A>(-least);
+}
+template <typename A>
+inline int64_t count_above(const A* x, int64_t padded, A t) {
+  Bits<A> count = {};
+  for (int64_t i = 0; i < padded; i += kLanes<A>) count += vec_load(x + i) > t;
+  return count_lanes<A>(count);
 }
 
 // A value between two others, by the bits of their order.
@@ -145,16 +181,16 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
   // those that reach low are left.
   A low = -static_cast<A>(__builtin_inff()), high = -low, t = guess.threshold;
   A stride = 2 * guess.step;
-  int64_t below = n, above = 0, larger = -1;
+  int64_t below = n, above = 0, larger = -1;  // how many are known to exceed t
   bool has_low = false, has_high = false;
   for (int turn = 0; below - above > kL || turn < kTurns; ++turn) {
     // The middle of their order where a guess leads nowhere; late, every other time, so that it
     // comes to an end.
     if (!(t > low && t < high) || (turn >= kTurns && turn % 2)) t = middle(low, high);
     if (t == high && has_high) break;  // nothing between them
-    const int64_t reach = count_reach(x, padded, t);
+    const int64_t reach = count_reach(x, padded, t), before = below - above;
     if (reach == keep) {
-      larger = 0;
+      larger = keep;
       break;
     }
     if (reach > keep) {
@@ -167,6 +203,16 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
       has_high = true;
     }
     if (low == high) break;
+    if (has_low && has_high && 8 * (below - above) > 7 * before) {
+      // Little was gained: many may be equal. From below there is nothing up to the least of them.
+      const A least = least_reaching(x, padded, low);
+      const int64_t rest = count_above(x, padded, least);
+      if (rest < keep) {
+        t = least;
+        larger = rest;
+        break;
+      }
+    }
     if (has_low && has_high) {
       t = low + (high - low) * (static_cast<A>(below - keep) / static_cast<A>(below - above));
     } else {
@@ -175,7 +221,7 @@ inline void choose(const A* x, int64_t n, int64_t keep, Guess<A>& guess, int32_t
                   : high - guess.step * static_cast<A>(keep - above) - stride;
     }
   }
-  int64_t ties = 0;  // of those equal to t, how many; 0 for all
+  int64_t ties = larger < 0 ? 0 : keep - larger;  // of those equal to t, how many; 0 for all
   if (larger < 0 && below - above > kL) {
     t = low;  // all that are left are equal
     ties = keep - above;
@@ -248,7 +294,7 @@ struct ChoiceScratch {
         bias(memory.take<A>(round_up(rank, kLanes<A>))),
         candidates(memory.take<int32_t>(columns)),
         places(memory.take<int32_t>(columns)),
-        used(memory.take<int32_t>(kChoiceRows * used_most)),
+        used(memory.take<int32_t>(kChoiceRows * used_most + kLanes<A>)),
         chosen(memory.take<int32_t>((columns > rank ? columns : rank) + kLanes<A>)),
         keys(memory.take<Key>(round_up(columns > rank ? columns : rank, kKeyLanes))),
         positions(memory.take<int64_t>(columns > rank ? columns : rank)),
@@ -407,7 +453,7 @@ class Chooser {
     if (written == num_used())
       std::memcpy(used, m_.chosen, static_cast<std::size_t>(written) * sizeof(int32_t));
     else
-      take_first(x, num_used(), least, num_used() - count_above(x, a_.rank, least), used);
+      take_first(x, num_used(), least, num_used() - count_above(x, padded_rank_, least), used);
   }
 
   // Of kL rows the least coefficient that counts: the largest so far sink through `top`. Returns
@@ -497,17 +543,11 @@ class Chooser {
     return true;
   }
 
-  static int64_t count_above(const A* x, int64_t n, A t) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) count += x[i] > t;
-    return count;
-  }
-
   void emit(int64_t r, int32_t* index) {
     const A* x = m_.sums + r * padded_;
     int64_t keep = a_.budget < count_ ? a_.budget : count_;
     if (a_.has_threshold) {
-      const int64_t above = count_above(x, count_, static_cast<A>(a_.threshold));
+      const int64_t above = count_above(x, padded_, static_cast<A>(a_.threshold));
       keep = keep < above ? keep : above;
     }
     int32_t* chosen = m_.chosen;
