@@ -1,5 +1,5 @@
 // CPU entry points of attention_stats: check, allocate, run the kernels in parallel.
-#include "attention_args.h"
+#include "host/attention_args.h"
 #include "isa.h"
 
 #include <tuple>

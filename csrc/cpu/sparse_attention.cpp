@@ -1,7 +1,7 @@
 // CPU entry points of sparse_attention: check, allocate, run the kernels in parallel.
 #include "../common/sparse_attention.h"
 
-#include "attention_args.h"
+#include "host/attention_args.h"
 #include "isa.h"
 
 #include <atomic>

@@ -1,9 +1,9 @@
 // From tensors to the arguments of the attention kernels, for their CPU entry points.
 #pragma once
 
-#include "../common/attention_stats.h"
+#include "../../common/attention_stats.h"
 
-#include "args.h"
+#include "../args.h"
 #include "keep.h"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Training masks, read on the CPU.
 #pragma once
 
-#include "../common/dispatch.h"
+#include "../../common/dispatch.h"
 
 #include <cmath>
 #include <cstring>
