@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+
+from spot_vit import SparsifinerConfig
+from spot_vit.connectivity import ConnectivityPredictor
+
 from benchmarks.timing import Case, Side, input_sets
 from spot_ext import connectivity
 
 EAGER = "dense map and topk"
+STORED = "coefficients stored, then connectivity"
 HEADS, DIM = 6, 64
 SHARE, COEF_TOPK = 0.25, 8  # of the keys; coefficients that count (published)
-REDUCE_N, REDUCE_C, STD, LEAST = 6, 2, 0.02, 0.02  # published
 
 
 def budget_of(tokens: int) -> int:
@@ -24,35 +31,18 @@ def budget_of(tokens: int) -> int:
     return math.ceil(SHARE * tokens)
 
 
-class Predictor:
-    """An untrained connectivity predictor with published sizes: METHOD B1."""
-
-    def __init__(self, tokens: int, dtype: torch.dtype, device: str) -> None:
-        draw = torch.Generator(device).manual_seed(1)
-
-        def normal(*shape: int, scale: float) -> Tensor:
-            return scale * torch.randn(shape, generator=draw, device=device, dtype=dtype)
-
-        channels, rank = DIM // REDUCE_C, tokens // REDUCE_N
-        self.q_weight, self.k_weight = (normal(channels, DIM, scale=DIM**-0.5) for _ in "qk")
-        self.q_bias, self.k_bias = (normal(channels, scale=0.1) for _ in "qk")
-        self.down = normal(tokens, rank, scale=STD)
-        up = normal(rank, tokens, scale=STD).abs()
-        self.basis = torch.where(up > LEAST, up, 0)
-
-    def coefficients(self, q: Tensor, k: Tensor) -> Tensor:
-        """[B, H, N-1, R] of q, k [B, N, H, D]; associated so that no token is projected alone."""
-        keys = (self.down.mT @ k.flatten(2)).unflatten(2, k.shape[2:])  # [B, R, H, D]
-        keys = F.linear(keys, self.k_weight) + self.down.sum(0)[:, None, None] * self.k_bias
-        keys = keys * HEADS**-0.5
-        offset = (keys @ self.q_bias).transpose(1, 2)[:, :, None]  # [B, H, 1, R]
-        keys = (keys @ self.q_weight).permute(0, 2, 3, 1)
-        return (q[:, 1:].transpose(1, 2) @ keys + offset).softmax(dim=-1)
-
-    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        """[B, H, N-1, K] int32: what `sparse_attention` takes."""
-        coefficients = self.coefficients(q, k)
-        return connectivity(coefficients, self.basis, budget_of(k.shape[1]), coef_topk=COEF_TOPK)
+@torch.no_grad()
+def untrained(tokens: int, dtype: torch.dtype, device: str) -> ConnectivityPredictor:
+    """A predictor with published sizes, whose logits are as large as trained ones."""
+    torch.manual_seed(1)
+    config = SparsifinerConfig(keep_rate=SHARE, coef_topk=COEF_TOPK)
+    made = {"device": device, "dtype": dtype}
+    predictor = ConnectivityPredictor(DIM, HEADS, 1, (1, tokens - 1), config, **made)
+    for linear in (predictor.proj_c_q, predictor.proj_c_k):
+        assert linear is not None
+        linear.weight.normal_(std=DIM**-0.5)
+        linear.bias.normal_(std=0.1)
+    return predictor
 
 
 def ours(coefficients: Tensor, basis: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -80,24 +70,55 @@ class Inputs:
         self, batch: int, tokens: int, kept: int | None, dtype: torch.dtype, device: str
     ) -> None:
         draw = torch.Generator(device).manual_seed(0)
-        predictor = Predictor(tokens, dtype, device)
+        predictor = untrained(tokens, dtype, device)
+        basis = predictor.basis().contiguous()
         queries = tokens - 1 if kept is None else kept
-        self.bytes = batch * HEADS * queries * (tokens // REDUCE_N) * dtype.itemsize
+        self.bytes = batch * HEADS * queries * basis.shape[0] * dtype.itemsize
         self.sets = []
         for _ in range(input_sets(self.bytes, device)):
             shape = (2, batch, tokens, HEADS, DIM)
             q, k = torch.randn(shape, generator=draw, device=device, dtype=dtype)
-            coefficients, columns = predictor.coefficients(q, k), None
+            with torch.no_grad():
+                coefficients, columns = predictor.coefficients(q[:, 1:], k), None
             if kept is not None:
                 scores = torch.rand((batch, tokens - 1), generator=draw, device=device)
                 patches = 1 + scores.topk(kept).indices.sort(-1).values
                 columns = F.pad(patches, (1, 0))
                 coefficients = coefficients[:, :, :kept].contiguous()
-            self.sets.append((coefficients, predictor.basis, columns))
+            self.sets.append((coefficients, basis, columns))
 
     def forward(self, function: Callable[..., Any]) -> Side:
         """`function(coefficients, basis, columns)` as a side."""
         return lambda i: function(*self.sets[i % len(self.sets)])
+
+
+class Prediction:
+    """Sets of random queries and keys, as views of a fused projection."""
+
+    def __init__(self, batch: int, tokens: int, dtype: torch.dtype, device: str) -> None:
+        draw = torch.Generator(device).manual_seed(0)
+        self.predictor = untrained(tokens, dtype, device)
+        self.bytes = 2 * batch * tokens * HEADS * DIM * dtype.itemsize
+        shape = (batch, tokens, 3, HEADS, DIM)
+        self.sets = [
+            torch.randn(shape, generator=draw, device=device, dtype=dtype).unbind(2)[:2]
+            for _ in range(input_sets(self.bytes, device))
+        ]
+
+    def inside(self, i: int) -> Tensor:
+        """The predictor as it is."""
+        q, k = self.sets[i % len(self.sets)]
+        return self.predictor(q[:, 1:], k)
+
+    def stored(self, function: Callable[..., Tensor]) -> Side:
+        """`function(coefficients, basis)` of its coefficients, as a side."""
+
+        @torch.no_grad()
+        def side(i: int) -> Tensor:
+            q, k = self.sets[i % len(self.sets)]
+            return function(self.predictor.coefficients(q[:, 1:], k), self.predictor.basis())
+
+        return side
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -112,3 +133,7 @@ def cases(device: str) -> Iterator[Case]:
             if kept is not None:
                 name += f", {kept} patches left"
             yield Case(name, inputs.forward(ours), {EAGER: inputs.forward(eager)}, {}, inputs.bytes)
+        inputs = Prediction(batch, tokens, dtype, device)
+        name = f"predictor [{batch},{tokens},{HEADS},{DIM}] {str(dtype).removeprefix('torch.')}"
+        others = {STORED: inputs.stored(ours), EAGER: inputs.stored(eager)}
+        yield Case(name, inputs.inside, others, {}, inputs.bytes)

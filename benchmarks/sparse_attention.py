@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_stats import sdpa
-from benchmarks.connectivity import DIM, HEADS, SHARE, Predictor, budget_of
+from benchmarks.connectivity import DIM, HEADS, SHARE, budget_of, untrained
 from benchmarks.timing import Case, Side, input_sets
 from spot_ext import sparse_attention
 from spot_ext.sparse_attention import named_keys
@@ -63,7 +63,7 @@ class Inputs:
 
     def __init__(self, batch: int, tokens: int, dtype: torch.dtype, device: str) -> None:
         draw = torch.Generator(device).manual_seed(0)
-        self.tokens, self.predictor = tokens, Predictor(tokens, dtype, device)
+        self.tokens, self.predictor = tokens, untrained(tokens, dtype, device)
         shape = (batch, tokens, 3, HEADS, DIM)
         keys = batch * HEADS * (tokens - 1) * budget_of(tokens)
         self.bytes = batch * tokens * 3 * HEADS * DIM * dtype.itemsize + 4 * keys
@@ -71,7 +71,7 @@ class Inputs:
             torch.randn(shape, generator=draw, device=device, dtype=dtype).unbind(2)
             for _ in range(input_sets(self.bytes, device))
         ]
-        self.index = [self.predictor(q, k) for q, k, _ in self.sets]
+        self.index = [self.predictor(q[:, 1:], k) for q, k, _ in self.sets]
         self.grad = torch.randn(
             (batch, tokens, HEADS, DIM), generator=draw, device=device, dtype=dtype
         )
@@ -98,7 +98,7 @@ class Inputs:
 
         def side(i: int) -> Tensor:
             q, k, v = self.sets[i % len(self.sets)]
-            return sparse(q, k, v, self.predictor(q, k))
+            return sparse(q, k, v, self.predictor(q[:, 1:], k))
 
         return side
 

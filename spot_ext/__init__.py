@@ -1,8 +1,8 @@
 """SPOT's operators: compaction, relevance, attention with statistics, sparse attention.
 
 Importing this package registers `torch.ops.spot.*`, for CPU and CUDA, with autograd. Functions take
-and return torch tensors; each module holds one slice: public functions, `*_reference` definitions in
-plain PyTorch, and what torch needs to trace, differentiate and count them.
+and return torch tensors; each module holds one slice: public functions, `*_reference` definitions
+in plain PyTorch, and what torch needs to trace, differentiate and count them.
 """
 
 from spot_ext import _library

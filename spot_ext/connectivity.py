@@ -366,7 +366,8 @@ def _(
     **kwargs: Any,
 ) -> int:
     """The combination of basis rows, as if the basis were dense."""
-    return _combination(*coefficients, basis, columns, coef_topk)
+    batch, heads, queries, rank = coefficients
+    return _combination(batch, heads, queries, rank, basis, columns, coef_topk)
 
 
 @_register.flops("predict_connectivity")

@@ -6,6 +6,7 @@ and a FLOP count. An op that is missing here, or has a gap, fails the tests.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -604,24 +605,32 @@ class _Connectivity:
     traced: bool = False
 
     def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-        in_play = self.queries + self.num_prefix
         shape = self.batch, self.heads, self.queries, self.rank
         coefficients = exact_values(f"{self.name} coefficients", shape, -4, 8)
-        grid = in_play if self.columns is None else self.columns
-        basis = exact_values(f"{self.name} basis", (self.rank, grid), 1, 6, self.part)
+        basis = exact_values(f"{self.name} basis", (self.rank, self.grid), 1, 6, self.part)
+        return (
+            lay_out(coefficients.to(device, dtype), self.coefficients_layout),
+            lay_out(basis.to(device, dtype), self.basis_layout),
+            *self.choice(device, dtype),
+        )
+
+    @property
+    def grid(self) -> int:
+        """Columns of the basis."""
+        return self.queries + self.num_prefix if self.columns is None else self.columns
+
+    def choice(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The arguments behind the basis."""
         columns = keep = None
         if self.columns is not None:
-            drawn = random_index(f"{self.name} columns", self.batch, grid, in_play)
+            in_play = self.queries + self.num_prefix
+            drawn = random_index(f"{self.name} columns", self.batch, self.columns, in_play)
             columns = lay_out(drawn.to(device), self.columns_layout)
         if self.keep:
             value = {"random": 0.6, "all": 1.0, "none": 0.0}[self.keep]
             flips = torch.rand((self.batch, self.queries), generator=generator(f"{self.name} keep"))
             keep = (flips < value).to(device, dtype)
-        return (
-            lay_out(coefficients.to(device, dtype), self.coefficients_layout),
-            lay_out(basis.to(device, dtype), self.basis_layout),
-            self.budget, columns, keep, self.coef_topk, self.threshold,
-        )  # fmt: skip
+        return self.budget, columns, keep, self.coef_topk, self.threshold
 
 
 _CONNECTIVITY = (
@@ -668,6 +677,136 @@ _CONNECTIVITY = (
     *(_Connectivity(f"{layout} basis", basis_layout=layout, columns=14) for layout in LAYOUTS[1:]),
     *(_Connectivity(f"{layout} columns", columns_layout=layout, columns=19)
       for layout in LAYOUTS[1:-1]),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Prediction(_Connectivity):
+    """Softmax is not exact: data are drawn until no set hangs on the rounding of a sum."""
+
+    dim: int = 4
+    has_bias: bool = True
+    q_layout: str = "qkv"  # patch queries of a fused projection
+    keys_layout: str = "joint"  # with the bias in one tensor, as the predictor gives them
+
+    def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        return self.drawn(_first_clear(self, dtype), device, dtype)
+
+    def drawn(self, number: int, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        def normal(name: str, *shape: int) -> Tensor:
+            return random(f"{self.name} {name} {number}", shape, dtype, device)
+
+        if self.q_layout == "qkv":
+            tokens = self.num_prefix + self.queries
+            packed = normal("q", self.batch, tokens, 3, self.heads, self.dim)
+            q = packed[:, self.num_prefix :, 0]
+        else:
+            q = normal("q", self.batch, self.queries, self.heads, self.dim)
+            q = lay_out(q, self.q_layout)
+        joint = normal("keys", self.batch, self.rank, self.heads, self.dim + 1)
+        keys, bias = joint[..., :-1], joint[..., -1]
+        if self.keys_layout != "joint":
+            keys, bias = (lay_out(x.contiguous(), self.keys_layout) for x in (keys, bias))
+        basis = normal("basis", self.rank, self.grid)
+        seeded = generator(f"{self.name} part {number}")
+        basis = basis * (torch.rand(basis.shape, generator=seeded) < self.part).to(device)
+        return (
+            q, keys, bias if self.has_bias else None, lay_out(basis, self.basis_layout),
+            *self.choice(device, dtype),
+        )  # fmt: skip
+
+
+@functools.cache
+def _first_clear(sample: _Prediction, dtype: torch.dtype) -> int:
+    """Which draw of a sample is the first whose sets rounding cannot change."""
+    return next(n for n in range(1000) if clear_of_rounding(*sample.drawn(n, "cpu", dtype)))
+
+
+def clear_of_rounding(
+    q: Tensor, keys: Tensor, bias: Tensor | None, basis: Tensor, budget: int,
+    columns: Tensor | None, keep: Tensor | None, coef_topk: int | None, threshold: float | None,
+) -> bool:  # fmt: skip
+    """Whether all sets of `predict_connectivity` keep away from ties by far more than float32's
+    rounding; ties of sums that are exact do not count."""
+    margin = 1e-5
+    logits = torch.einsum("bihd,brhd->bhir", q.double(), keys.double())
+    if bias is not None:
+        logits = logits + bias.double().transpose(1, 2)[:, :, None]
+    coefficients, basis = logits.softmax(dim=-1), basis.double()
+    used = logits.shape[-1]
+    if coef_topk is not None and coef_topk < used:
+        used = coef_topk
+        best, order = logits.sort(dim=-1, descending=True)
+        if (best[..., used - 1] - best[..., used] < margin).any():
+            return False
+        coefficients = coefficients.scatter(-1, order[..., used:], 0.0)
+    if columns is None:
+        approx = coefficients @ basis
+    else:
+        approx = coefficients @ basis.mT[columns].mT[:, None]
+    margin *= basis.abs().max().item() if basis.numel() else 1.0
+    if threshold is not None:
+        if ((approx != 0) & ((approx - threshold).abs() < margin)).any():
+            return False
+        approx = approx.masked_fill(approx <= threshold, -math.inf)
+    if keep is not None:
+        dropped = F.pad(keep == 0, (approx.shape[-1] - keep.shape[1], 0))
+        approx = approx.masked_fill(dropped[:, None, None], -math.inf)
+    if budget == approx.shape[-1]:
+        return True
+    best = approx.sort(dim=-1, descending=True).values
+    last, next_ = best[..., budget - 1], best[..., budget]
+    exact = (last == next_) & ((last == 0) | last.isinf() | (used == 1))
+    return not (~exact & (last - next_ < margin)).any()
+
+
+_PREDICTION = (
+    _Prediction("plain", traced=True),
+    _Prediction("everything", columns=16, keep="random", coef_topk=3, threshold=0.1, budget=6,
+                traced=True),
+    _Prediction("no bias", has_bias=False, traced=True),
+    _Prediction("no bias, columns", has_bias=False, columns=23, coef_topk=3),
+    _Prediction("columns", columns=23, traced=True),
+    _Prediction("masked", keep="random", traced=True),
+    _Prediction("masked columns", keep="random", columns=15),
+    _Prediction("keep all", keep="all"),
+    _Prediction("keep none", keep="none"),
+    _Prediction("keep none, no prefix", keep="none", num_prefix=0),
+    _Prediction("threshold", threshold=0.2, budget=8, traced=True),
+    _Prediction("threshold of 0", threshold=0.0, part=0.3, budget=8),
+    _Prediction("threshold beyond all", threshold=1e3),
+    _Prediction("topk of 1", coef_topk=1, traced=True),
+    _Prediction("topk of 8", coef_topk=8, rank=12, traced=True),
+    _Prediction("topk of all", coef_topk=5),
+    _Prediction("topk beyond all", coef_topk=50),
+    _Prediction("budget of 1", budget=1),
+    _Prediction("budget of all", budget=10, traced=True),
+    _Prediction("budget of all, masked", budget=10, keep="random"),
+    _Prediction("one key", rank=1, traced=True),
+    _Prediction("no keys", rank=0, budget=3),
+    _Prediction("one channel", dim=1),
+    _Prediction("no channels", dim=0),
+    _Prediction("33 channels", dim=33, rank=17, coef_topk=8),
+    _Prediction("no prefix", num_prefix=0, traced=True),
+    _Prediction("five prefix tokens", num_prefix=5, keep="random"),
+    _Prediction("one head", heads=1),
+    _Prediction("one column", queries=0, num_prefix=1, budget=1),
+    _Prediction("one query", queries=1, num_prefix=0, budget=1),
+    _Prediction("no queries", queries=0, num_prefix=3, budget=2),
+    _Prediction("no heads", heads=0),
+    _Prediction("empty batch", batch=0, keep="random", columns=12, traced=True,
+                q_layout="contiguous", keys_layout="contiguous"),  # opcheck cannot clone others
+    _Prediction("all ties", part=0.0, keep="random"),
+    _Prediction("sparse basis", part=0.1, budget=7, queries=30, rank=9, coef_topk=4),
+    _Prediction("odd sizes", batch=3, heads=3, queries=67, num_prefix=2, rank=13, budget=19,
+                coef_topk=8, keep="random", dim=7),
+    _Prediction("ViT", batch=1, queries=196, rank=32, budget=50, coef_topk=8, dim=16),
+    _Prediction("twelve images", batch=12, heads=1, queries=60, rank=16, budget=15, coef_topk=8,
+                columns=100, keep="random", dim=8),
+    *(_Prediction(f"{layout} q", q_layout=layout, keep="random", traced=layout == "swapped")
+      for layout in LAYOUTS),
+    *(_Prediction(f"{layout} keys", keys_layout=layout, coef_topk=3) for layout in LAYOUTS[:-1]),
+    *(_Prediction(f"{layout} basis", basis_layout=layout, columns=14) for layout in LAYOUTS[1:-1]),
 )  # fmt: skip
 
 
@@ -1299,11 +1438,90 @@ def _sparse_backward_errors() -> tuple[Bad, ...]:
 
 def _connectivity_errors() -> tuple[Bad, ...]:
     def build(device: Any, **changes: Any) -> tuple[Any, ...]:
-        values: dict[str, Any] = {
-            "coefficients": _t(2, 3, 5, 4, device=device), "basis": _t(4, 6, device=device),
-            "budget": 3, "columns": None, "keep": None, "coef_topk": None, "threshold": None,
-        }  # fmt: skip
-        return tuple((values | changes).values())
+        values: dict[str, Any] = {"coefficients": _t(2, 3, 5, 4, device=device)}
+        return tuple((values | _choice(device) | changes).values())
+
+    def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(label, lambda d: build(d, **changes(d)), raises, words, **more)
+
+    def resized(name: str, *shape: int, words: tuple[str, ...]) -> Bad:
+        return bad(f"{name} {list(shape)}", lambda d: {name: _t(*shape, device=d)}, ValueError,
+                   (name, str(list(shape)), *words))  # fmt: skip
+
+    return (
+        *_tensor_errors("coefficients", lambda d, x: build(d, coefficients=x), (2, 3, 5, 4),
+                        "4 dim"),
+        resized("coefficients", 3, 5, 4, words=("4 dim",)),
+        bad("more queries than columns", lambda d: {"coefficients": _t(2, 3, 7, 4, device=d)},
+            ValueError, ("basis", "7", "6")),
+        bad("coefficients integer",
+            lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.int32, device=d)}, TypeError,
+            ("coefficients", "float32", "int32")),
+        bad("coefficients complex",
+            lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.complex64, device=d)}, TypeError,
+            ("coefficients", "complex64")),
+        *_choice_errors(build),
+    )  # fmt: skip
+
+
+def _prediction_errors() -> tuple[Bad, ...]:
+    shapes = {"q": (2, 5, 3, 2), "keys": (2, 4, 3, 2), "bias": (2, 4, 3)}
+
+    def build(device: Any, **changes: Any) -> tuple[Any, ...]:
+        values: dict[str, Any] = {n: _t(*shape, device=device) for n, shape in shapes.items()}
+        return tuple((values | _choice(device) | changes).values())
+
+    def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
+            **more: Any) -> Bad:  # fmt: skip
+        return Bad(label, lambda d: build(d, **changes(d)), raises, words, **more)
+
+    def resized(name: str, *shape: int, words: tuple[str, ...]) -> Bad:
+        return bad(f"{name} {list(shape)}", lambda d: {name: _t(*shape, device=d)}, ValueError,
+                   (name, str(list(shape)), *words))  # fmt: skip
+
+    return (
+        *_tensor_errors("q", lambda d, x: build(d, q=x), shapes["q"], "4 dim"),
+        *_tensor_errors("keys", lambda d, x: build(d, keys=x), shapes["keys"], "4 dim"),
+        resized("q", 2, 5, 6, words=("4 dim",)),
+        resized("keys", 2, 4, 6, words=("4 dim",)),
+        resized("keys", 1, 4, 3, 2, words=("size 2", "batch")),
+        resized("keys", 2, 4, 1, 2, words=("size 3", "heads")),
+        resized("keys", 2, 4, 3, 1, words=("size 2", "head dim")),
+        resized("bias", 2, 4, 3, 1, words=("3 dim",)),
+        resized("bias", 1, 4, 3, words=("size 2", "keys")),
+        resized("bias", 2, 5, 3, words=("size 4", "keys")),
+        resized("bias", 2, 4, 1, words=("size 3", "keys")),
+        bad("bias is a list", lambda d: {"bias": [1.0]}, TypeError, ("bias", "list"),
+            op_words=("bias",)),
+        bad("more queries than columns", lambda d: {"q": _t(2, 7, 3, 2, device=d)}, ValueError,
+            ("basis", "7", "6")),
+        bad("q integer", lambda d: {"q": _t(2, 5, 3, 2, dtype=torch.int32, device=d)}, TypeError,
+            ("q", "float32", "int32")),
+        bad("q complex", lambda d: {"q": _t(2, 5, 3, 2, dtype=torch.complex64, device=d)},
+            TypeError, ("q", "complex64")),
+        *(bad(f"{name} of another dtype",
+              lambda d, n=name: {n: _t(*shapes[n], device=d).double()}, TypeError,
+              (name, "float32", "float64"))
+          for name in ("keys", "bias")),
+        *(bad(f"{name} on another device", lambda d, n=name: {n: _t(*shapes[n], device="meta")},
+              ValueError, (name, "device"))
+          for name in ("keys", "bias")),
+        *_choice_errors(build),
+    )  # fmt: skip
+
+
+def _choice(device: Any) -> dict[str, Any]:
+    """Legal arguments of either op of connectivity from the basis on, for 5 queries of 2 images and
+    4 coefficients."""
+    return {
+        "basis": _t(4, 6, device=device), "budget": 3, "columns": None, "keep": None,
+        "coef_topk": None, "threshold": None,
+    }  # fmt: skip
+
+
+def _choice_errors(build: Callable[..., tuple[Any, ...]]) -> list[Bad]:
+    """Wrong arguments that both have; `build(device, **changes)` starts from `_choice`."""
 
     def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
             **more: Any) -> Bad:  # fmt: skip
@@ -1329,19 +1547,8 @@ def _connectivity_errors() -> tuple[Bad, ...]:
                 op_words=(name,)),
         ]  # fmt: skip
 
-    return (
-        *_tensor_errors("coefficients", lambda d, x: build(d, coefficients=x), (2, 3, 5, 4),
-                        "4 dim"),
+    return [
         *_tensor_errors("basis", lambda d, x: build(d, basis=x), (4, 6), "2 dim"),
-        resized("coefficients", 3, 5, 4, words=("4 dim",)),
-        bad("more queries than columns", lambda d: {"coefficients": _t(2, 3, 7, 4, device=d)},
-            ValueError, ("basis", "7", "6")),
-        bad("coefficients integer",
-            lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.int32, device=d)}, TypeError,
-            ("coefficients", "float32", "int32")),
-        bad("coefficients complex",
-            lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.complex64, device=d)}, TypeError,
-            ("coefficients", "complex64")),
         resized("basis", 4, 6, 1, words=("2 dim",)),
         resized("basis", 3, 6, words=("size 4",)),
         bad("basis of another dtype", lambda d: {"basis": _t(4, 6, device=d).double()}, TypeError,
@@ -1381,7 +1588,7 @@ def _connectivity_errors() -> tuple[Bad, ...]:
             ("threshold", "Tensor"), op_accepts=True),
         bad("threshold is a bool", lambda d: {"threshold": True}, TypeError,
             ("threshold", "bool"), op_accepts=True),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 # -- FLOPs: 2 per multiply-accumulate
@@ -1438,6 +1645,17 @@ def _connectivity_flops(
     rows, rank = coefficients.shape[:3].numel(), coefficients.shape[3]
     used = rank if coef_topk is None else min(rank, coef_topk)
     return 2 * rows * used * in_play, 2 * rows * used * in_play
+
+
+def _prediction_flops(
+    q: Tensor, keys: Tensor, bias: Tensor | None, basis: Tensor, *args: Any
+) -> tuple[int, int]:
+    """That, and the product of queries and keys; softmax may add a few operations per entry."""
+    batch, queries, heads, dim = q.shape
+    entries = batch * heads * queries * keys.shape[1]
+    shape = torch.empty(batch, heads, queries, keys.shape[1], device="meta")
+    least, most = _connectivity_flops(shape, basis, *args)
+    return 2 * entries * dim + least, 2 * entries * dim + most + 8 * entries
 
 
 def _attention_backward_errors() -> tuple[Bad, ...]:
@@ -1636,6 +1854,18 @@ def _connectivity_reference(*args: Any) -> Tensor:
     return spot_ext.connectivity_reference(*args[:5], **keywords)
 
 
+def _public_prediction(*args: Any) -> Any:
+    """`predict_connectivity` with the op's positional arguments."""
+    keywords = dict(zip(("coef_topk", "threshold"), args[7:], strict=False))
+    return spot_ext.predict_connectivity(*args[:7], **keywords)
+
+
+def _prediction_reference(*args: Any) -> Tensor:
+    """`predict_connectivity_reference` with the op's positional arguments."""
+    keywords = dict(zip(("coef_topk", "threshold"), args[7:], strict=False))
+    return spot_ext.predict_connectivity_reference(*args[:7], **keywords)
+
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -1676,6 +1906,10 @@ OPS: dict[str, Op] = {
            tuple(Sample(c.name, c.args, c.traced) for c in _CONNECTIVITY), _connectivity_errors(),
            _connectivity_flops, public=_public_connectivity, weights=(1,),
            large="twelve ViT images"),
+        Op("predict_connectivity", _prediction_reference,
+           tuple(Sample(p.name, p.args, p.traced) for p in _PREDICTION), _prediction_errors(),
+           _prediction_flops, public=_public_prediction, weights=(3,),
+           large="twelve images"),
         Op("sparse_attention", sparse_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _SPARSE), _sparse_errors(),
            _sparse_flops, grads=(0, 1, 2, 4), exact=False, public=_public_sparse,

@@ -141,6 +141,11 @@ def test_sparse_sides_do_the_same() -> None:
         ours, eager = (named.forward(f)(0) for f in (connectivity.ours, connectivity.eager))
         # The sets may differ where a tie, or nearly one, is at the cut.
         assert ours.shape == eager.shape and (ours == eager).float().mean() > 0.9
+    predicted = connectivity.Prediction(2, 61, torch.float32, "cpu")
+    inside = predicted.inside(0)
+    for function in (connectivity.ours, connectivity.eager):
+        stored = predicted.stored(function)(0)
+        assert stored.shape == inside.shape and (stored == inside).float().mean() > 0.9
     inputs = sparse_attention.Inputs(2, 61, torch.float32, "cpu")
     ours = inputs.forward(sparse_attention.sparse)(0)
     torch.testing.assert_close(inputs.whole()(0), ours)

@@ -41,6 +41,8 @@ PUBLIC = {
     "connectivity_reference",
     "fuse_tokens",
     "fuse_tokens_reference",
+    "predict_connectivity",
+    "predict_connectivity_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "select_tokens",
@@ -299,6 +301,8 @@ CALLS = {
     "fuse_tokens": "s.fuse_tokens(torch.rand(2, 6, 3), torch.rand(2, 5), index)",
     "attention_stats": "s.attention_stats(*[torch.rand(2, 6, 2, 4)] * 3)",
     "connectivity": "s.connectivity(torch.rand(2, 2, 5, 3), torch.rand(3, 6), 4)",
+    "predict_connectivity": "s.predict_connectivity(torch.rand(2, 5, 2, 4), "
+    "torch.rand(2, 3, 2, 4), None, torch.rand(3, 6), 4)",
     "sparse_attention": "s.sparse_attention(*[torch.rand(2, 6, 2, 4)] * 3, "
     "torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6))",
     "token_relevance": "s.token_relevance(None, torch.rand(2, 5, 3), *[None] * 5, "

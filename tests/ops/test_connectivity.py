@@ -21,12 +21,17 @@ from helpers import (
     random_index,
     threads,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from op_table import exact_values
+from op_table import clear_of_rounding, exact_values
 from torch import Tensor
 
-from spot_ext import connectivity, connectivity_reference
+from spot_ext import (
+    connectivity,
+    connectivity_reference,
+    predict_connectivity,
+    predict_connectivity_reference,
+)
 
 # ---- the definition as loops ---------------------------------------------------------------------
 
@@ -573,6 +578,166 @@ def test_autocast_rounds_what_it_is_given(ambient: torch.dtype, device: torch.de
     assert not torch.equal(expected, connectivity(coefficients, basis, 50))
 
 
+# ---- coefficients made inside --------------------------------------------------------------------
+
+
+# Of the last place of the cut: logits of a few units are off by some, as are exponentials then.
+UNITS = 16
+
+
+def operands(
+    count: int, dtype: torch.dtype, device: Any, batch: int = 2, rank: int = 32, dim: int = 32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, keys, bias and basis as a predictor has them: queries of a fused projection."""
+    packed = random(f"q {count}", (batch, count, 3, 6, dim), dtype, device)
+    joint = random(f"keys {count}", (batch, rank, 6, dim + 1), torch.float64) * 2 * dim**-0.5
+    joint = joint.to(device, dtype)
+    _, basis = predicted(count, dtype, device, batch=1, rank=rank)
+    return packed[:, 1:, 0], joint[..., :-1], joint[..., -1], basis
+
+
+def exact_logits(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, H, N-P, R] in float64."""
+    logits = torch.einsum("bihd,brhd->bhir", q.double(), keys.double())
+    return logits if bias is None else logits + bias.double().transpose(1, 2)[:, :, None]
+
+
+@given(cases(), st.sampled_from(FLOATING), st.booleans(), st.integers(1, 40))
+def test_predicted_sets_are_those_of_exact_coefficients(
+    device: torch.device, case: dict[str, Any], dtype: torch.dtype, biased: bool, dim: int
+) -> None:
+    """Of the same basis, columns, mask and thresholds, wherever rounding has no say."""
+    values = build(case | {"odd": ""}, dtype, device)
+    del values["coefficients"]
+    sizes, seed, layout = (case["batch"], case["heads"], dim), case["seed"], case["layout"]
+    q = random(f"q {seed}", (sizes[0], case["queries"], *sizes[1:]), dtype, device)
+    keys = random(f"keys {seed}", (sizes[0], case["rank"], *sizes[1:]), dtype, device)
+    bias = random(f"bias {seed}", keys.shape[:3], dtype, device) if biased else None
+    q, keys = lay_out(q * dim**-0.5, layout), lay_out(keys, layout)
+    bias = None if bias is None else lay_out(bias, layout)
+    assume(clear_of_rounding(q, keys, bias, **values))
+    values["basis"] = values["basis"].double()
+    expected = connectivity(exact_logits(q, keys, bias).softmax(-1), **values)
+    values["basis"] = values["basis"].to(dtype)
+    assert_same_bits(predict_connectivity(q, keys, bias, **values), expected)
+    assert_same_bits(predict_connectivity_reference(q, keys, bias, **values), expected)
+
+
+@pytest.mark.parametrize("coef_topk", [None, 8])
+@pytest.mark.parametrize("count", [65, 197, 577])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_predicted_sets_differ_only_near_the_cut(
+    dtype: torch.dtype, count: int, coef_topk: int | None, device: torch.device
+) -> None:
+    """Coefficients are those of float32 for 16 bits too: nothing is rounded on the way."""
+    q, keys, bias, basis = operands(count, dtype, device, batch=1)
+    logits = exact_logits(q, keys, bias)
+    approx = exact_approx(logits.softmax(-1), basis, coef_topk)
+    wide = torch.promote_types(dtype, torch.float32)
+    eps = torch.finfo(wide).eps
+    if coef_topk is not None:  # which coefficients count may hang on rounding too
+        best = logits.sort(dim=-1, descending=True).values
+        clear = best[..., coef_topk - 1] - best[..., coef_topk] > 64 * eps
+        assert clear.double().mean() > 0.99
+    for budget in (1, -(-count // 4), -(-count // 2)):
+        index = predict_connectivity(q, keys, bias, basis, budget, coef_topk=coef_topk)
+        rows_of(index)
+        cut = approx.sort(dim=-1, descending=True).values[..., budget - 1 : budget]
+        margin = UNITS * eps * cut.abs()
+        if coef_topk is not None:
+            margin = margin.masked_fill(~clear[..., None], math.inf)
+        assert_only_near_the_cut(index, approx, budget, margin)
+
+
+def test_no_bias_is_a_bias_of_zero(device: torch.device) -> None:
+    for dtype in FLOATING:
+        q, keys, bias, basis = operands(70, dtype, device)
+        index = predict_connectivity(q, keys, None, basis, 18, coef_topk=8)
+        zero = torch.zeros_like(bias)
+        assert_same_bits(predict_connectivity(q, keys, zero, basis, 18, coef_topk=8), index)
+        assert not torch.equal(predict_connectivity(q, keys, bias, basis, 18, coef_topk=8), index)
+
+
+def test_predicted_alone_as_in_the_batch(device: torch.device) -> None:
+    """Images, heads and queries know nothing of each other."""
+    q, keys, bias, basis = operands(70, torch.float32, device, batch=3)
+    index = predict_connectivity(q, keys, bias, basis, 18, coef_topk=8)
+    for b in range(3):
+        for h in range(6):
+            one = q[b : b + 1, :, h : h + 1], keys[b : b + 1, :, h : h + 1]
+            alone = predict_connectivity(*one, bias[b : b + 1, :, h : h + 1], basis, 18,
+                                         coef_topk=8)  # fmt: skip
+            assert_same_bits(alone, index[b : b + 1, h : h + 1])
+    for first, count in ((0, 1), (3, 1), (68, 1), (5, 33), (17, 52)):
+        some = predict_connectivity(q[:, first : first + count], keys, bias, basis, 18, coef_topk=8)
+        assert_same_bits(some, index[:, :, first : first + count])
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("count", "batch"), [(197, 1), (65, 3)])
+def test_predicted_with_any_number_of_threads(count: int, batch: int, dtype: torch.dtype) -> None:
+    q, keys, bias, basis = operands(count, dtype, "cpu", batch=batch)
+    results = []
+    for number in (1, 2, 3, 4):
+        with threads(number):
+            budget = -(-count // 4)
+            results.append(predict_connectivity(q, keys, bias, basis, budget, coef_topk=8))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("coef_topk", [None, 8])
+def test_an_odd_query_spoils_its_own_rows(
+    coef_topk: int | None, dtype: torch.dtype, value: float, device: torch.device
+) -> None:
+    """Its logits are infinite or NaN, its coefficients NaN, and so all its columns: ties."""
+    q, keys, bias, basis = operands(50, dtype, device)
+    clean = predict_connectivity(q, keys, bias, basis, 12, coef_topk=coef_topk)
+    odd = q.clone()
+    odd[1, 5, 2, 7] = value
+    index = predict_connectivity(odd, keys, bias, basis, 12, coef_topk=coef_topk)
+    assert index[1, 2, 5].tolist() == list(range(12))
+    index[1, 2, 5] = clean[1, 2, 5]
+    assert_same_bits(index, clean)
+
+
+@pytest.mark.parametrize("where", ["keys", "bias"])
+def test_an_odd_key_spoils_its_head(where: str, device: torch.device) -> None:
+    q, keys, bias, basis = operands(50, torch.float32, device)
+    clean = predict_connectivity(q, keys, bias, basis, 12)
+    odd = {"keys": keys.clone(), "bias": bias.clone()}
+    odd[where][1, 4, 2] = math.nan
+    index = predict_connectivity(q, odd["keys"], odd["bias"], basis, 12)
+    assert (index[1, 2] == torch.arange(12, device=device)).all()
+    index[1, 2] = clean[1, 2]
+    assert_same_bits(index, clean)
+
+
+def test_a_bias_of_minus_infinity_takes_a_key_out(device: torch.device) -> None:
+    q, keys, bias, basis = operands(50, torch.float64, device)
+    bias = bias.clone()
+    bias[:, 9] = -math.inf
+    index = predict_connectivity(q, keys, bias, basis, 12)
+    left = [r for r in range(32) if r != 9]
+    fewer = predict_connectivity(q, keys[:, left], bias[:, left], basis[left], 12)
+    assert_same_bits(index, fewer)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_large_logits_leave_one_coefficient(dtype: torch.dtype, device: torch.device) -> None:
+    """Softmax does not overflow: columns are those of the basis row that wins."""
+    q, keys, bias, basis = operands(50, dtype, device)
+    logits = exact_logits(q * 1000, keys, bias)
+    best = logits.topk(2, dim=-1)
+    clear = best.values[..., 0] - best.values[..., 1] > 1000
+    assert clear.double().mean() > 0.1 and logits.max() > 5000
+    index = predict_connectivity(q * 1000, keys, bias, basis, 12)
+    alone = connectivity(torch.eye(32, dtype=dtype, device=device)[None, None], basis, 12)
+    assert_same_bits(index[clear], alone[0, 0, best.indices[..., 0]][clear])
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 _SCRATCH = """
@@ -599,6 +764,41 @@ def test_no_score_matrix_is_ever_in_memory() -> None:
     assert kernel <= 0.05 * matrices
 
 
+_PREDICTION_SCRATCH = """
+import json
+import torch
+import spot_ext
+
+torch.set_num_threads(2)
+
+def stored(q, keys, *rest, **options):
+    coefficients = q.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
+    return spot_ext.connectivity(coefficients, *rest, **options)
+
+def inside(q, keys, *rest, **options):
+    return spot_ext.predict_connectivity(q, keys, None, *rest, **options)
+
+found = []
+for call in (inside, stored, spot_ext.predict_connectivity_reference):
+    for count in (65, 1025):  # the first call warms up
+        q, keys = torch.rand(8, count, 3, 6, 32)[:, 1:, 0], torch.rand(8, 32, 6, 32)
+        more = (None,) if call is spot_ext.predict_connectivity_reference else ()
+        rest = *more, torch.rand(32, count), 50
+        most, index = rise(lambda: call(q, keys, *rest, coef_topk=8))
+    found.append(most - 4 * index.numel())
+print(json.dumps(found))
+"""
+
+
+def test_no_coefficients_are_ever_in_memory() -> None:
+    """Nor queries whose strides are others: half of their bytes, beside 48 matrices of scores."""
+    inside, stored, reference = json.loads(crash_free(MEASURE_MEMORY + _PREDICTION_SCRATCH))
+    coefficients, matrices = 8 * 6 * 1024 * 32 * 4, 8 * 6 * 1024 * 1025 * 4
+    assert reference > matrices, "the measurement does not see matrices where there are some"
+    assert stored > 0.8 * coefficients, "nor coefficients"
+    assert inside <= 0.5 * coefficients
+
+
 _EDGES = """
 import torch
 import spot_ext
@@ -616,6 +816,13 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
                 named = spot_ext.connectivity(coefficients, basis, budget, guarded(columns), keep,
                                               coef_topk=topk)
                 assert named.max() < queries + prefix
+                for dim in (1, 5, 16):
+                    q = guarded(torch.randn(2, queries, 3, dim, generator=draw).to(dtype))
+                    keys = guarded(torch.randn(2, rank, 3, dim, generator=draw).to(dtype))
+                    bias = guarded(torch.randn(2, rank, 3, generator=draw).to(dtype))
+                    named = spot_ext.predict_connectivity(q, keys, bias, basis, budget,
+                                                          guarded(columns), keep, coef_topk=topk)
+                    assert named.max() < queries + prefix
         for bad in (grid, -1, 2**31, 2**62, -(2**62)):
             columns[1, -1] = bad
             try:

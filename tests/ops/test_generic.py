@@ -75,7 +75,7 @@ def test_every_op_has_all_its_parts(op: Op) -> None:
     assert _has(op, "Meta"), "no fake"
     assert op.call in flop_registry, "no FLOP formula"
     assert _has(op, "CPU"), "no CPU kernel"
-    integer_only = op.name in ("select_tokens", "connectivity")
+    integer_only = op.name in ("select_tokens", "connectivity", "predict_connectivity")
     assert integer_only or _has(op, "Autograd"), "no autograd formula"
     assert op.grads or op.once_only or integer_only
 
@@ -732,6 +732,7 @@ def _cast_by_hand(op: Op, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[An
         "attention_stats": (0, 1, 2),
         "token_relevance": (0, 1, *range(3, 13)),
         "connectivity": (0, 1),
+        "predict_connectivity": (0, 1, 2, 3),
         "sparse_attention": (0, 1, 2),
     }.get(op.name, ())
     assert places or op.exact or op.name.endswith("_backward")
