@@ -232,8 +232,11 @@ def test_per_isa_kernels_share_no_weak_symbols(tmp_path: Path) -> None:
     assert compiler
     flags = {
         "baseline": [],
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+        "avx2": ["-mavx2", "-mfma", "-mbmi2"],
+        "avx512": [
+            *("-mavx2", "-mfma", "-mbmi2"),
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        ],
     }
     flags["avx512_bf16"] = [*flags["avx512"], "-mavx512bf16"]
     from spot_ext import _C
