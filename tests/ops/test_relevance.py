@@ -139,7 +139,8 @@ def test_errors_at_the_size_of_a_model(dtype: torch.dtype, device: torch.device)
     actual = outcome(token_relevance, values)
     for name, mine, theirs, right in zip(("logits", *NAMES), actual, plain, truth, strict=True):
         error, allowed = ((x.double() - right).norm().item() for x in (mine, theirs))
-        floor = 4 * torch.finfo(mine.dtype).eps * right.norm().item()
+        ulps = 16 if mine.dtype == torch.float64 else 4  # there the truth is no more exact
+        floor = ulps * torch.finfo(mine.dtype).eps * right.norm().item()
         assert mine.dtype == theirs.dtype
         assert error <= 1.5 * allowed + floor, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
 
