@@ -136,6 +136,11 @@ def attention_stats_reference(
     if not need_stats:
         return out.to(q.dtype), out.new_empty(0)
 
+    return out.to(q.dtype), map_statistics(p, kept, num_prefix, class_token)
+
+
+def map_statistics(p: Tensor, kept: Tensor, num_prefix: int, class_token: bool) -> Tensor:
+    """The six statistics [B, N, H, 6] of a map p [B, H, N, N] with tokens `kept` [B, N]."""
     kept = kept[:, num_prefix:][:, None]  # [B, 1, N-P]
     n = kept.sum(-1, keepdim=True).clamp(min=1)
     hidden = ~(kept[:, :, :, None] & kept[:, :, None, :])
@@ -150,7 +155,7 @@ def attention_stats_reference(
         cls_out = cls_in = torch.zeros_like(row_mean)
     stats = torch.stack([cls_out, cls_in, row_mean, row_var, col_mean, col_var], dim=-1)
     stats = stats.masked_fill(~kept[..., None], 0).transpose(1, 2)  # [B, N-P, H, 6]
-    return out.to(q.dtype), torch.nn.functional.pad(stats, (0, 0, 0, 0, num_prefix, 0))
+    return torch.nn.functional.pad(stats, (0, 0, 0, 0, num_prefix, 0))
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from spot_ext import _check, _register
-from spot_ext.attention_stats import NUM_STATS, check_grads, check_keep, check_qkv
+from spot_ext.attention_stats import (
+    NUM_STATS,
+    check_grads,
+    check_keep,
+    check_qkv,
+    map_statistics,
+)
 
 # ---- public function -----------------------------------------------------------------------------
 
@@ -139,21 +145,7 @@ def sparse_attention_reference(
     if not need_stats:
         return out.to(q.dtype), out.new_empty(0)
 
-    kept = kept[:, num_prefix:][:, None]  # [B, 1, N-P]
-    n = kept.sum(-1, keepdim=True).clamp(min=1)
-    hidden = ~(kept[:, :, :, None] & kept[:, :, None, :])
-    patch = p[:, :, num_prefix:, num_prefix:].masked_fill(hidden, 0)
-    row_mean, col_mean = patch.sum(-1) / n, patch.sum(-2) / n
-    row_square = (patch - row_mean[..., :, None]).masked_fill(hidden, 0) ** 2
-    col_square = (patch - col_mean[..., None, :]).masked_fill(hidden, 0) ** 2
-    row_var, col_var = row_square.sum(-1) / n, col_square.sum(-2) / n
-    if class_token:
-        cls_out, cls_in = p[:, :, 0, num_prefix:], p[:, :, num_prefix:, 0]
-    else:
-        cls_out = cls_in = torch.zeros_like(row_mean)
-    stats = torch.stack([cls_out, cls_in, row_mean, row_var, col_mean, col_var], dim=-1)
-    stats = stats.masked_fill(~kept[..., None], 0).transpose(1, 2)  # [B, N-P, H, 6]
-    return out.to(q.dtype), torch.nn.functional.pad(stats, (0, 0, 0, 0, num_prefix, 0))
+    return out.to(q.dtype), map_statistics(p, kept, num_prefix, class_token)
 
 
 # ---- checks --------------------------------------------------------------------------------------
