@@ -87,10 +87,11 @@ inline void for_tiles(int64_t rows, F&& f) {
   if (r < rows) f(Int<1>{}, r);
 }
 
-// Columns are cut into panels of at most kTileVecs vectors, as even as they can be.
+// Columns are cut into panels of at most `most` vectors, as even as they can be.
 struct Panels {
   int64_t vecs, count;
-  explicit Panels(int64_t vectors) : vecs(vectors), count((vectors + kTileVecs - 1) / kTileVecs) {}
+  explicit Panels(int64_t vectors, int64_t most = kTileVecs)
+      : vecs(vectors), count((vectors + most - 1) / most) {}
   int64_t start(int64_t panel) const { return vecs * panel / count; }
   int width(int64_t panel) const { return static_cast<int>(start(panel + 1) - start(panel)); }
 };

@@ -1,0 +1,324 @@
+// The coefficients that connectivity combines: those of each query that count, and how large they
+// are. Torch-free; one copy per ISA.
+//
+// Coefficients are read, or made as the softmax of queries times few keys. The rows of a block are
+// lanes, so that a row's largest coefficients sink through registers. Of a softmax only those that
+// count become exponentials; it is divided by its sum where a threshold asks for that, as otherwise
+// columns are only compared with each other.
+//
+// Cost per row of R coefficients: R D multiply-accumulates to make them; 9 operations on a lane for
+// each to find the 8 largest, 2 C for the C largest. Scratch per thread: kChoiceRows (R + D)
+// numbers, and R D for the keys.
+#pragma once
+
+#include "attention_rows.h"
+#include "choose.h"
+
+namespace spot {
+namespace SPOT_ISA {
+
+constexpr int64_t kMostLanes = 32;  // coefficients that are ranked with rows as lanes
+constexpr int64_t kPublished = 8;   // coefficients that count, as published
+
+// ---- the eight largest --------------------------------------------------------------------------
+
+template <typename V>
+inline void order(V& more, V& less) {
+  const V a = more, b = less;
+  more = a > b ? a : b;
+  less = a > b ? b : a;
+}
+
+// Descending in each lane.
+template <typename V>
+inline void sort_eight(V (&x)[8]) {
+  constexpr int kPairs[][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6},
+                               {3, 7}, {0, 1}, {2, 3}, {4, 5}, {6, 7}, {2, 4}, {3, 5},
+                               {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
+#pragma GCC unroll 19
+  for (int i = 0; i < 19; ++i) order(x[kPairs[i][0]], x[kPairs[i][1]]);
+}
+
+// The eight largest of both, descending.
+template <typename V>
+inline void merge_eight(V (&top)[8], const V (&x)[8]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) top[i] = top[i] > x[7 - i] ? top[i] : x[7 - i];
+#pragma GCC unroll 3
+  for (int step = 4; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      if ((i & step) == 0) order(top[i], top[i + step]);
+}
+
+// Appends first + the positions of set bits; may write some more.
+inline int64_t append_bits(uint64_t set, int32_t first, int32_t* out) {
+  const int64_t count = __builtin_popcountll(set);
+  constexpr int kMostly = 4;  // without a branch
+#pragma GCC unroll 4
+  for (int i = 0; i < kMostly; ++i, set &= set - 1)
+    out[i] = first + __builtin_ctzll(set | uint64_t{1} << 63);
+  for (int64_t i = kMostly; i < count; ++i, set &= set - 1) out[i] = first + __builtin_ctzll(set);
+  return count;
+}
+
+// ---- a block of rows ---------------------------------------------------------------------------
+
+template <typename A>
+struct CoefficientScratch {
+  using Key = decltype(order_key(A{}));
+  A* lanes;                  // [R, kChoiceRows] coefficients or logits
+  A *keys, *queries;         // [R, depth], [depth, kChoiceRows] in panels
+  A *staged, *row;           // kLanes rows, one row
+  uint16_t* reaching;        // [R], which of kLanes rows reach their least that counts
+  A* weights;                // [used, kChoiceRows], those that count
+  A *size, *total, *square;  // per row: sums of their magnitudes, of them and of their squares
+  int32_t *used, *chosen;    // [kChoiceRows, used]; one row, a vector behind it
+  Key* order;                // of one row
+  int64_t* positions;
+  CoefficientScratch(Pieces& memory, const ConnectivityArgs& a, int64_t depth)
+      : lanes(memory.take<A>(round_up(a.rank, kPublished) * kChoiceRows)),
+        keys(memory.take<A>(a.rank * depth)),
+        queries(memory.take<A>(depth * kChoiceRows)),
+        staged(memory.take<A>(kLanes<A> * round_up(depth > a.rank ? depth : a.rank, kLanes<A>))),
+        row(memory.take<A>(round_up(a.rank, kLanes<A>))),
+        reaching(memory.take<uint16_t>(round_up(a.rank, 64))),
+        weights(memory.take<A>(a.used * kChoiceRows)),
+        size(memory.take<A>(kChoiceRows)),
+        total(memory.take<A>(kChoiceRows)),
+        square(memory.take<A>(kChoiceRows)),
+        used(memory.take<int32_t>(kChoiceRows * a.used + kLanes<A>)),
+        chosen(memory.take<int32_t>(a.rank + kLanes<A>)),
+        order(memory.take<Key>(round_up(a.rank, kKeyLanes))),
+        positions(memory.take<int64_t>(a.rank)) {}
+};
+
+template <typename T>
+class Coefficients {
+  using A = Acc<T>;
+  static constexpr int kL = kLanes<A>;
+  static_assert(kChoiceRows % kL == 0, "lanes are rows of one block");
+
+ public:
+  // One more than the head dim: a query's last number is 1, a key's its bias.
+  static int64_t depth(const ConnectivityArgs& a) { return a.head_dim + 1; }
+
+  Coefficients(const ConnectivityArgs& args, const CoefficientScratch<A>& scratch)
+      : a_(args), m_(scratch) {}
+
+  // Rows [q, q + rows) of a head of an image; rows <= kChoiceRows.
+  void run(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    if (a_.coefficients)
+      read(b, h, q, rows);
+    else
+      make(b, h, q, rows);
+    for (int64_t first = 0; first < rows; first += kL)
+      rank(first, rows - first < kL ? rows - first : kL);
+  }
+
+  // Lines of the queries behind those `rows`, of as many rows.
+  Lines query_lines(int64_t b, int64_t h, int64_t q, int64_t rows) const {
+    if (a_.coefficients) return {nullptr, 0, 0, 0};
+    const Rows<T> queries(a_.queries, b, h);
+    const int64_t first = q + rows, left = a_.num_queries - first;
+    return {queries.row(first), left < rows ? left : rows,
+            queries.token * static_cast<int64_t>(sizeof(T)),
+            a_.head_dim * static_cast<int64_t>(sizeof(T))};
+  }
+
+  // Those that count, by row: [used, kChoiceRows], and which they are: [kChoiceRows, used],
+  // ascending.
+  const A* weights() const { return m_.weights; }
+  const int32_t* used() const { return m_.used; }
+  // Of row r, all of those: sums of their magnitudes, of them, and of their squares.
+  A size(int64_t r) const { return m_.size[r]; }
+  A total(int64_t r) const { return m_.total[r]; }
+  A square(int64_t r) const { return m_.square[r]; }
+
+ private:
+  void read(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    const int64_t* strides = a_.coefficients_strides;
+    const T* data = static_cast<const T*>(a_.coefficients) + b * strides[0] + h * strides[1];
+    const int64_t padded = round_up(a_.rank, kL);
+    for (int64_t first = 0; first < rows; first += kL) {
+      for (int64_t l = 0; l < kL; ++l) {
+        const int64_t r = first + l < rows ? first + l : rows - 1;
+        stage_row(data + (q + r) * strides[2], strides[3], a_.rank, m_.staged + l * padded, padded);
+      }
+      for (int64_t c = 0; c < a_.rank; c += kL)
+        store_transposed(m_.staged + c, padded, a_.rank - c < kL ? a_.rank - c : kL,
+                         m_.lanes + c * kChoiceRows + first, kChoiceRows);
+    }
+  }
+
+  // Logits: queries times keys, plus bias.
+  void make(int64_t b, int64_t h, int64_t q, int64_t rows) {
+    const int64_t depth = this->depth(a_), head = b * a_.num_heads + h;
+    if (head != head_) {
+      head_ = head;
+      const Rows<T> keys(a_.keys, b, h);
+      const T* bias = static_cast<const T*>(a_.bias) + b * a_.rank * a_.num_heads + h;
+      for (int64_t c = 0; c < a_.rank; ++c) {
+        A* key = m_.keys + c * depth;
+        stage_row(keys.row(c), keys.dim, a_.head_dim, key, a_.head_dim);
+        key[a_.head_dim] = a_.bias ? static_cast<A>(load(bias[c * a_.num_heads])) : A(0);
+      }
+    }
+    const Rows<T> queries(a_.queries, b, h);
+    const Panels panels(kChoiceRows / kL);
+    pack_columns(panels, rows, depth, m_.queries, m_.staged, [&](int64_t r, A* to) {
+      stage_row(queries.row(q + r), queries.dim, a_.head_dim, to, round_up(depth, kL));
+      to[a_.head_dim] = 1;
+    });
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t at = panels.start(p) * kL;
+      multiply(m_.keys, depth, a_.rank, m_.queries + at * depth, panels.width(p) * kL, depth,
+               panels.width(p), m_.lanes + at, kChoiceRows);
+    }
+  }
+
+  // The coefficients that count of rows [first, first + rows), rows <= kL.
+  void rank(int64_t first, int64_t rows) {
+    const A* x = m_.lanes + first;
+    const bool all = a_.used == a_.rank, by_lanes = !all && a_.used <= kMostLanes;
+    Bits<A> odd = {};  // rows with a NaN
+    Vec<A> most = splat(-static_cast<A>(__builtin_inff())), least = most;
+    if (by_lanes)
+      odd = a_.used == kPublished ? largest_eight(x, most, least) : largest(x, most, least);
+    else
+      for (int64_t c = 0; c < a_.rank; ++c) {
+        const Vec<A> v = vec_load(x + c * kChoiceRows);
+        odd |= v != v;
+        most = vec_max<A>(most, v);
+      }
+    if (by_lanes) mark_reaching(x, least);
+    for (int64_t l = 0; l < rows; ++l) {
+      int32_t* used = m_.used + (first + l) * a_.used;
+      if (all)
+        for (int64_t c = 0; c < a_.used; ++c) used[c] = static_cast<int32_t>(c);
+      else if (by_lanes && !odd[l] && list_reaching(x, l, least[l]) == a_.used)
+        std::memcpy(used, m_.chosen, static_cast<std::size_t>(a_.used) * sizeof(int32_t));
+      else
+        choose_used(x + l, by_lanes && !odd[l], least[l], used);
+      for (int64_t u = 0; u < a_.used; ++u)
+        m_.weights[u * kChoiceRows + first + l] = x[used[u] * kChoiceRows + l];
+    }
+    weigh(first, odd, most);
+  }
+
+  // Which rows reach `least` at each coefficient, as bits, where the instruction set has them.
+  void mark_reaching([[maybe_unused]] const A* x, [[maybe_unused]] Vec<A> least) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4) {
+      for (int64_t c = 0; c < a_.rank; ++c)
+        m_.reaching[c] = static_cast<uint16_t>(
+            _mm512_cmp_ps_mask(_mm512_loadu_ps(x + c * kChoiceRows), (__m512)least, _CMP_GE_OQ));
+      for (int64_t c = a_.rank; c < round_up(a_.rank, 64); ++c) m_.reaching[c] = 0;
+    }
+#endif
+  }
+  // Row l of those: where it reaches `least`, in m_.chosen; returns how often.
+  int64_t list_reaching(const A* x, int64_t l, A least) {
+    int64_t count = 0;
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4) {
+      const __m512i bit = _mm512_set1_epi16(static_cast<int16_t>(1 << l));
+      const auto bits = [&](int64_t c) -> uint64_t {
+        return _mm512_test_epi16_mask(_mm512_loadu_si512(m_.reaching + c), bit);
+      };
+      for (int64_t c = 0; c < a_.rank; c += 64)
+        count +=
+            append_bits(bits(c) | bits(c + 32) << 32, static_cast<int32_t>(c), m_.chosen + count);
+      return count;
+    }
+#endif
+    for (int64_t c = 0; c < a_.rank; ++c) {
+      m_.chosen[count] = static_cast<int32_t>(c);
+      count += x[c * kChoiceRows + l] >= least;
+    }
+    return count;
+  }
+
+  // One row where numbers tie or are NaN; `known` says that its least that counts is.
+  void choose_used(const A* x, bool known, A least, int32_t* used) {
+    const int64_t padded = round_up(a_.rank, kL);
+    for (int64_t c = 0; c < a_.rank; ++c) m_.row[c] = x[c * kChoiceRows];
+    for (int64_t c = a_.rank; c < padded; ++c) m_.row[c] = static_cast<A>(__builtin_nanf(""));
+    if (known)
+      take_first(m_.row, a_.used, least, a_.used - count_above(m_.row, padded, least), used);
+    else
+      choose_any(m_.row, a_.rank, a_.used, m_.positions, m_.order, used);
+  }
+
+  // Of kL rows the largest coefficient and the least that counts. Returns which of the rows hold a
+  // NaN.
+  Bits<A> largest_eight(const A* x, Vec<A>& most, Vec<A>& least) {
+    const Vec<A> none = splat(-static_cast<A>(__builtin_inff()));
+    Bits<A> odd = {};
+    Vec<A> top[8], next[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) top[i] = none;
+    for (int64_t c = 0; c < a_.rank; c += 8) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        next[i] = c + i < a_.rank ? vec_load(x + (c + i) * kChoiceRows) : none;
+        odd |= next[i] != next[i];
+      }
+      sort_eight(next);
+      merge_eight(top, next);
+    }
+    most = top[0];
+    least = top[7];
+    return odd;
+  }
+  // The same for any number: the largest so far sink through `top`.
+  Bits<A> largest(const A* x, Vec<A>& most, Vec<A>& least) {
+    Bits<A> odd = {};
+    Vec<A> top[kMostLanes];
+    for (int64_t u = 0; u < a_.used; ++u) top[u] = splat(-static_cast<A>(__builtin_inff()));
+    for (int64_t c = 0; c < a_.rank; ++c) {
+      Vec<A> v = vec_load(x + c * kChoiceRows);
+      odd |= v != v;
+      for (int64_t u = 0; u < a_.used; ++u) order(top[u], v);
+    }
+    most = top[0];
+    least = top[a_.used - 1];
+    return odd;
+  }
+
+  // Logits that count become exponentials; then their sums.
+  void weigh(int64_t first, Bits<A> odd, Vec<A> most) {
+    Vec<A> factor = splat(A(1));
+    if (!a_.coefficients) {
+      most = odd ? splat(static_cast<A>(__builtin_nanf(""))) : most;
+      if (a_.has_threshold) {
+        Vec<A> sum = {};
+        for (int64_t c = 0; c < a_.rank; ++c)
+          sum += vec_exp(vec_load(m_.lanes + c * kChoiceRows + first) - most, kExpUnit<A>);
+        factor /= sum;
+      }
+    }
+    Vec<A> size = {}, total = {}, square = {};
+    for (int64_t u = 0; u < a_.used; ++u) {
+      A* at = m_.weights + u * kChoiceRows + first;
+      Vec<A> w = vec_load(at);
+      if (!a_.coefficients) {
+        w = vec_exp(w - most, kExpUnit<A>) * factor;
+        vec_store(at, w);
+      }
+      size += w < 0 ? -w : w;
+      total += w;
+      square += w * w;
+    }
+    vec_store(m_.size + first, size);
+    vec_store(m_.total + first, total);
+    vec_store(m_.square + first, square);
+  }
+
+  const ConnectivityArgs& a_;
+  const CoefficientScratch<A> m_;
+  int64_t head_ = -1;  // whose keys are packed
+};
+
+}  // namespace SPOT_ISA
+}  // namespace spot
