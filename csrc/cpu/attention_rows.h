@@ -74,6 +74,11 @@ struct Rows {
         token(x.token),
         dim(x.dim) {}
   const T* row(int64_t t) const { return data + t * token; }
+  // Of `count` rows of n numbers from t on; none where their numbers do not lie together.
+  Lines lines(int64_t t, int64_t count, int64_t n) const {
+    constexpr int64_t kBytes = static_cast<int64_t>(sizeof(T));
+    return {row(t), dim == 1 ? count : 0, token * kBytes, n * kBytes};
+  }
 };
 
 // Positions [0, seen) of `order` are the columns that all rows see: prefix, then kept patches.

@@ -22,6 +22,56 @@ struct ColumnSum {
 };
 
 template <typename A>
+inline void add_to_columns(const A* x, A factor, const int32_t* keys, int64_t count,
+                           ColumnSum<A>* columns) {
+  for (int64_t t = 0; t < count; ++t) {
+    const auto p = static_cast<typename ColumnSum<A>::Wide>(x[t] * factor);
+    columns[keys[t]].sum += p;
+    columns[keys[t]].square += p * p;
+  }
+}
+
+// The same for a whole vector. Both sums of a column are one vector of 16 bytes: an entry costs
+// one load, addition and store, not two.
+template <std::size_t... I>
+inline void add_vector_to_columns(Vec<float> p, const int32_t* keys, ColumnSum<float>* columns,
+                                  std::index_sequence<I...>) {
+  typedef double Both __attribute__((vector_size(16)));
+  constexpr int kHalf = sizeof...(I);
+  const auto add = [&](Vec<float> low, const int32_t* names) __attribute__((always_inline)) {
+    const auto half = __builtin_shufflevector(low, low, static_cast<int>(I)...);
+    const Vec<double> wide = __builtin_convertvector(half, Vec<double>), square = wide * wide;
+    // Pairs of entry and square: of even lanes, and of odd ones.
+    const Vec<double> pairs[2] = {
+        __builtin_shufflevector(
+            wide, square,
+            (static_cast<int>(I) & 1 ? kHalf + static_cast<int>(I) - 1 : static_cast<int>(I))...),
+        __builtin_shufflevector(
+            wide, square,
+            (static_cast<int>(I) & 1 ? kHalf + static_cast<int>(I) : static_cast<int>(I) + 1)...)};
+    const auto add_lane = [&](auto lane) __attribute__((always_inline)) {
+      constexpr int kLane = lane.value, kFrom = kLane / 2 * 2;
+      ColumnSum<float>& column = columns[names[kLane]];
+      const Both both =
+          __builtin_shufflevector(pairs[kLane % 2], pairs[kLane % 2], kFrom, kFrom + 1);
+      column = bit_cast<ColumnSum<float>>(bit_cast<Both>(column) + both);
+    };
+    (add_lane(Int<static_cast<int>(I)>{}), ...);
+  };
+  add(p, keys);
+  add(__builtin_shufflevector(p, p, (kHalf + static_cast<int>(I))..., static_cast<int>(I)...),
+      keys + kHalf);
+}
+
+inline void add_to_columns(const float* x, float factor, const int32_t* keys, int64_t count,
+                           ColumnSum<float>* columns) {
+  constexpr int kL = kLanes<float>;
+  for (; count >= kL; count -= kL, x += kL, keys += kL)
+    add_vector_to_columns(vec_load(x) * factor, keys, columns, std::make_index_sequence<kL / 2>{});
+  add_to_columns<float>(x, factor, keys, count, columns);
+}
+
+template <typename A>
 struct SparseScratch {
   A *keys, *values, *queries, *scores, *results, *live;
   ColumnSum<A>* columns;
@@ -90,6 +140,8 @@ class SparseForward {
         stage_row(q_.row(first + r), q_.dim, dim_, m_.queries + r * width_, width_);
       if (a_.scale < 0) negate(m_.queries, rows * width_);
       fetch_.index = lists_.index_lines(first + rows, rows);
+      fetch_.queries =
+          q_.lines(first + rows, end - first < 2 * rows ? end - first - rows : rows, dim_);
       fetch_.out = {out_ + head_.at(first) * dim_, rows,
                     a_.num_heads * dim_ * static_cast<int64_t>(sizeof(T)),
                     dim_ * static_cast<int64_t>(sizeof(T))};
@@ -130,17 +182,8 @@ class SparseForward {
           stats_[head_.at(keys[t]) * 6] = x[t] * factor;
       return;
     }
-    using I = typename VectorOf<A>::Int;
-    const int32_t prefix = static_cast<int32_t>(a_.num_prefix);
-    int64_t patches = 0;
     A from_class = 0;
-    for (int64_t t = 0; t < seen; ++t) {
-      const bool live = keys[t] >= prefix;
-      m_.live[t] = bit_cast<A>(live ? I{-1} : I{0});
-      patches += live;
-      from_class += keys[t] == 0 ? x[t] : A(0);
-    }
-    for (int64_t t = seen; t < round_up(seen, kL); ++t) m_.live[t] = 0;
+    const int64_t patches = mark_patch_keys(r, x, from_class);
     Vec<A> total = {}, square = {};
     for (int64_t t = 0; t < seen; t += kL)
       total += vec_and<A>(vec_load(x + t), bit_cast<Bits<A>>(vec_load(m_.live + t)));
@@ -155,13 +198,28 @@ class SparseForward {
     s[1] = a_.class_token ? from_class * factor : A(0);
     s[2] = mean;
     s[3] = head_.n > 1 ? (reduce_add<A>(square) + absent) * inv_ : A(0);
-    using Wide = typename ColumnSum<A>::Wide;
-    for (int64_t t = 0; t < seen; ++t) {
-      const Wide p = static_cast<Wide>(x[t] * factor);
-      ColumnSum<A>& c = m_.columns[keys[t]];
-      c.sum += p;
-      c.square += p * p;
+    add_to_columns(x, factor, keys, seen, m_.columns);
+  }
+
+  // Bits of the entries of row r that count, whole vectors of them; how many, and what the class
+  // token has.
+  int64_t mark_patch_keys(int64_t r, const A* x, A& from_class) {
+    using I = typename VectorOf<A>::Int;
+    const Lists& lists = lists_.lists();
+    const int32_t* keys = lists.keys[r];
+    const int64_t seen = lists.seen[r], prefix = a_.num_prefix;
+    // Where keys of the prefix may be: in front, if they ascend.
+    const int64_t scan = lists.ascends[r] && prefix < seen ? prefix : seen;
+    int64_t t = 0, patches = seen;
+    for (; prefix > 0 && t < scan; ++t) {
+      const bool live = keys[t] >= prefix;
+      m_.live[t] = bit_cast<A>(live ? I{-1} : I{0});
+      patches -= !live;
+      if (keys[t] == 0) from_class = x[t];
     }
+    for (; t < seen; ++t) m_.live[t] = bit_cast<A>(I{-1});
+    for (; t < round_up(seen, kL); ++t) m_.live[t] = 0;
+    return patches;
   }
 
   void columns(int64_t span) {

@@ -2,9 +2,9 @@
 // of rows names, dot products with them and sums of them. Torch-free; one copy per ISA.
 //
 // Keys and values lie packed, a padded row of numbers each. All rows of a block take their first
-// group of keys, then all the second, and so on: lists ascend, so the rows that a group touches
-// stay in first-level cache, whatever each query names. A pair of query and key costs a load and a
-// multiply-accumulate per vector for the dot product, and again for the sum.
+// group of keys, then all the second, and so on (for sums two at a time): lists ascend, so the rows
+// that a group touches stay in first-level cache, whatever each query names. A pair of query and
+// key costs a load and a multiply-accumulate per vector for the dot product, and again for the sum.
 #pragma once
 
 #include "attention_rows.h"
@@ -14,6 +14,7 @@ namespace SPOT_ISA {
 
 constexpr int64_t kListRows = 128;         // rows of a block
 constexpr int64_t kListEntries = 1 << 15;  // entries of a block, unless a single row has more
+constexpr int kSumGroups = 2;              // groups of keys between loads and stores of a row's sum
 
 inline int64_t list_rows(int64_t row) {
   const int64_t fit = kListEntries / (row > 0 ? row : 1);
@@ -27,12 +28,14 @@ struct Lists {
   int64_t row = 0;  // numbers from one row of weights to the next, whole vectors
   const int32_t** keys;
   int32_t *seen, *all;  // per row, how many
+  bool* ascends;        // per row, whether its keys surely do
   int32_t* own;         // room for lists that are not those of the index
   // Room for blocks of rows with `most` or with `more` entries.
   Lists(Pieces& memory, int64_t most, int64_t more, int64_t lanes)
       : keys(memory.take<const int32_t*>(kListRows)),
         seen(memory.take<int32_t>(kListRows)),
         all(memory.take<int32_t>(kListRows)),
+        ascends(memory.take<bool>(kListRows)),
         own(memory.take<int32_t>(entries(most, more, lanes))) {}
   static int64_t entries(int64_t most, int64_t more, int64_t lanes) {
     const int64_t a = round_up(most, lanes), b = round_up(more, lanes);
@@ -41,17 +44,19 @@ struct Lists {
   }
 };
 
-// Entries in front of the trailing -1; false when one is out of range or repeated. `marks` has N
-// bytes, all zero, and is left so.
+// Entries in front of the trailing -1, and whether they ascend; false when one is out of range or
+// repeated. `marks` has N bytes, all zero, and is left so.
 inline bool check_list(const int32_t* index, int64_t named, int64_t num_tokens, uint8_t* marks,
-                       int64_t& count) {
+                       int64_t& count, bool& ascends) {
   count = named;
+  ascends = true;
   while (count > 0 && index[count - 1] == -1) --count;
   if (count == 0) return true;
   int32_t falls = 0;
   for (int64_t t = 1; t < count; ++t) falls |= index[t] <= index[t - 1];
   // Ascending: then the ends tell that all are in range.
   if (!falls) return index[0] >= 0 && index[count - 1] < num_tokens;
+  ascends = false;
   bool fine = true;
   int64_t marked = 0;
   for (; fine && marked < count; ++marked) {
@@ -64,79 +69,117 @@ inline bool check_list(const int32_t* index, int64_t named, int64_t num_tokens, 
   return fine;
 }
 
-// What is needed next, fetched between computations: the index of the next block, and where the
-// results of this one go.
+// What is needed next, fetched between computations: index and queries of the next block, and where
+// the results of this one go.
 struct Fetch {
-  Lines index{nullptr, 0, 0, 0}, out{nullptr, 0, 0, 0};
-  void step() {
-    index.step();
-    out.step();
+  static constexpr int64_t kRows = 16;  // that are computed between fetches
+  Lines index{nullptr, 0, 0, 0}, queries{nullptr, 0, 0, 0}, out{nullptr, 0, 0, 0};
+  template <typename F>
+  void between(int64_t rows, F&& f) {
+    for (int64_t r = 0; r < rows; r += kRows) {
+      for (int i = 0; i < kRows; ++i) {
+        index.step();
+        out.step();
+        queries.step();
+      }
+      f(r, r + kRows < rows ? r + kRows : rows);
+    }
   }
 };
 
 // ---- products with named rows ------------------------------------------------------------------
 
-// Lanes l of `a` and l of `b` alternate in runs of kStep: a's where the bit is 0.
-template <int kStep, typename V, std::size_t... I>
-inline V add_alternating(V a, V b, std::index_sequence<I...>) {
-  constexpr int kN = sizeof...(I);
-  const V own = __builtin_shufflevector(
-      a, b, (static_cast<int>(I) & kStep ? kN + static_cast<int>(I) : static_cast<int>(I))...);
-  const V other =
-      __builtin_shufflevector(a, b,
-                              (static_cast<int>(I) & kStep ? kN + static_cast<int>(I ^ kStep)
-                                                           : static_cast<int>(I ^ kStep))...);
-  return own + other;
+// Neighbouring runs of kStep lanes are added: those of `a`, then those of `b`. Runs shorter than 16
+// bytes stay within 16 bytes, which processors move lanes in at least cost.
+template <int kStep, int kWithin>
+constexpr int run_lane(int lane, int odd, int lanes) {
+  constexpr bool kInside = kStep < kWithin;
+  const int block = kInside ? kWithin : lanes, at = lane % block, half = block / 2;
+  const int from = at % half / kStep * 2 * kStep + at % kStep + odd * kStep;
+  return (at < half ? 0 : lanes) + lane - at + from;
+}
+template <typename A, int kStep, std::size_t... I>
+inline Vec<A> add_runs(Vec<A> a, Vec<A> b, std::index_sequence<I...>) {
+  constexpr int kWithin = 16 / sizeof(A), kN = kLanes<A>;
+  const Vec<A> even =
+      __builtin_shufflevector(a, b, run_lane<kStep, kWithin>(static_cast<int>(I), 0, kN)...);
+  const Vec<A> odd =
+      __builtin_shufflevector(a, b, run_lane<kStep, kWithin>(static_cast<int>(I), 1, kN)...);
+  return even + odd;
 }
 
-// Lane l of the result is the sum of the lanes of x[l]; the tree is fixed.
-template <typename A, int kStep = kLanes<A> / 2>
-inline Vec<A> sum_each(Vec<A>* x) {
-  if constexpr (kStep == 0) {
-    return x[0];
+// Lane l of the result is the sum of the lanes of vector(l); the tree is fixed. Depth first, so
+// that its shuffles go between the loads of the vectors.
+template <typename A, int kStep = 1, typename F>
+__attribute__((always_inline)) inline Vec<A> sum_each(F&& vector, int first = 0) {
+  constexpr int kL = kLanes<A>, kWithin = 16 / sizeof(A);
+  if constexpr (kStep == kL) {
+    return vector(first);
   } else {
+    constexpr int kNext = kStep < kWithin ? kWithin / (2 * kStep) : kL / (2 * kStep) * kWithin;
+    const Vec<A> a = sum_each<A, 2 * kStep>(vector, first);
+    const Vec<A> b = sum_each<A, 2 * kStep>(vector, first + kNext);
+    return add_runs<A, kStep>(a, b, std::make_index_sequence<kL>{});
+  }
+}
+
+template <int kVecs, typename A>
+struct Row {
+  Vec<A> x[kVecs];
+  explicit Row(const A* p) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kStep; ++i)
-      x[i] = add_alternating<kStep>(x[i], x[i + kStep], std::make_index_sequence<kLanes<A>>{});
-    return sum_each<A, kStep / 2>(x);
+    for (int j = 0; j < kVecs; ++j) x[j] = vec_load(p + j * kLanes<A>);
+  }
+  Vec<A> multiply(const A* p) const {
+    Vec<A> sum = x[0] * vec_load(p);
+#pragma GCC unroll 8
+    for (int j = 1; j < kVecs; ++j) sum += x[j] * vec_load(p + j * kLanes<A>);
+    return sum;
+  }
+};
+
+// Rows [r, end): out[r, t] (+)= x[r] . table[keys[r][t]] for the whole group of keys from g on.
+// A function of its own: with a call in its loop, registers are short and it is slower by a tenth.
+template <int kVecs, bool kAdd, typename A>
+SPOT_NOINLINE void dot_group(const A* x, const A* table, int64_t width, const Lists& lists,
+                             int64_t g, int64_t r, int64_t end, A* out) {
+  constexpr int kL = kLanes<A>;
+  for (; r < end; ++r) {
+    if (lists.all[r] - g < kL) continue;
+    const int32_t* keys = lists.keys[r] + g;
+    const Row<kVecs, A> own(x + r * width);
+    const Vec<A> dots = sum_each<A>([&](int l) __attribute__((always_inline)) {
+      return own.multiply(table + keys[l] * width);
+    });
+    A* to = out + r * lists.row + g;
+    vec_store(to, kAdd ? vec_load(to) + dots : dots);
+  }
+}
+
+// The same for what is left behind whole groups.
+template <int kVecs, bool kAdd, typename A>
+SPOT_NOINLINE void dot_rest(const A* x, const A* table, int64_t width, const Lists& lists,
+                            int64_t rows, A* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t all = lists.all[r];
+    const Row<kVecs, A> own(x + r * width);
+    for (int64_t t = all / kLanes<A> * kLanes<A>; t < all; ++t) {
+      A* to = out + r * lists.row + t;
+      const A dot = reduce_add<A>(own.multiply(table + lists.keys[r][t] * width));
+      *to = kAdd ? *to + dot : dot;
+    }
   }
 }
 
 // Rows [0, rows): out[r, t] (+)= x[r] . table[keys[r][t]] over kVecs vectors.
 template <int kVecs, bool kAdd, typename A>
-SPOT_NOINLINE void dot_named_vecs(const A* x, const A* table, int64_t width, const Lists& lists,
-                                  int64_t rows, A* out, Fetch& fetch) {
-  constexpr int kL = kLanes<A>;
-  for (int64_t g = 0; g < lists.row; g += kL)
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t left = lists.all[r] - g;
-      if (left <= 0) continue;
-      fetch.step();
-      const int32_t* keys = lists.keys[r] + g;
-      A* to = out + r * lists.row + g;
-      Vec<A> own[kVecs];
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) own[j] = vec_load(x + r * width + j * kL);
-      const auto products = [&](int64_t l) {
-        const A* key = table + keys[l] * width;
-        Vec<A> sum = own[0] * vec_load(key);
-#pragma GCC unroll 8
-        for (int j = 1; j < kVecs; ++j) sum += own[j] * vec_load(key + j * kL);
-        return sum;
-      };
-      if (left >= kL) {
-        Vec<A> sum[kL];
-#pragma GCC unroll 16
-        for (int l = 0; l < kL; ++l) sum[l] = products(l);
-        const Vec<A> dots = sum_each<A>(sum);
-        vec_store(to, kAdd ? vec_load(to) + dots : dots);
-      } else {
-        for (int64_t l = 0; l < left; ++l) {
-          const A dot = reduce_add<A>(products(l));
-          to[l] = kAdd ? to[l] + dot : dot;
-        }
-      }
-    }
+inline void dot_named_vecs(const A* x, const A* table, int64_t width, const Lists& lists,
+                           int64_t rows, A* out, Fetch& fetch) {
+  for (int64_t g = 0; g + kLanes<A> <= lists.row; g += kLanes<A>)
+    fetch.between(rows, [&](int64_t r, int64_t end) {
+      dot_group<kVecs, kAdd>(x, table, width, lists, g, r, end, out);
+    });
+  dot_rest<kVecs, kAdd>(x, table, width, lists, rows, out);
 }
 
 constexpr int kMostVecs = 8;  // of a row at once
@@ -154,38 +197,68 @@ inline void dot_named(const A* x, const A* table, int64_t width, const Lists& li
     });
 }
 
+// Lane kLane of x in all lanes.
+template <int kLane, typename V, std::size_t... I>
+inline V splat_lane(V x, std::index_sequence<I...>) {
+  // Through the quarter with that lane: both steps are one instruction that names the lane.
+  static_assert(sizeof...(I) == 16, "four lanes a quarter");
+  constexpr int kFirst = kLane / 4 * 4;
+  const V quarter = __builtin_shufflevector(x, x, (kFirst + static_cast<int>(I) % 4)...);
+  return __builtin_shufflevector(quarter, quarter, (static_cast<int>(I) / 4 * 4 + kLane % 4)...);
+}
+
+// f(l, weight l in all lanes) for the lanes l in order. Where loads are what is short, that is
+// with vectors of 64 bytes, a broadcast comes from a register.
+template <typename A, typename F, std::size_t... I>
+__attribute__((always_inline)) inline void for_weights(const A* weights, F&& f,
+                                                       std::index_sequence<I...> lanes) {
+  if constexpr (sizeof...(I) == 16) {
+    const Vec<A> x = vec_load(weights);
+    (f(I, splat_lane<I>(x, lanes)), ...);
+  } else {
+    (f(I, splat(weights[I])), ...);
+  }
+}
+
+// Rows [r, end): out[r] = sum of weights[r, t] table[keys[r][t]] over some groups of the keys from
+// g on that r sees; added to what is there, but for the first.
+template <int kVecs, typename A>
+SPOT_NOINLINE void sum_groups(const A* weights, const A* table, int64_t width, const Lists& lists,
+                              int64_t g, int64_t r, int64_t end, A* out) {
+  constexpr int kL = kLanes<A>;
+  constexpr int64_t kVisit = kSumGroups * kL;
+  for (; r < end; ++r) {
+    int64_t left = lists.seen[r] - g;
+    if (left < kVisit && g > 0) continue;
+    if (left >= 2 * kVisit) left = kVisit;  // less goes with the last
+    const int32_t* keys = lists.keys[r] + g;
+    const A* weight = weights + r * lists.row + g;
+    A* to = out + r * width;
+    Vec<A> sum[kVecs] = {};
+    if (g > 0)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[j] = vec_load(to + j * kL);
+    const auto add = [&](int64_t l, Vec<A> w) __attribute__((always_inline)) {
+      const A* row = table + keys[l] * width;
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[j] += w * vec_load(row + j * kL);
+    };
+    for (; left >= kL; left -= kL, keys += kL, weight += kL)
+      for_weights(weight, add, std::make_index_sequence<kL>{});
+    for (int64_t l = 0; l < left; ++l) add(l, splat(weight[l]));
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) vec_store(to + j * kL, sum[j]);
+  }
+}
+
 // Rows [0, rows): out[r] = sum over the keys that r sees of weights[r, t] table[keys[r][t]].
 template <int kVecs, typename A>
-SPOT_NOINLINE void sum_named_vecs(const A* weights, const A* table, int64_t width,
-                                  const Lists& lists, int64_t rows, A* out, Fetch& fetch) {
-  constexpr int kL = kLanes<A>;
-  for (int64_t g = 0; g == 0 || g < lists.row; g += kL)
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t left = lists.seen[r] - g;
-      if (left <= 0 && g > 0) continue;
-      fetch.step();
-      const int32_t* keys = lists.keys[r] + g;
-      const A* weight = weights + r * lists.row + g;
-      // Two sums by turns: a single one would wait for each addition.
-      Vec<A> sum[2][kVecs] = {};
-      if (g > 0)
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[0][j] = vec_load(out + r * width + j * kL);
-      const auto add = [&](Vec<A>(&to)[kVecs], int64_t l) {
-        const A* row = table + keys[l] * width;
-        const Vec<A> w = splat(weight[l]);
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) to[j] += w * vec_load(row + j * kL);
-      };
-      if (left >= kL) {
-#pragma GCC unroll 16
-        for (int l = 0; l < kL; ++l) add(sum[l & 1], l);
-      } else {
-        for (int64_t l = 0; l < left; ++l) add(sum[0], l);
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) vec_store(out + r * width + j * kL, sum[0][j] + sum[1][j]);
-    }
+inline void sum_named_vecs(const A* weights, const A* table, int64_t width, const Lists& lists,
+                           int64_t rows, A* out, Fetch& fetch) {
+  for (int64_t g = 0; g == 0 || g < lists.row; g += kSumGroups * kLanes<A>)
+    fetch.between(rows, [&](int64_t r, int64_t end) {
+      sum_groups<kVecs>(weights, table, width, lists, g, r, end, out);
+    });
 }
 
 template <typename A>
@@ -254,6 +327,7 @@ class HeadLists {
   }
 
   void list_all(int64_t r) {
+    lists_.ascends[r] = false;
     lists_.keys[r] = head_.order;
     lists_.seen[r] = static_cast<int32_t>(head_.seen);
     lists_.all[r] = static_cast<int32_t>(hidden_too_ ? tokens_ : head_.seen);
@@ -262,7 +336,7 @@ class HeadLists {
   bool list_named(int64_t r, int64_t token) {
     const int32_t* index = a_.index + row_of(token) * a_.num_named;
     int64_t count;
-    if (!check_list(index, a_.num_named, tokens_, marks_, count)) return false;
+    if (!check_list(index, a_.num_named, tokens_, marks_, count, lists_.ascends[r])) return false;
     lists_.keys[r] = index;
     lists_.seen[r] = lists_.all[r] = static_cast<int32_t>(count);
     if (head_.seen < tokens_) filter(r, token, count);
@@ -319,8 +393,12 @@ inline void softmax_rows(A* x, const Lists& lists, int64_t rows, A scale, RowSta
 template <typename T>
 inline void pack_rows(const Rows<T>& from, int64_t tokens, int64_t dim, int64_t width,
                       Acc<T>* out) {
-  for (int64_t t = 0; t < tokens; ++t)
+  constexpr int64_t kAhead = 16;  // rows lie apart: the processor's own prefetching stops at pages
+  for (int64_t t = 0; t < tokens; ++t) {
+    Lines ahead = from.lines(t + kAhead, t + kAhead < tokens ? 1 : 0, dim);
+    while (ahead.rows > 0) ahead.step();
     stage_row(from.row(t), from.dim, dim, out + t * width, width);
+  }
 }
 
 }  // namespace SPOT_ISA
