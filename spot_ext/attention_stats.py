@@ -188,22 +188,22 @@ def check_keep(keep: Tensor | None, q: Tensor, num_prefix: int) -> None:
 
 
 def check_grads(
-    grad_out: Tensor, grad_stats: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
+    grad_out: Tensor,
+    grad_stats: Tensor | None,
+    q: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    lse: Tensor,
 ) -> None:
     """Checks of what a backward pass gets besides the operands."""
+    wide = torch.promote_types(q.dtype, torch.float32)
     heads = tuple(q.shape[:3])
-    for name, value, shape in (
-        ("grad_out", grad_out, tuple(q.shape)),
-        ("grad_stats", grad_stats, (*heads, NUM_STATS)),
-        ("out", out, tuple(q.shape)),
-        ("lse", lse, heads),
-    ):
-        if value is None:
-            continue
-        _check.tensor(name, value, len(shape))
-        _check.device(name, value, "q", q)
-        for dim, size in enumerate(shape):
-            _check.size(name, value, dim, size, "as the forward pass has")
+    _check.saved("grad_out", grad_out, tuple(q.shape), q.dtype, "q", q)
+    _check.saved("out", out, tuple(q.shape), q.dtype, "q", q)
+    _check.saved("lse", lse, heads, wide, "q", q)
+    if grad_stats is not None:
+        _check.saved("grad_stats", grad_stats, (*heads, NUM_STATS), wide, "q", q)
+        _check.saved("stats", stats, (*heads, NUM_STATS), wide, "q", q)
 
 
 def _check_attention(
@@ -267,9 +267,11 @@ def _(
     keep_grad: bool = False,
     bias_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
     _check_attention(q, k, v, keep, bias, num_prefix, class_token)
-    check_grads(grad_out, grad_stats, q, out, lse)
+    check_grads(grad_out, grad_stats, q, out, stats, lse)
+    _check.asked("keep", keep, keep_grad)
+    _check.asked("bias", bias, bias_grad)
+    wide = torch.promote_types(q.dtype, torch.float32)
     keep_shape = keep.shape if keep_grad and keep is not None else (0,)
     bias_shape = bias.shape if bias_grad and bias is not None else (0,)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))

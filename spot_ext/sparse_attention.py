@@ -213,9 +213,10 @@ def _(
     class_token: bool = True,
     keep_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
     _check_attention(q, k, v, index, keep, num_prefix, class_token)
-    check_grads(grad_out, grad_stats, q, out, lse)
+    check_grads(grad_out, grad_stats, q, out, stats, lse)
+    _check.asked("keep", keep, keep_grad)
+    wide = torch.promote_types(q.dtype, torch.float32)
     keep_shape = keep.shape if keep_grad and keep is not None else (0,)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     return dq, dk, dv, q.new_empty(keep_shape, dtype=wide)

@@ -1431,7 +1431,7 @@ def _sparse_backward_errors() -> tuple[Bad, ...]:
         return tuple((values | changes).values())
 
     return (
-        *_saved_errors(build),
+        *_saved_errors(build, ("keep",)),
         *_keys_errors(lambda d, index: build(d, index=index)),
     )
 
@@ -1670,14 +1670,15 @@ def _attention_backward_errors() -> tuple[Bad, ...]:
         return tuple((values | changes).values())
 
     return (
-        *_saved_errors(build),
+        *_saved_errors(build, ("keep", "bias")),
         Bad("bias of other columns", lambda d: build(d, bias=_t(1, 2, 6, 5, device=d)),
             ValueError, ("bias", "size 6")),
     )  # fmt: skip
 
 
-def _saved_errors(build: Callable[..., tuple[Any, ...]]) -> tuple[Bad, ...]:
-    """Wrong arguments of a backward op: `build(device, **changes)` starts from q [2, 6, 2, 4]."""
+def _saved_errors(build: Callable[..., tuple[Any, ...]], asked: tuple[str, ...]) -> tuple[Bad, ...]:
+    """Wrong arguments of a backward op: `build(device, **changes)` starts from q [2, 6, 2, 4], and
+    its last arguments are whether gradients of `asked` are."""
 
     def bad(label: str, words: Any, raises: Any = ValueError, **changes: Any) -> Bad:
         return Bad(label, lambda d: build(d, **{n: make(d) for n, make in changes.items()}),
@@ -1699,6 +1700,22 @@ def _saved_errors(build: Callable[..., tuple[Any, ...]]) -> tuple[Bad, ...]:
         bad("lse of rank 4", ("lse", "3 dim"), lse=lambda d: _t(2, 6, 2, 1, device=d)),
         bad("lse of another batch", ("lse", "size 2"), lse=lambda d: _t(1, 6, 2, device=d)),
         bad("keep of rank 1", ("keep", "2 dim"), keep=lambda d: _t(5, device=d)),
+        bad("grad of another dtype", ("grad_out", "float32", "float64"), TypeError,
+            grad_out=lambda d: _t(2, 6, 2, 4, device=d).double()),
+        bad("out of another dtype", ("out", "float32", "float16"), TypeError,
+            out=lambda d: _t(2, 6, 2, 4, device=d).half()),
+        bad("lse of another dtype", ("lse", "float32", "float16"), TypeError,
+            lse=lambda d: _t(2, 6, 2, device=d).half()),
+        bad("grad of statistics of another dtype", ("grad_stats", "float32", "bfloat16"), TypeError,
+            grad_stats=lambda d: _t(2, 6, 2, 6, device=d).bfloat16()),
+        bad("statistics of the forward pass missing", ("stats", "4 dim", "[0]"),
+            stats=lambda d: _t(0, device=d)),
+        bad("statistics of other tokens", ("stats", "size 6", "[2, 5, 2, 6]"),
+            stats=lambda d: _t(2, 5, 2, 6, device=d)),
+        *(Bad(f"{name}_grad without {name}",
+              lambda d, name=name: (*build(d), None, 1, True, *(n == name for n in asked)),
+              ValueError, (f"{name}_grad=True needs {name}",))
+          for name in asked),
         Bad("keep between 0 and 1", lambda d: build(d, keep=torch.full((2, 5), 0.5, device=d)),
             ValueError, ("keep", "0 or 1"), values=True),
     )  # fmt: skip
@@ -1798,7 +1815,11 @@ def _relevance_errors(backward: bool = False) -> tuple[Bad, ...]:
         resized("shared", 2, 8, words=("size 4",)),
         resized("hidden1", 1, 6, 5, words=("size 2",)),
         resized("hidden2", 2, 6, 3, 1, words=("3 dim",)),
-    ]
+        *(bad(f"{name} of another dtype",
+              lambda d, n=name: {n: _t(*shapes[n], dtype=torch.float64, device=d)}, TypeError,
+              (name, "float32", "float64"))
+          for name in ("grad", *_RELEVANCE_SAVED)),
+    ]  # fmt: skip
     return tuple(errors)
 
 
