@@ -121,7 +121,7 @@ def attention_stats_reference(
     seen = kept[:, None, None, :] | own  # [B, 1, N, N]
     shown = logits.masked_fill(~seen, float("-inf"))
     lse = shown.logsumexp(dim=-1, keepdim=True)
-    p = (shown - lse).exp()
+    p = softmax_of(shown, lse)
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
     if keep is not None and keep.requires_grad:
@@ -137,6 +137,11 @@ def attention_stats_reference(
         return out.to(q.dtype), out.new_empty(0)
 
     return out.to(q.dtype), map_statistics(p, kept, num_prefix, class_token)
+
+
+def softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
+    """The map; as in torch's softmax a logit of +inf makes its row NaN, not its entry alone."""
+    return (logits - lse).exp().masked_fill(lse.isposinf(), float("nan"))
 
 
 def map_statistics(p: Tensor, kept: Tensor, num_prefix: int, class_token: bool) -> Tensor:

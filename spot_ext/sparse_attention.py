@@ -18,6 +18,7 @@ from spot_ext.attention_stats import (
     check_keep,
     check_qkv,
     map_statistics,
+    softmax_of,
 )
 
 # ---- public function -----------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def sparse_attention_reference(
     blind = ~seen.any(dim=-1, keepdim=True)
     shown = logits.masked_fill(~seen, float("-inf")).masked_fill(blind, 0)
     lse = shown.logsumexp(dim=-1, keepdim=True)
-    p = (shown - lse).exp().masked_fill(~seen, 0)
+    p = softmax_of(shown, lse).masked_fill(~seen, 0)
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
     if keep is not None and keep.requires_grad:

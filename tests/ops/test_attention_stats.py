@@ -682,6 +682,34 @@ def test_bias_of_minus_infinity_hides_a_column(device: torch.device) -> None:
     assert not grads[1][:, 5].any() and not grads[2][:, 5].any()
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_row_without_a_softmax_is_nan(
+    odd: float, masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A logit of +inf or NaN spoils its row, and the columns that the row sees."""
+    for row in (0, 1, 4):  # the class token, another prefix token, a patch
+        q, k, v = _qkv(1, 9, 2, 8, dtype, device)
+        bias = torch.zeros(1, 2, 9, 9, dtype=dtype, device=device)
+        bias[0, 1, row, 6] = odd
+        keep = torch.tensor([[1, 0, 1, 1, 1, 0, 1.0]], device=device) if masked else None
+        out, stats = attention_stats(q, k, v, keep, bias, num_prefix=2)
+        expected = torch.zeros_like(stats, dtype=torch.bool)
+        if row == 0:
+            expected[:, 2:, 1, 0] = True
+        elif row == 4:
+            expected[:, 4, 1, 1:4] = True
+            expected[:, 2:, 1, 4:] = True
+        if masked:
+            expected[:, [3, 7]] = False
+        assert torch.equal(stats.isnan(), expected)
+        assert out[0, row, 1].isnan().all() and out.isnan().sum() == 8
+        more = attention_stats_reference(q, k, v, keep, bias, num_prefix=2)
+        for mine, theirs in zip((out, stats), more, strict=True):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+
+
 # ---- numbers at the ends -------------------------------------------------------------------------
 
 

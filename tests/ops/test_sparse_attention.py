@@ -495,6 +495,32 @@ def test_tokens_that_nobody_names_have_no_say(
     assert not results[0][3][:, unnamed].any() and not results[0][4][:, unnamed].any()
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_row_without_a_softmax_is_nan(
+    odd: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A logit of +inf or NaN spoils its row, and the columns that the row names."""
+    values = build(case_of(batch=1, count=20, named=6), dtype, device)
+    index = values["index"].clone()
+    index[..., 0] = 0  # the class token is among them
+    index[..., 1:] = 1 + torch.arange(5, device=device)
+    index[0, 1, 7] = torch.tensor([0, 3, 8, 9, 12, 19], device=device)
+    values["q"], values["k"] = values["q"].clone(), values["k"].clone()
+    values["q"][0, 8, 1, 0], values["k"][0, 12, 1, 0] = 1, odd
+    values["q"][0, 0, 1, 0], values["index"] = 1, index
+    out, stats = sparse_attention(**values, need_stats=True)
+    assert out[0, [0, 8], 1].isnan().all() and out.isnan().sum() == 2 * out.shape[3]
+    expected = torch.zeros_like(stats, dtype=torch.bool)
+    expected[0, 1:, 1, 0] = True
+    expected[0, 8, 1, 1:4] = True
+    expected[0, [3, 8, 9, 12, 19], 1, 4:] = True
+    assert torch.equal(stats.isnan(), expected)
+    more = sparse_attention_reference(**values, need_stats=True)
+    for mine, theirs in zip((out, stats), more, strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_dropped_token_is_seen_by_no_other(dtype: torch.dtype, device: torch.device) -> None:
     values = build(case_of(count=35, named=12), dtype, device)
