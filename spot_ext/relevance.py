@@ -341,12 +341,7 @@ def _(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Any, ...]:
     return *found, None
 
 
-@_register.autograd("token_relevance_backward")
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "spot::token_relevance is differentiable once; for second derivatives use "
-        "spot_ext.token_relevance_reference"
-    )
+_register.once_only("token_relevance")
 
 
 # ---- autocast ------------------------------------------------------------------------------------

@@ -270,18 +270,26 @@ def attention_reference(
         q, k, v, keep, bias, scale=scale, num_prefix=num_prefix, class_token=class_token,
         need_stats=need_stats,
     )  # fmt: skip
+    everything = torch.ones((), dtype=torch.bool, device=q.device)
+    return out, stats, _lse(q, k, everything, keep, scale, num_prefix, bias)
+
+
+@torch.no_grad()
+def _lse(
+    q: Tensor, k: Tensor, named: Tensor, keep: Tensor | None, scale: float | None, num_prefix: int,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-sum-exp [B, N, H] over the keys that are `named` and not hidden by `keep`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.no_grad():
-        factor = q.shape[3] ** -0.5 if scale is None else scale
-        logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
-        if bias is not None:
-            logits = logits + bias.to(wide)
-        if keep is not None:
-            kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
-            own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-            logits = logits.masked_fill(~(kept[:, None, None, :] | own), -math.inf)
-        lse = logits.logsumexp(-1).transpose(1, 2)
-    return out, stats, lse
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    if keep is not None:
+        kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
+        own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+        named = named & (kept[:, None, None, :] | own)
+    return logits.masked_fill(~named, -math.inf).logsumexp(-1).transpose(1, 2)
 
 
 def attention_backward_reference(
@@ -448,17 +456,7 @@ def sparse_reference(
         q, k, v, index, keep, scale=scale, num_prefix=num_prefix, class_token=class_token,
         need_stats=need_stats,
     )  # fmt: skip
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.no_grad():
-        factor = q.shape[3] ** -0.5 if scale is None else scale
-        logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
-        seen = named_keys(index, q.shape[1])
-        if keep is not None:
-            kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
-            own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-            seen = seen & (kept[:, None, None, :] | own)
-        lse = logits.masked_fill(~seen, -math.inf).logsumexp(-1).transpose(1, 2)
-    return out, stats, lse
+    return out, stats, _lse(q, k, named_keys(index, q.shape[1]), keep, scale, num_prefix)
 
 
 def sparse_backward_reference(
@@ -1844,48 +1842,17 @@ def _relevance_backward_flops(grad: Tensor, *args: Any) -> tuple[int, int]:
     return (2 * most if all(wanted) else 0), 2 * most + most // 2 + 64
 
 
-def _public_relevance(*args: Any) -> Any:
-    """`token_relevance` with the op's positional arguments."""
-    return spot_ext.token_relevance(*args[:13], **({"eps": args[13]} if len(args) > 13 else {}))
+def _positional(function: Callable[..., Any], places: int, *names: str) -> Callable[..., Any]:
+    """`function` with the op's positional arguments, of which those behind `places` are `names`."""
+
+    def call(*args: Any) -> Any:
+        return function(*args[:places], **dict(zip(names, args[places:], strict=False)))
+
+    return call
 
 
-def _public_attention(*args: Any) -> Any:
-    """`attention_stats` with the op's positional arguments."""
-    names = ("scale", "num_prefix", "class_token", "need_stats")
-    keywords = dict(zip(names, args[5:], strict=False))
-    return spot_ext.attention_stats(*args[:5], **keywords)
-
-
-def _public_sparse(*args: Any) -> Any:
-    """`sparse_attention` with the op's positional arguments."""
-    names = ("scale", "num_prefix", "class_token", "need_stats")
-    keywords = dict(zip(names, args[5:], strict=False))
-    return spot_ext.sparse_attention(*args[:5], **keywords)
-
-
-def _public_connectivity(*args: Any) -> Any:
-    """`connectivity` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[5:], strict=False))
-    return spot_ext.connectivity(*args[:5], **keywords)
-
-
-def _connectivity_reference(*args: Any) -> Tensor:
-    """`connectivity_reference` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[5:], strict=False))
-    return spot_ext.connectivity_reference(*args[:5], **keywords)
-
-
-def _public_prediction(*args: Any) -> Any:
-    """`predict_connectivity` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[7:], strict=False))
-    return spot_ext.predict_connectivity(*args[:7], **keywords)
-
-
-def _prediction_reference(*args: Any) -> Tensor:
-    """`predict_connectivity_reference` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[7:], strict=False))
-    return spot_ext.predict_connectivity_reference(*args[:7], **keywords)
-
+_ATTENTION_NAMES = ("scale", "num_prefix", "class_token", "need_stats")
+_CHOICE_NAMES = ("coef_topk", "threshold")
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -1907,7 +1874,8 @@ OPS: dict[str, Op] = {
            once_only="differentiable once"),
         Op("attention_stats", attention_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _ATTENTION), _attention_errors(),
-           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False, public=_public_attention,
+           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False,
+           public=_positional(spot_ext.attention_stats, 5, *_ATTENTION_NAMES),
            once_only="differentiable once"),
         Op("attention_stats_backward", attention_backward_reference,
            tuple(Sample(a.name, a.backward_args, a.traced) for a in _ATTENTION),
@@ -1915,7 +1883,8 @@ OPS: dict[str, Op] = {
            once_only="differentiable once"),
         Op("token_relevance", relevance_reference,
            tuple(Sample(r.name, r.args, r.traced) for r in _RELEVANCE), _relevance_errors(),
-           _relevance_flops, grads=tuple(range(13)), exact=False, public=_public_relevance,
+           _relevance_flops, grads=tuple(range(13)), exact=False,
+           public=_positional(spot_ext.token_relevance, 13, "eps"),
            once_only="differentiable once", weights=tuple(range(3, 13)),
            roundings=8, large="twelve ViT images"),
         Op("token_relevance_backward", relevance_backward_reference,
@@ -1923,17 +1892,20 @@ OPS: dict[str, Op] = {
            _relevance_errors(backward=True), _relevance_backward_flops, exact=False,
            once_only="differentiable once", weights=tuple(range(4, 14)),
            roundings=8, large="twelve ViT images"),
-        Op("connectivity", _connectivity_reference,
+        Op("connectivity",
+           _positional(spot_ext.connectivity_reference, 5, *_CHOICE_NAMES),
            tuple(Sample(c.name, c.args, c.traced) for c in _CONNECTIVITY), _connectivity_errors(),
-           _connectivity_flops, public=_public_connectivity, weights=(1,),
-           large="twelve ViT images"),
-        Op("predict_connectivity", _prediction_reference,
+           _connectivity_flops, public=_positional(spot_ext.connectivity, 5, *_CHOICE_NAMES),
+           weights=(1,), large="twelve ViT images"),
+        Op("predict_connectivity",
+           _positional(spot_ext.predict_connectivity_reference, 7, *_CHOICE_NAMES),
            tuple(Sample(p.name, p.args, p.traced) for p in _PREDICTION), _prediction_errors(),
-           _prediction_flops, public=_public_prediction, weights=(3,),
-           large="twelve images"),
+           _prediction_flops, public=_positional(spot_ext.predict_connectivity, 7, *_CHOICE_NAMES),
+           weights=(3,), large="twelve images"),
         Op("sparse_attention", sparse_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _SPARSE), _sparse_errors(),
-           _sparse_flops, grads=(0, 1, 2, 4), exact=False, public=_public_sparse,
+           _sparse_flops, grads=(0, 1, 2, 4), exact=False,
+           public=_positional(spot_ext.sparse_attention, 5, *_ATTENTION_NAMES),
            once_only="differentiable once", large="twelve ViT images"),
         Op("sparse_attention_backward", sparse_backward_reference,
            tuple(Sample(a.name, a.backward_args, a.traced) for a in _SPARSE),
