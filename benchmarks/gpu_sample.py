@@ -396,6 +396,27 @@ CONNECTIVITY = [
 ]
 
 
+def sharp(
+    batch: int, heads: int, queries: int, rank: int, dim: int, biased: bool, draw: torch.Generator
+) -> list[Tensor | None]:
+    """q, keys and bias whose softmax is exact in every dtype.
+
+    Keys come in pairs, and the best pair of a query is better than the next by 1024 or more: its
+    coefficients are 1/2 and all others 0. Up to 32 pairs.
+    """
+    pair = torch.arange(rank) // 2
+    q = 256.0 * torch.randint(-1, 2, (batch, queries, heads, dim), generator=draw)
+    keys = 128.0 * torch.randint(-1, 2, (batch, (rank + 1) // 2, heads, dim), generator=draw)
+    keys = keys[:, pair]
+    bias = None
+    if biased:
+        bias = (1024.0 * pair)[None, :, None].repeat(batch, 1, heads)
+    else:
+        q[..., 0], keys[..., 0] = 256, (4.0 * pair)[:, None]
+    q[torch.rand(q.shape, generator=draw) < 0.001] = float("nan")
+    return [q, keys, bias]
+
+
 def connectivity() -> Iterator[tuple[str, bool]]:
     """Against the definition, on values whose sums are exact in every dtype, so that ties tie."""
     draw = torch.Generator().manual_seed(0)
@@ -421,6 +442,22 @@ def connectivity() -> Iterator[tuple[str, bool]]:
             for given in gpu[3:]:
                 got = spot_ext.connectivity(given, gpu[0], budget, gpu[1], gpu[2], **options)
                 yield f"connectivity {what}", torch.equal(got.cpu(), want)
+            for dim, biased in ((77, True), (32, False)):
+                made = sharp(batch, heads, queries, rank, dim, biased, draw)
+                q, keys, bias = (x if x is None else x.to(dtype) for x in made)
+                want = spot_ext.predict_connectivity_reference(
+                    q, keys, bias, basis, budget, which, keep, **options
+                )
+                gq, gkeys, gbias = (x if x is None else x.cuda() for x in (q, keys, bias))
+                if not biased:  # strided
+                    gq = gq.transpose(1, 3).contiguous().transpose(1, 3)
+                got = spot_ext.predict_connectivity(
+                    gq, gkeys, gbias, gpu[0], budget, gpu[1], gpu[2], **options
+                )
+                yield (
+                    f"predict_connectivity {what}, head dim {dim}, bias {biased}",
+                    torch.equal(got.cpu(), want),
+                )
     coef, basis = torch.rand(1, 1, 4, 3, generator=draw), torch.rand(3, 9, generator=draw)
     which = torch.tensor([[0, 1, 2, 9, -1, 1 << 40]])
     got = spot_ext.connectivity(coef.cuda(), basis.cuda(), 3, which.cuda())

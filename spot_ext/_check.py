@@ -98,6 +98,29 @@ def size(name: str, value: Tensor, dim: int, expected: Any, meaning: str) -> Non
         )
 
 
+def saved(
+    name: str,
+    value: object,
+    shape: tuple[Any, ...],
+    kind: torch.dtype,
+    like_name: str,
+    like: Tensor,
+) -> None:
+    """`value` is what a forward pass gave, or a gradient of it: its sizes, dtype and device."""
+    tensor(name, value, len(shape))
+    assert isinstance(value, Tensor)
+    dtype(name, value, kind)
+    device(name, value, like_name, like)
+    for dim, expected in enumerate(shape):
+        size(name, value, dim, expected, "as the forward pass has")
+
+
+def asked(name: str, value: object, wanted: bool) -> None:
+    """`value` is there if its gradient is wanted."""
+    if wanted and value is None:
+        raise ValueError(f"{name}_grad=True needs {name}")
+
+
 def count(name: str, value: object, low: int, high: Any = None, meaning: str = "") -> None:
     """`value` is an int in [low, high], where the bounds are known."""
     if isinstance(value, torch.SymInt):

@@ -48,6 +48,16 @@ def autograd(op: str, setup: Callable[..., None] | None = None) -> Callable[[F],
     return register
 
 
+def once_only(op: str) -> None:
+    """Gives the backward op of `op` a formula that refuses second derivatives."""
+
+    @autograd(f"{op}_backward")
+    def _(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"spot::{op} is differentiable once; for second derivatives use spot_ext.{op}_reference"
+        )
+
+
 def needs_grad(ctx: Any, place: int) -> bool:
     """Whether input `place` needs a gradient; omitted trailing defaults have no entry."""
     return place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place]

@@ -121,22 +121,35 @@ def attention_stats_reference(
     seen = kept[:, None, None, :] | own  # [B, 1, N, N]
     shown = logits.masked_fill(~seen, float("-inf"))
     lse = shown.logsumexp(dim=-1, keepdim=True)
-    p = (shown - lse).exp()
+    p = softmax_of(shown, lse)
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
     if keep is not None and keep.requires_grad:
-        # Adds zero whose gradient is the stated formula.
-        soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own, 0).detach()
-        change = (keep - keep.detach()).to(wide)
-        soft, value = soft[..., num_prefix:], v[:, num_prefix:].to(wide).detach()
-        pulled = torch.einsum("bhij,bj,bjhd->bihd", soft, change, value)
-        mass = torch.einsum("bhij,bj->bih", soft, change)
-        out = out + pulled - mass[..., None] * out.detach()
+        soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own, 0)
+        out = with_keep_gradient(out, soft, keep, v)
 
     if not need_stats:
         return out.to(q.dtype), out.new_empty(0)
 
     return out.to(q.dtype), map_statistics(p, kept, num_prefix, class_token)
+
+
+def softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
+    """The map; as in torch's softmax a logit of +inf makes its row NaN, not its entry alone."""
+    return (logits - lse).exp().masked_fill(lse.isposinf(), float("nan"))
+
+
+def with_keep_gradient(out: Tensor, soft: Tensor, keep: Tensor, v: Tensor) -> Tensor:
+    """`out` [B, N, H, D] and zero, whose gradient is the stated formula.
+
+    `soft` [B, H, N, N] is p'_ij, zero for pairs without a gradient.
+    """
+    change = (keep - keep.detach()).to(out.dtype)
+    num_prefix = v.shape[1] - keep.shape[1]
+    soft, value = soft[..., num_prefix:].detach(), v[:, num_prefix:].to(out.dtype).detach()
+    pulled = torch.einsum("bhij,bj,bjhd->bihd", soft, change, value)
+    mass = torch.einsum("bhij,bj->bih", soft, change)
+    return out + pulled - mass[..., None] * out.detach()
 
 
 def map_statistics(p: Tensor, kept: Tensor, num_prefix: int, class_token: bool) -> Tensor:
@@ -188,22 +201,22 @@ def check_keep(keep: Tensor | None, q: Tensor, num_prefix: int) -> None:
 
 
 def check_grads(
-    grad_out: Tensor, grad_stats: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
+    grad_out: Tensor,
+    grad_stats: Tensor | None,
+    q: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    lse: Tensor,
 ) -> None:
     """Checks of what a backward pass gets besides the operands."""
+    wide = torch.promote_types(q.dtype, torch.float32)
     heads = tuple(q.shape[:3])
-    for name, value, shape in (
-        ("grad_out", grad_out, tuple(q.shape)),
-        ("grad_stats", grad_stats, (*heads, NUM_STATS)),
-        ("out", out, tuple(q.shape)),
-        ("lse", lse, heads),
-    ):
-        if value is None:
-            continue
-        _check.tensor(name, value, len(shape))
-        _check.device(name, value, "q", q)
-        for dim, size in enumerate(shape):
-            _check.size(name, value, dim, size, "as the forward pass has")
+    _check.saved("grad_out", grad_out, tuple(q.shape), q.dtype, "q", q)
+    _check.saved("out", out, tuple(q.shape), q.dtype, "q", q)
+    _check.saved("lse", lse, heads, wide, "q", q)
+    if grad_stats is not None:
+        _check.saved("grad_stats", grad_stats, (*heads, NUM_STATS), wide, "q", q)
+        _check.saved("stats", stats, (*heads, NUM_STATS), wide, "q", q)
 
 
 def _check_attention(
@@ -231,6 +244,20 @@ def _check_attention(
 # ---- fakes ---------------------------------------------------------------------------------------
 
 
+def fake_results(q: Tensor, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`out`, `stats` and `lse` of an attention op."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    stats = q.new_empty((*q.shape[:3], NUM_STATS) if need_stats else (0,), dtype=wide)
+    return q.new_empty(q.shape), stats, q.new_empty(q.shape[:3], dtype=wide)
+
+
+def fake_gradient(name: str, value: Tensor | None, wanted: bool, q: Tensor) -> Tensor:
+    """Of `keep` or `bias`, empty unless wanted."""
+    _check.asked(name, value, wanted)
+    shape = value.shape if wanted and value is not None else (0,)
+    return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 @_register.fake("attention_stats")
 def _(
     q: Tensor,
@@ -244,9 +271,7 @@ def _(
     need_stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_attention(q, k, v, keep, bias, num_prefix, class_token)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    stats = q.new_empty((*q.shape[:3], NUM_STATS) if need_stats else (0,), dtype=wide)
-    return q.new_empty(q.shape), stats, q.new_empty(q.shape[:3], dtype=wide)
+    return fake_results(q, need_stats)
 
 
 @_register.fake("attention_stats_backward")
@@ -267,13 +292,12 @@ def _(
     keep_grad: bool = False,
     bias_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
     _check_attention(q, k, v, keep, bias, num_prefix, class_token)
-    check_grads(grad_out, grad_stats, q, out, lse)
-    keep_shape = keep.shape if keep_grad and keep is not None else (0,)
-    bias_shape = bias.shape if bias_grad and bias is not None else (0,)
+    check_grads(grad_out, grad_stats, q, out, stats, lse)
+    dkeep = fake_gradient("keep", keep, keep_grad, q)
+    dbias = fake_gradient("bias", bias, bias_grad, q)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    return dq, dk, dv, q.new_empty(keep_shape, dtype=wide), q.new_empty(bias_shape, dtype=wide)
+    return dq, dk, dv, dkeep, dbias
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -305,19 +329,15 @@ def _(
     return *grads[:3], dkeep, dbias, None, None, None, None
 
 
-@_register.autograd("attention_stats_backward")
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "spot::attention_stats is differentiable once; for second derivatives use "
-        "spot_ext.attention_stats_reference"
-    )
+_register.once_only("attention_stats")
 
 
 # ---- autocast ------------------------------------------------------------------------------------
 
 
 @_register.autocast("attention_stats")
-def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cast_qkv(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Nothing but q, k and v, which come first."""
     q, k, v = _register.cast(dtype, args[:3])
     return (q, k, v, *args[3:]), kwargs
 

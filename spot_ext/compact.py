@@ -406,12 +406,7 @@ def _(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tokens_grad, weights_grad, None, None, None
 
 
-@_register.autograd("fuse_tokens_backward")
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "spot::fuse_tokens is differentiable once; for second derivatives use "
-        "spot_ext.fuse_tokens_reference"
-    )
+_register.once_only("fuse_tokens")
 
 
 # ---- autocast ------------------------------------------------------------------------------------

@@ -60,18 +60,13 @@ def connectivity(
         ValueError: shapes that do not fit, a budget that is not in [1, N]; on CPU also columns out
             of range or a `keep` other than 0 or 1.
     """
-    if _check.eager():
-        if threshold is not None:
-            _check.number("threshold", threshold)
-        _check_connectivity(coefficients, basis, budget, columns, keep, coef_topk)
-        if not _check.has_kernel("connectivity", coefficients):
-            return connectivity_reference(
-                coefficients, basis, budget, columns, keep,
-                coef_topk=coef_topk, threshold=threshold,
-            )  # fmt: skip
-    op = torch.ops.spot.connectivity
     args = (coefficients, basis, budget, columns, keep, coef_topk, threshold)
-    return _check.call(op, *args) if _check.eager() else op(*args)
+    if not _check.eager():
+        return torch.ops.spot.connectivity(*args)
+    _check_connectivity(*args)
+    if _check.has_kernel("connectivity", coefficients):
+        return _check.call(torch.ops.spot.connectivity, *args)
+    return connectivity_reference(*args[:-2], coef_topk=coef_topk, threshold=threshold)
 
 
 def predict_connectivity(
@@ -96,12 +91,12 @@ def predict_connectivity(
             strides.
         keys: [B, R, H, D] as q.
         bias: [B, R, H] as q, or None.
-        basis: as in `connectivity`, like all that follow.
-        budget: K, between 1 and N.
+        basis: this and all that follow as in `connectivity`.
+        budget: K.
         columns: [B, N] int64, or None.
-        keep: [B, N-P] float, exactly 0 or 1, or None.
-        coef_topk: coefficients of a row to keep, or None for all.
-        threshold: columns must exceed it, or None.
+        keep: [B, N-P], or None.
+        coef_topk: or None.
+        threshold: or None.
 
     Returns:
         [B, H, N-P, K] int32, as `connectivity`.
@@ -110,18 +105,13 @@ def predict_connectivity(
         TypeError: wrong types or dtypes.
         ValueError: as `connectivity`.
     """
-    if _check.eager():
-        if threshold is not None:
-            _check.number("threshold", threshold)
-        _check_prediction(q, keys, bias, basis, budget, columns, keep, coef_topk)
-        if not _check.has_kernel("predict_connectivity", q):
-            return predict_connectivity_reference(
-                q, keys, bias, basis, budget, columns, keep,
-                coef_topk=coef_topk, threshold=threshold,
-            )  # fmt: skip
-    op = torch.ops.spot.predict_connectivity
     args = (q, keys, bias, basis, budget, columns, keep, coef_topk, threshold)
-    return _check.call(op, *args) if _check.eager() else op(*args)
+    if not _check.eager():
+        return torch.ops.spot.predict_connectivity(*args)
+    _check_prediction(*args)
+    if _check.has_kernel("predict_connectivity", q):
+        return _check.call(torch.ops.spot.predict_connectivity, *args)
+    return predict_connectivity_reference(*args[:-2], coef_topk=coef_topk, threshold=threshold)
 
 
 # ---- reference: the definition -------------------------------------------------------------------
@@ -202,33 +192,14 @@ def _ranked(x: Tensor) -> Tensor:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_connectivity(
-    coefficients: Tensor,
-    basis: Tensor,
-    budget: int,
-    columns: Tensor | None,
-    keep: Tensor | None,
-    coef_topk: int | None,
-) -> None:
+def _check_connectivity(coefficients: Tensor, *choice: Any) -> None:
     _check.tensor("coefficients", coefficients, 4)
     _check.dtype("coefficients", coefficients, _check.FLOATING)
     sizes = coefficients.shape[0], *coefficients.shape[2:]
-    rank = "the coefficients of a row"
-    _check_choice(
-        "coefficients", coefficients, sizes, rank, basis, budget, columns, keep, coef_topk
-    )
+    _check_choice("coefficients", coefficients, sizes, "the coefficients of a row", *choice)
 
 
-def _check_prediction(
-    q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    basis: Tensor,
-    budget: int,
-    columns: Tensor | None,
-    keep: Tensor | None,
-    coef_topk: int | None,
-) -> None:
+def _check_prediction(q: Tensor, keys: Tensor, bias: Tensor | None, *choice: Any) -> None:
     _check.tensor("q", q, 4)
     _check.dtype("q", q, _check.FLOATING)
     _check.tensor("keys", keys, 4)
@@ -242,8 +213,7 @@ def _check_prediction(
         if value is not None:
             _check.same_dtype(name, value, "q", q)
             _check.device(name, value, "q", q)
-    sizes = q.shape[0], q.shape[1], keys.shape[1]
-    _check_choice("q", q, sizes, "the keys", basis, budget, columns, keep, coef_topk)
+    _check_choice("q", q, (q.shape[0], q.shape[1], keys.shape[1]), "the keys", *choice)
 
 
 def _check_choice(
@@ -256,6 +226,7 @@ def _check_choice(
     columns: Tensor | None,
     keep: Tensor | None,
     coef_topk: int | None,
+    threshold: float | None,
 ) -> None:
     """What both ops check besides where coefficients come from; `sizes` are B, N-P and R."""
     batch, queries, rank = sizes
@@ -279,6 +250,8 @@ def _check_choice(
     _check.count("budget", budget, 1, in_play, " (the columns)")
     if coef_topk is not None:
         _check.count("coef_topk", coef_topk, 1)
+    if threshold is not None:
+        _check.number("threshold", threshold)
     if keep is not None:
         _check.tensor("keep", keep, 2)
         _check.dtype("keep", keep, _check.FLOATING)
@@ -300,7 +273,7 @@ def _(
     coef_topk: int | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    _check_connectivity(coefficients, basis, budget, columns, keep, coef_topk)
+    _check_connectivity(coefficients, basis, budget, columns, keep, coef_topk, threshold)
     return coefficients.new_empty((*coefficients.shape[:3], budget), dtype=torch.int32)
 
 
@@ -316,7 +289,7 @@ def _(
     coef_topk: int | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    _check_prediction(q, keys, bias, basis, budget, columns, keep, coef_topk)
+    _check_prediction(q, keys, bias, basis, budget, columns, keep, coef_topk, threshold)
     batch, queries, heads = q.shape[:3]
     return q.new_empty((batch, heads, queries, budget), dtype=torch.int32)
 

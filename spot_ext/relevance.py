@@ -289,22 +289,18 @@ def _(
         fc1_bias, fc2_weight, fc2_bias, fc3_weight, fc3_bias,
     )  # fmt: skip
     _check_relevance(*args)
+    dtype, wide = fc1_weight.dtype, torch.promote_types(fc1_weight.dtype, torch.float32)
     shapes = _saved_shapes(args)
-    for name, value, shape in (
-        ("grad", grad, shapes[0]),
-        ("logits", logits, shapes[0]),
-        ("remapped", remapped, shapes[1]),
-        ("shared", shared, shapes[2]),
-        ("hidden1", hidden1, shapes[3]),
-        ("hidden2", hidden2, shapes[4]),
+    for name, value, shape, kind in (
+        ("grad", grad, shapes[0], wide),
+        ("logits", logits, shapes[0], wide),
+        ("remapped", remapped, shapes[1], dtype),
+        ("shared", shared, shapes[2], dtype),
+        ("hidden1", hidden1, shapes[3], dtype),
+        ("hidden2", hidden2, shapes[4], dtype),
     ):
-        if tokens is None and name in ("remapped", "shared"):
-            continue
-        _check.tensor(name, value, len(shape))
-        _check.device(name, value, "fc1_weight", fc1_weight)
-        for dim, size in enumerate(shape):
-            _check.size(name, value, dim, size, "as the forward pass has")
-    wide = torch.promote_types(fc1_weight.dtype, torch.float32)
+        if tokens is not None or name not in ("remapped", "shared"):
+            _check.saved(name, value, shape, kind, "fc1_weight", fc1_weight)
     wanted = (tokens_grad, features_grad, keep_grad and tokens is not None, *[weights_grad] * 10)
     return tuple(
         fc1_weight.new_empty(
@@ -345,12 +341,7 @@ def _(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Any, ...]:
     return *found, None
 
 
-@_register.autograd("token_relevance_backward")
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "spot::token_relevance is differentiable once; for second derivatives use "
-        "spot_ext.token_relevance_reference"
-    )
+_register.once_only("token_relevance")
 
 
 # ---- autocast ------------------------------------------------------------------------------------

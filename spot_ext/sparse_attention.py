@@ -13,11 +13,15 @@ from torch import Tensor
 
 from spot_ext import _check, _register
 from spot_ext.attention_stats import (
-    NUM_STATS,
+    cast_qkv,
     check_grads,
     check_keep,
     check_qkv,
+    fake_gradient,
+    fake_results,
     map_statistics,
+    softmax_of,
+    with_keep_gradient,
 )
 
 # ---- public function -----------------------------------------------------------------------------
@@ -129,18 +133,13 @@ def sparse_attention_reference(
     blind = ~seen.any(dim=-1, keepdim=True)
     shown = logits.masked_fill(~seen, float("-inf")).masked_fill(blind, 0)
     lse = shown.logsumexp(dim=-1, keepdim=True)
-    p = (shown - lse).exp().masked_fill(~seen, 0)
+    p = softmax_of(shown, lse).masked_fill(~seen, 0)
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
     if keep is not None and keep.requires_grad:
-        # Adds zero whose gradient is the stated formula.
         lse = lse.masked_fill(blind, float("-inf"))
-        soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own | ~named, 0).detach()
-        change = (keep - keep.detach()).to(wide)
-        soft, value = soft[..., num_prefix:], v[:, num_prefix:].to(wide).detach()
-        pulled = torch.einsum("bhij,bj,bjhd->bihd", soft, change, value)
-        mass = torch.einsum("bhij,bj->bih", soft, change)
-        out = out + pulled - mass[..., None] * out.detach()
+        soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own | ~named, 0)
+        out = with_keep_gradient(out, soft, keep, v)
 
     if not need_stats:
         return out.to(q.dtype), out.new_empty(0)
@@ -191,9 +190,7 @@ def _(
     need_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_attention(q, k, v, index, keep, num_prefix, class_token)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    stats = q.new_empty((*q.shape[:3], NUM_STATS) if need_stats else (0,), dtype=wide)
-    return q.new_empty(q.shape), stats, q.new_empty(q.shape[:3], dtype=wide)
+    return fake_results(q, need_stats)
 
 
 @_register.fake("sparse_attention_backward")
@@ -213,12 +210,10 @@ def _(
     class_token: bool = True,
     keep_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
     _check_attention(q, k, v, index, keep, num_prefix, class_token)
-    check_grads(grad_out, grad_stats, q, out, lse)
-    keep_shape = keep.shape if keep_grad and keep is not None else (0,)
+    check_grads(grad_out, grad_stats, q, out, stats, lse)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    return dq, dk, dv, q.new_empty(keep_shape, dtype=wide)
+    return dq, dk, dv, fake_gradient("keep", keep, keep_grad, q)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -249,21 +244,13 @@ def _(
     return *grads[:3], None, dkeep, None, None, None, None
 
 
-@_register.autograd("sparse_attention_backward")
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "spot::sparse_attention is differentiable once; for second derivatives use "
-        "spot_ext.sparse_attention_reference"
-    )
+_register.once_only("sparse_attention")
 
 
 # ---- autocast ------------------------------------------------------------------------------------
 
 
-@_register.autocast("sparse_attention")
-def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    q, k, v = _register.cast(dtype, args[:3])
-    return (q, k, v, *args[3:]), kwargs
+_register.autocast("sparse_attention")(cast_qkv)
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------

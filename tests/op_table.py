@@ -270,18 +270,26 @@ def attention_reference(
         q, k, v, keep, bias, scale=scale, num_prefix=num_prefix, class_token=class_token,
         need_stats=need_stats,
     )  # fmt: skip
+    everything = torch.ones((), dtype=torch.bool, device=q.device)
+    return out, stats, _lse(q, k, everything, keep, scale, num_prefix, bias)
+
+
+@torch.no_grad()
+def _lse(
+    q: Tensor, k: Tensor, named: Tensor, keep: Tensor | None, scale: float | None, num_prefix: int,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-sum-exp [B, N, H] over the keys that are `named` and not hidden by `keep`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.no_grad():
-        factor = q.shape[3] ** -0.5 if scale is None else scale
-        logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
-        if bias is not None:
-            logits = logits + bias.to(wide)
-        if keep is not None:
-            kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
-            own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-            logits = logits.masked_fill(~(kept[:, None, None, :] | own), -math.inf)
-        lse = logits.logsumexp(-1).transpose(1, 2)
-    return out, stats, lse
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    if keep is not None:
+        kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
+        own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+        named = named & (kept[:, None, None, :] | own)
+    return logits.masked_fill(~named, -math.inf).logsumexp(-1).transpose(1, 2)
 
 
 def attention_backward_reference(
@@ -448,17 +456,7 @@ def sparse_reference(
         q, k, v, index, keep, scale=scale, num_prefix=num_prefix, class_token=class_token,
         need_stats=need_stats,
     )  # fmt: skip
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.no_grad():
-        factor = q.shape[3] ** -0.5 if scale is None else scale
-        logits = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * factor
-        seen = named_keys(index, q.shape[1])
-        if keep is not None:
-            kept = torch.nn.functional.pad(keep > 0.5, (num_prefix, 0), value=True)
-            own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-            seen = seen & (kept[:, None, None, :] | own)
-        lse = logits.masked_fill(~seen, -math.inf).logsumexp(-1).transpose(1, 2)
-    return out, stats, lse
+    return out, stats, _lse(q, k, named_keys(index, q.shape[1]), keep, scale, num_prefix)
 
 
 def sparse_backward_reference(
@@ -1431,7 +1429,7 @@ def _sparse_backward_errors() -> tuple[Bad, ...]:
         return tuple((values | changes).values())
 
     return (
-        *_saved_errors(build),
+        *_saved_errors(build, ("keep",)),
         *_keys_errors(lambda d, index: build(d, index=index)),
     )
 
@@ -1670,14 +1668,15 @@ def _attention_backward_errors() -> tuple[Bad, ...]:
         return tuple((values | changes).values())
 
     return (
-        *_saved_errors(build),
+        *_saved_errors(build, ("keep", "bias")),
         Bad("bias of other columns", lambda d: build(d, bias=_t(1, 2, 6, 5, device=d)),
             ValueError, ("bias", "size 6")),
     )  # fmt: skip
 
 
-def _saved_errors(build: Callable[..., tuple[Any, ...]]) -> tuple[Bad, ...]:
-    """Wrong arguments of a backward op: `build(device, **changes)` starts from q [2, 6, 2, 4]."""
+def _saved_errors(build: Callable[..., tuple[Any, ...]], asked: tuple[str, ...]) -> tuple[Bad, ...]:
+    """Wrong arguments of a backward op: `build(device, **changes)` starts from q [2, 6, 2, 4], and
+    its last arguments are whether gradients of `asked` are."""
 
     def bad(label: str, words: Any, raises: Any = ValueError, **changes: Any) -> Bad:
         return Bad(label, lambda d: build(d, **{n: make(d) for n, make in changes.items()}),
@@ -1699,6 +1698,22 @@ def _saved_errors(build: Callable[..., tuple[Any, ...]]) -> tuple[Bad, ...]:
         bad("lse of rank 4", ("lse", "3 dim"), lse=lambda d: _t(2, 6, 2, 1, device=d)),
         bad("lse of another batch", ("lse", "size 2"), lse=lambda d: _t(1, 6, 2, device=d)),
         bad("keep of rank 1", ("keep", "2 dim"), keep=lambda d: _t(5, device=d)),
+        bad("grad of another dtype", ("grad_out", "float32", "float64"), TypeError,
+            grad_out=lambda d: _t(2, 6, 2, 4, device=d).double()),
+        bad("out of another dtype", ("out", "float32", "float16"), TypeError,
+            out=lambda d: _t(2, 6, 2, 4, device=d).half()),
+        bad("lse of another dtype", ("lse", "float32", "float16"), TypeError,
+            lse=lambda d: _t(2, 6, 2, device=d).half()),
+        bad("grad of statistics of another dtype", ("grad_stats", "float32", "bfloat16"), TypeError,
+            grad_stats=lambda d: _t(2, 6, 2, 6, device=d).bfloat16()),
+        bad("statistics of the forward pass missing", ("stats", "4 dim", "[0]"),
+            stats=lambda d: _t(0, device=d)),
+        bad("statistics of other tokens", ("stats", "size 6", "[2, 5, 2, 6]"),
+            stats=lambda d: _t(2, 5, 2, 6, device=d)),
+        *(Bad(f"{name}_grad without {name}",
+              lambda d, name=name: (*build(d), None, 1, True, *(n == name for n in asked)),
+              ValueError, (f"{name}_grad=True needs {name}",))
+          for name in asked),
         Bad("keep between 0 and 1", lambda d: build(d, keep=torch.full((2, 5), 0.5, device=d)),
             ValueError, ("keep", "0 or 1"), values=True),
     )  # fmt: skip
@@ -1798,7 +1813,11 @@ def _relevance_errors(backward: bool = False) -> tuple[Bad, ...]:
         resized("shared", 2, 8, words=("size 4",)),
         resized("hidden1", 1, 6, 5, words=("size 2",)),
         resized("hidden2", 2, 6, 3, 1, words=("3 dim",)),
-    ]
+        *(bad(f"{name} of another dtype",
+              lambda d, n=name: {n: _t(*shapes[n], dtype=torch.float64, device=d)}, TypeError,
+              (name, "float32", "float64"))
+          for name in ("grad", *_RELEVANCE_SAVED)),
+    ]  # fmt: skip
     return tuple(errors)
 
 
@@ -1823,48 +1842,17 @@ def _relevance_backward_flops(grad: Tensor, *args: Any) -> tuple[int, int]:
     return (2 * most if all(wanted) else 0), 2 * most + most // 2 + 64
 
 
-def _public_relevance(*args: Any) -> Any:
-    """`token_relevance` with the op's positional arguments."""
-    return spot_ext.token_relevance(*args[:13], **({"eps": args[13]} if len(args) > 13 else {}))
+def _positional(function: Callable[..., Any], places: int, *names: str) -> Callable[..., Any]:
+    """`function` with the op's positional arguments, of which those behind `places` are `names`."""
+
+    def call(*args: Any) -> Any:
+        return function(*args[:places], **dict(zip(names, args[places:], strict=False)))
+
+    return call
 
 
-def _public_attention(*args: Any) -> Any:
-    """`attention_stats` with the op's positional arguments."""
-    names = ("scale", "num_prefix", "class_token", "need_stats")
-    keywords = dict(zip(names, args[5:], strict=False))
-    return spot_ext.attention_stats(*args[:5], **keywords)
-
-
-def _public_sparse(*args: Any) -> Any:
-    """`sparse_attention` with the op's positional arguments."""
-    names = ("scale", "num_prefix", "class_token", "need_stats")
-    keywords = dict(zip(names, args[5:], strict=False))
-    return spot_ext.sparse_attention(*args[:5], **keywords)
-
-
-def _public_connectivity(*args: Any) -> Any:
-    """`connectivity` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[5:], strict=False))
-    return spot_ext.connectivity(*args[:5], **keywords)
-
-
-def _connectivity_reference(*args: Any) -> Tensor:
-    """`connectivity_reference` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[5:], strict=False))
-    return spot_ext.connectivity_reference(*args[:5], **keywords)
-
-
-def _public_prediction(*args: Any) -> Any:
-    """`predict_connectivity` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[7:], strict=False))
-    return spot_ext.predict_connectivity(*args[:7], **keywords)
-
-
-def _prediction_reference(*args: Any) -> Tensor:
-    """`predict_connectivity_reference` with the op's positional arguments."""
-    keywords = dict(zip(("coef_topk", "threshold"), args[7:], strict=False))
-    return spot_ext.predict_connectivity_reference(*args[:7], **keywords)
-
+_ATTENTION_NAMES = ("scale", "num_prefix", "class_token", "need_stats")
+_CHOICE_NAMES = ("coef_topk", "threshold")
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -1886,7 +1874,8 @@ OPS: dict[str, Op] = {
            once_only="differentiable once"),
         Op("attention_stats", attention_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _ATTENTION), _attention_errors(),
-           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False, public=_public_attention,
+           _attention_flops, grads=(0, 1, 2, 3, 4), exact=False,
+           public=_positional(spot_ext.attention_stats, 5, *_ATTENTION_NAMES),
            once_only="differentiable once"),
         Op("attention_stats_backward", attention_backward_reference,
            tuple(Sample(a.name, a.backward_args, a.traced) for a in _ATTENTION),
@@ -1894,7 +1883,8 @@ OPS: dict[str, Op] = {
            once_only="differentiable once"),
         Op("token_relevance", relevance_reference,
            tuple(Sample(r.name, r.args, r.traced) for r in _RELEVANCE), _relevance_errors(),
-           _relevance_flops, grads=tuple(range(13)), exact=False, public=_public_relevance,
+           _relevance_flops, grads=tuple(range(13)), exact=False,
+           public=_positional(spot_ext.token_relevance, 13, "eps"),
            once_only="differentiable once", weights=tuple(range(3, 13)),
            roundings=8, large="twelve ViT images"),
         Op("token_relevance_backward", relevance_backward_reference,
@@ -1902,17 +1892,20 @@ OPS: dict[str, Op] = {
            _relevance_errors(backward=True), _relevance_backward_flops, exact=False,
            once_only="differentiable once", weights=tuple(range(4, 14)),
            roundings=8, large="twelve ViT images"),
-        Op("connectivity", _connectivity_reference,
+        Op("connectivity",
+           _positional(spot_ext.connectivity_reference, 5, *_CHOICE_NAMES),
            tuple(Sample(c.name, c.args, c.traced) for c in _CONNECTIVITY), _connectivity_errors(),
-           _connectivity_flops, public=_public_connectivity, weights=(1,),
-           large="twelve ViT images"),
-        Op("predict_connectivity", _prediction_reference,
+           _connectivity_flops, public=_positional(spot_ext.connectivity, 5, *_CHOICE_NAMES),
+           weights=(1,), large="twelve ViT images"),
+        Op("predict_connectivity",
+           _positional(spot_ext.predict_connectivity_reference, 7, *_CHOICE_NAMES),
            tuple(Sample(p.name, p.args, p.traced) for p in _PREDICTION), _prediction_errors(),
-           _prediction_flops, public=_public_prediction, weights=(3,),
-           large="twelve images"),
+           _prediction_flops, public=_positional(spot_ext.predict_connectivity, 7, *_CHOICE_NAMES),
+           weights=(3,), large="twelve images"),
         Op("sparse_attention", sparse_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _SPARSE), _sparse_errors(),
-           _sparse_flops, grads=(0, 1, 2, 4), exact=False, public=_public_sparse,
+           _sparse_flops, grads=(0, 1, 2, 4), exact=False,
+           public=_positional(spot_ext.sparse_attention, 5, *_ATTENTION_NAMES),
            once_only="differentiable once", large="twelve ViT images"),
         Op("sparse_attention_backward", sparse_backward_reference,
            tuple(Sample(a.name, a.backward_args, a.traced) for a in _SPARSE),

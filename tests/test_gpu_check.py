@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,3 +247,12 @@ def test_sample_has_every_op_with_a_kernel() -> None:
         [sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == cuda_ops()
+
+
+def test_sample_calls_every_op_with_a_kernel() -> None:
+    """Backward ops may be called by autograd."""
+    sample = (ROOT / "benchmarks/gpu_sample.py").read_text()
+    called = set(re.findall(r"(?:spot_ext|torch\.ops\.spot)\.(\w+)\(", sample))
+    kernels = "".join((ROOT / f"csrc/cuda/{op}.cu").read_text() for op in cuda_ops())
+    ops = {op for op in re.findall(r'm\.impl\("(\w+)"', kernels) if not op.endswith("_backward")}
+    assert len(ops) >= len(cuda_ops()) and ops <= called

@@ -12,6 +12,7 @@ import spot_vit
 import timm
 import torch
 from spot_vit.connectivity import ConnectivityPredictor
+from spot_vit.look import Look, attend_to_named
 from spot_vit.operands import dense_attention, record_operands
 from spot_vit.sparsifiner import predictors, set_grid
 from spot_vit.sparsifiner_config import SparsifinerConfig
@@ -325,6 +326,103 @@ def test_backends_give_one_result(variant: str):
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-10)
     masked = masking(dense)(x, kept=expected.index)
     torch.testing.assert_close(masked, masking(model)(x, kept=expected.index), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_backends_agree_where_a_query_names_nothing(variant: str):
+    """A threshold may leave a query without keys; statistics, masks and gradients included."""
+    model = sparse(variant, backend="sparse", mask="threshold", mask_threshold=0.45)
+    empty: list[float] = []
+    for predictor in predictors(model).values():
+        predictor.register_forward_hook(
+            lambda _, inputs, index: empty.append((index < 0).all(-1).double().mean().item())
+        )
+    x = picture(model)
+    with torch.no_grad():
+        out = model(x)
+        torch.testing.assert_close(with_backend(model, "dense")(x), out, rtol=0, atol=1e-10)
+    spot_vit.sparsify(model, keep=0.6, at=[1, 2, 3])
+    dense = with_backend(model, "dense")
+    with torch.no_grad():
+        expected, found = model(x, aux=True), dense(x, aux=True)
+    assert all(torch.equal(a, b) for a, b in zip(found.index, expected.index, strict=True))
+    torch.testing.assert_close(found.logp, expected.logp, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-10)
+    grads = []
+    for each in (model, dense):
+        logits = masking(each)(x, kept=expected.index)
+        torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-10)
+        logits.square().sum().backward()
+        grads.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 20
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-9)
+    some = [share for share in empty if 0 < share < 1]
+    assert len(some) > len(empty) / 2
+
+
+class Named:
+    """In place of a predictor: names what it was told to."""
+
+    def __init__(self, index: Tensor, backend: str) -> None:
+        self.index, self.chosen = index, backend
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.index
+
+    def backend(self, q: Tensor, num_named: int) -> str:
+        return self.chosen
+
+    def names_some(self, keep: Tensor | None) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("want", [False, True])
+@pytest.mark.parametrize("num_prefix", [0, 1, 3])
+def test_any_index_means_the_same_to_both_backends(
+    num_prefix: int, want: bool, masked: bool, class_token: bool
+):
+    """Full, padded and empty rows: output, statistics, and gradients of q, k, v and the mask."""
+    if class_token and num_prefix == 0:
+        return
+    generator = torch.Generator().manual_seed(num_prefix)
+    tokens = num_prefix + 12
+    qkv = torch.randn(3, 2, tokens, 3, 8, dtype=torch.float64, generator=generator)
+    keep = (torch.rand(2, 12, generator=generator) < 0.7).double() if masked else None
+    index = torch.rand(2, 3, 12, tokens, generator=generator).argsort(-1)[..., :5].int()
+    if keep is not None:  # as a predictor: columns that are hidden are not named
+        kept = torch.cat([keep.new_ones(2, num_prefix), keep], dim=1) > 0
+        shown = kept[:, None, None].expand(2, 3, 12, -1).gather(-1, index.long())
+        index = index.masked_fill(~shown, -1).sort(-1, descending=True).values
+    length = torch.randint(0, 6, (2, 3, 12, 1), generator=generator)
+    length[0, 0, 3], length[1, :, 7] = 0, 0
+    index = index.masked_fill(torch.arange(5) >= length, -1)
+    pulls = [torch.randn(2, tokens, 3, size, dtype=torch.float64, generator=generator)
+             for size in (8, 6)]  # fmt: skip
+    results = []
+    for backend in ("sparse", "dense"):
+        leaves = [x.clone().requires_grad_() for x in (*qkv, *([keep] if masked else []))]
+        look = Look(num_prefix, class_token, None, leaves[3] if masked else None, want)
+        out, stats = attend_to_named(*leaves[:3], look, 0.4, Named(index, backend), want)
+        sent = pulls if want else pulls[:1]
+        given = [out, stats] if want else [out]
+        grads = torch.autograd.grad(given, leaves, sent)
+        results.append([out, stats, *grads])
+        assert not out[0, num_prefix + 3, 0].any() and not out[1, num_prefix + 7].any()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_names_some_is_what_it_says():
+    nobody = torch.zeros(2, 12, dtype=torch.float64)
+    for num_prefix in (0, 1):
+        for mask in ("topk", "threshold"):
+            config = SparsifinerConfig(mask=mask, mask_threshold=9.0, keep_rate=0.01, reduce_n=2)
+            predictor, q, k = predictor_and_operands(config, num_prefix=num_prefix)
+            for keep in (None, nobody):
+                named = (predictor(q, k, keep=keep) >= 0).any(dim=-1).all().item()
+                assert predictor.names_some(keep) == named
 
 
 @pytest.mark.parametrize("backend", ["sparse", "dense"])

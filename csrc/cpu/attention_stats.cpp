@@ -2,8 +2,6 @@
 #include "host/attention_args.h"
 #include "isa.h"
 
-#include <tuple>
-
 namespace spot {
 namespace {
 
@@ -19,22 +17,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   SPOT_CHECK(q.is_cpu(), op, "q must be on the CPU");
   const Dtype dtype = dtype_slot(op, "q", q);
   const TokenOrder order = order_tokens(op, s, keep);
-  const std::vector<int64_t> heads{s.batch, s.num_tokens, s.num_heads};
-  Tensor out = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor lse = empty_on(q, heads, wide_type(q));
-  Tensor stats = empty_on(q,
-                          need_stats ? std::vector<int64_t>{heads[0], heads[1], heads[2], kNumStats}
-                                     : std::vector<int64_t>{0},
-                          wide_type(q));
-  AttentionArgs args = attention_args(op, s, order, q, k, v, bias);
-  args.need_stats = need_stats;
-  args.out = out.mutable_data_ptr();
-  args.stats = stats.mutable_data_ptr();
-  args.lse = lse.mutable_data_ptr();
+  AttentionResults results = empty_results(q, s, need_stats);
   const int64_t items = s.batch * s.num_heads;
-  if (items * s.num_tokens == 0) return {out, stats, lse};
-  args.num_spans = spans(items, s.num_tokens);
-  args.span_rows = (s.num_tokens + args.num_spans - 1) / args.num_spans;
+  if (items * s.num_tokens == 0) return results.all();
+  AttentionArgs args = attention_args(op, s, order, q, k, v, bias);
+  set_results(args, s, results, need_stats);
   const bool combine = need_stats && args.num_spans > 1;
   Tensor sums = empty_on(q, {combine ? items * args.num_spans : 0, 2, s.num_tokens}, wide_type(q));
   args.column_sums = sums.mutable_data_ptr();
@@ -45,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
     parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       table.attention_stats_columns[dtype](args, begin, end);
     });
-  return {out, stats, lse};
+  return results.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
@@ -61,29 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   SPOT_CHECK(bias || !bias_grad, op, "bias_grad=True needs bias");
   const Dtype dtype = dtype_slot(op, "q", q);
   const TokenOrder order = order_tokens(op, s, keep);
-  const std::vector<int64_t> none{0};
-  const ScalarType wide = wide_type(q);
-  Tensor q_grad = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor k_grad = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor v_grad = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor keep_sums =
-      empty_on(q, keep_grad ? std::vector<int64_t>{s.batch, s.num_patches()} : none, wide);
-  Tensor keep_parts = empty_on(
-      q, keep_grad ? std::vector<int64_t>{s.batch, s.num_heads, s.num_patches()} : none, wide);
-  Tensor bias_sums = empty_on(q, bias_grad ? sizes_of(*bias) : none, wide);
-  const Tensor dense_stats = dense(stats), dense_lse = dense(lse);
-  const Tensor dense_grad = grad_stats ? dense(*grad_stats) : dense_stats;
-
+  AttentionGrads grads = empty_grads(q, s, keep_grad);
+  Tensor bias_sums =
+      empty_on(q, bias_grad ? sizes_of(*bias) : std::vector<int64_t>{0}, wide_type(q));
+  const AttentionSaved saved(stats, lse, grad_stats);
   AttentionGradArgs args{};
   args.forward = attention_args(op, s, order, q, k, v, bias);
-  args.forward.stats = const_cast<void*>(dense_stats.const_data_ptr());
-  args.forward.lse = const_cast<void*>(dense_lse.const_data_ptr());
-  args.grad_out = head_rows(grad_out);
-  args.grad_stats = grad_stats ? dense_grad.const_data_ptr() : nullptr;
-  args.q = q_grad.mutable_data_ptr();
-  args.k = k_grad.mutable_data_ptr();
-  args.v = v_grad.mutable_data_ptr();
-  args.keep = keep_grad ? keep_parts.mutable_data_ptr() : nullptr;
+  set_grads(args, args.forward, saved, grad_out, grads, keep_grad);
   args.bias = bias_grad ? bias_sums.mutable_data_ptr() : nullptr;
   args.one_bias = bias_grad && bias->size(0) == 1;
   const KernelTable& table = kernels();
@@ -92,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
                  [&](int64_t begin, int64_t end) {
                    table.attention_stats_backward[dtype](args, begin, end);
                  });
-  if (keep_grad) sum_heads(s, keep_parts, keep_sums);
-  return {q_grad, k_grad, v_grad, keep_sums, bias_sums};
+  if (keep_grad) sum_heads(s, grads.keep_parts, grads.keep);
+  return {grads.q, grads.k, grads.v, grads.keep, bias_sums};
 }
 
 }  // namespace

@@ -231,6 +231,10 @@ class ConnectivityPredictor(nn.Module):
             num_patches = num_tokens - self.num_prefix
         return self.config.mask == "threshold" or self.budget(num_tokens, num_patches) < num_tokens
 
+    def names_some(self, keep: Tensor | None) -> bool:
+        """Whether every query surely names a key, with patch tokens masked by `keep`."""
+        return self.config.mask == "topk" and (keep is None or self.num_prefix > 0)
+
     def density(self) -> float:
         """Share of nonzero entries in the basis; without weights what initialisation gives."""
         _, up = self.weights()

@@ -135,18 +135,42 @@ def attend_to_named(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=named, scale=scale)
         return out.transpose(1, 2), q.new_empty(0)
+    may_be_empty = not connectivity.names_some(look.keep)
+    at = look.num_prefix
+    if may_be_empty:  # a query that names nothing sees a token that no other sees
+        q, k, v, named = _with_a_token_for_nothing(q, k, v, named, at)
     bias = torch.zeros_like(named, dtype=q.dtype).masked_fill(~named, float("-inf"))
-    return spot_ext.attention_stats(
+    out, stats = spot_ext.attention_stats(
         q,
         k,
         v,
         look.keep,
         bias,
         scale=scale,
-        num_prefix=look.num_prefix,
+        num_prefix=at + may_be_empty,
         class_token=look.class_token,
         need_stats=need_stats,
     )
+    if may_be_empty:
+        out = torch.cat([out[:, :at], out[:, at + 1 :]], dim=1)
+        stats = torch.cat([stats[:, :at], stats[:, at + 1 :]], dim=1) if need_stats else stats
+    return out, stats
+
+
+def _with_a_token_for_nothing(
+    q: Tensor, k: Tensor, v: Tensor, named: Tensor, at: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A token of zeros in front of token `at`, whose key those see that see no other.
+
+    There is no softmax of nothing; theirs is one of zeros now, outside the statistics of patches.
+    """
+    nothing = ~named.any(dim=-1, keepdim=True)
+    named = torch.cat([named[..., :at], nothing, named[..., at:]], dim=-1)
+    all_of_it = torch.ones_like(named[:, :, :1])
+    named = torch.cat([named[:, :, :at], all_of_it, named[:, :, at:]], dim=2)
+    zeros = torch.zeros_like(q[:, :1])
+    q, k, v = (torch.cat([x[:, :at], zeros, x[:, at:]], dim=1) for x in (q, k, v))
+    return q, k, v, named
 
 
 def cut_inside(x: Tensor, stats: Tensor | None, look: Look) -> tuple[Tensor, Tensor | None]:

@@ -29,8 +29,7 @@ from spot_vit.reconstruction import TILE, reconstruction_loss
 from spot_vit.sparsifiner import predictors
 from spot_vit.train import Objective, Parts, eval_mode, fit
 
-RECONSTRUCTION = 0.01  # weights, published
-SELF_DISTILLATION = 0.002
+RECONSTRUCTION = 0.01  # weight, published
 
 # ---- first stage ---------------------------------------------------------------------------------
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
 from helpers import (
     FLOATING,
     LAYOUTS,
     MEASURE_MEMORY,
-    assert_accurate,
     assert_close,
-    assert_gradient,
     assert_same_bits,
     cotangents,
     crash_free,
@@ -36,8 +35,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 
 from spot_ext import attention_stats, attention_stats_reference, compact_tokens
-
-NAMES = ("cls_out", "cls_in", "row_mean", "row_var", "col_mean", "col_var")
 
 # ---- the definition as loops ---------------------------------------------------------------------
 
@@ -88,17 +85,7 @@ def by_hand(
                         pull = float(cotangent[b, i, h] @ (v[b, j, h] - out[b, i, h]))
                         keep_grad[b, j - num_prefix] += weight * pull
             alive = [t for t in patches if kept[t]]
-            for t in alive:
-                row, column = [p[t][j] for j in alive], [p[i][t] for i in alive]
-                row_mean, col_mean = sum(row) / len(alive), sum(column) / len(alive)
-                stats[b, t, h] = torch.tensor([
-                    p[0][t] if class_token else 0.0,
-                    p[t][0] if class_token else 0.0,
-                    row_mean,
-                    sum((x - row_mean) ** 2 for x in row) / len(alive),
-                    col_mean,
-                    sum((x - col_mean) ** 2 for x in column) / len(alive),
-                ], dtype=q.dtype)  # fmt: skip
+            stats[b, alive, h] = stats_by_hand(p, alive, class_token).to(q.dtype)
     return out, stats, keep_grad
 
 
@@ -152,12 +139,6 @@ def build(case: dict[str, Any], dtype: torch.dtype, device: Any) -> dict[str, An
     return values | {name: case[name] for name in ("scale", "num_prefix", "class_token")}
 
 
-def _leaves(values: dict[str, Any], *names: str) -> tuple[dict[str, Any], list[Tensor]]:
-    values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
-    leaves = [values[name].requires_grad_() for name in names if values[name] is not None]
-    return values, leaves
-
-
 @given(cases())
 def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, Any]) -> None:
     values = build(case, torch.float64, "cpu")
@@ -165,7 +146,7 @@ def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, 
     out, stats, keep_grad = by_hand(**values, cotangent=cotangent)
     moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
     for function in (attention_stats_reference, attention_stats):
-        arguments, leaves = _leaves(moved, "keep")
+        arguments, leaves = with_leaves(moved, "keep")
         actual = function(**arguments)
         assert_close([value.cpu() for value in actual], (out, stats), 1e-11, function.__name__)
         if leaves and actual[0].requires_grad:
@@ -174,33 +155,8 @@ def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, 
 
 
 def assert_as_accurate_as_torch(values: dict[str, Any]) -> None:
-    """Outputs and all gradients by the error rule, beside the reference at the same dtype."""
     names = ("q", "k", "v", "keep", "bias")
-    values, leaves = _leaves(values, *names)
-    wide = to_dtype(values, torch.float64)
-    results = []
-    for function, arguments in (
-        (attention_stats, values),
-        (attention_stats_reference, values),
-        (attention_stats_reference, wide),
-    ):
-        wanted = [arguments[name] for name in names if arguments[name] is not None]
-        results.append(gradients(lambda *_, f=function, a=arguments: f(**a), tuple(wanted)))
-    (actual, grads), (plain, plain_grads), (exact, exact_grads) = results
-    assert_accurate(actual[0], plain[0], exact[0], what="out")
-    for column, name in enumerate(NAMES):
-        assert_accurate(
-            actual[1][..., column], plain[1][..., column], exact[1][..., column], what=name,
-            scale=1.0 if "var" not in name else 0.1,
-        )  # fmt: skip
-    sizes = [1.0 + grad.abs().max().item() if grad is not None and grad.numel() else 1.0
-             for grad in exact_grads]  # fmt: skip
-    for size, *three in zip(sizes, grads, plain_grads, exact_grads, strict=True):
-        if three[1] is None:
-            assert three[0] is None or not three[0].any()
-        else:
-            assert_gradient(*three, scale=size)
-    assert len(leaves) == len(grads)
+    assert_as_accurate_as(attention_stats_reference, attention_stats, values, names)
 
 
 @given(cases(), st.sampled_from(FLOATING))
@@ -216,11 +172,9 @@ def test_values_and_gradients_are_as_accurate_as_torch(
 
 # ---- every size ----------------------------------------------------------------------------------
 
-_HEAD_DIMS = (*range(1, 21), 24, 31, 32, 48, 63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", _HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_every_head_dim(dim: int, dtype: torch.dtype, device: torch.device) -> None:
     for turn, count in enumerate((1, 2, 5, 16, 17, 50, 99)):
         case = case_of(
@@ -269,7 +223,7 @@ def test_gradients_beside_a_hidden_logit_far_above_the_others(device: torch.devi
     )
     keep = torch.tensor([[1.0, 0.0]], device=device)
     for function in (attention_stats, attention_stats_reference):
-        call, leaves = _leaves({"q": q, "k": k, "v": v, "keep": keep, "scale": 1.0}, "k", "v")
+        call, leaves = with_leaves({"q": q, "k": k, "v": v, "keep": keep, "scale": 1.0}, "k", "v")
         out, stats = function(**call)
         grads = torch.autograd.grad(out.sum() + stats.sum(), leaves)
         torch.testing.assert_close(grads[0].flatten(), torch.tensor([-5.0, 5, 0], device=device))
@@ -600,7 +554,7 @@ def test_permuting_patches_permutes_gradients_too(masked: bool, device: torch.de
         values["bias"] = values["bias"][:, :, to][:, :, :, to]
         if masked:
             values["keep"] = values["keep"][:, to[2:] - 2]
-        values, leaves = _leaves(values, "q", "k", "v", "bias", "keep")
+        values, leaves = with_leaves(values, "q", "k", "v", "bias", "keep")
         both = torch.cat(attention_stats(**values), dim=-1)
         grads = torch.autograd.grad((both * weight[:, to]).sum(), leaves)
         moved = [both[:, back], *(grad[:, back] for grad in grads[:3])]
@@ -621,7 +575,7 @@ def test_a_constant_added_to_a_row_of_logits_changes_nothing(
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     results = []
     for bias in (values["bias"], values["bias"] + constant):
-        call, leaves = _leaves(values | {"bias": bias}, "q", "k", "v", "keep", "bias")
+        call, leaves = with_leaves(values | {"bias": bias}, "q", "k", "v", "keep", "bias")
         outputs, grads = gradients(lambda *_, c=call: attention_stats(**c), tuple(leaves))
         assert grads[-1].abs().max() > 1e-2
         assert grads[-1].sum(-1).abs().max() < tolerance
@@ -682,6 +636,34 @@ def test_bias_of_minus_infinity_hides_a_column(device: torch.device) -> None:
     assert not grads[1][:, 5].any() and not grads[2][:, 5].any()
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_row_without_a_softmax_is_nan(
+    odd: float, masked: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A logit of +inf or NaN spoils its row, and the columns that the row sees."""
+    for row in (0, 1, 4):  # the class token, another prefix token, a patch
+        q, k, v = _qkv(1, 9, 2, 8, dtype, device)
+        bias = torch.zeros(1, 2, 9, 9, dtype=dtype, device=device)
+        bias[0, 1, row, 6] = odd
+        keep = torch.tensor([[1, 0, 1, 1, 1, 0, 1.0]], device=device) if masked else None
+        out, stats = attention_stats(q, k, v, keep, bias, num_prefix=2)
+        expected = torch.zeros_like(stats, dtype=torch.bool)
+        if row == 0:
+            expected[:, 2:, 1, 0] = True
+        elif row == 4:
+            expected[:, 4, 1, 1:4] = True
+            expected[:, 2:, 1, 4:] = True
+        if masked:
+            expected[:, [3, 7]] = False
+        assert torch.equal(stats.isnan(), expected)
+        assert out[0, row, 1].isnan().all() and out.isnan().sum() == 8
+        more = attention_stats_reference(q, k, v, keep, bias, num_prefix=2)
+        for mine, theirs in zip((out, stats), more, strict=True):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+
+
 # ---- numbers at the ends -------------------------------------------------------------------------
 
 
@@ -713,7 +695,7 @@ def test_logits_of_ten_thousand(
         values["bias"] = values["bias"] / values["bias"].abs().max() * 1e4
     else:  # float32 keeps 1e-3 of such logits
         values["bias"] = values["bias"].sign() * 8 + (9.9e3 if where == "all high" else -9.9e3)
-    call, leaves = _leaves(values, "q", "k", "v", "keep", "bias")
+    call, leaves = with_leaves(values, "q", "k", "v", "keep", "bias")
     (out, stats), grads = gradients(lambda *_: attention_stats(**call), tuple(leaves))
     exact_out, exact_stats = attention_stats_reference(**to_dtype(values, torch.float64))
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(dtype, 3e-2)
@@ -750,7 +732,7 @@ def test_a_nan_stays_in_its_image_and_head(
         values["keep"][:, 19] = 1  # token 20 is seen
     results = []
     for arguments in (values, _with_nan(values, name)):
-        call, leaves = _leaves(arguments, "q", "k", "v", "bias", "keep")
+        call, leaves = with_leaves(arguments, "q", "k", "v", "bias", "keep")
         (out, stats), grads = gradients(lambda *_, c=call: attention_stats(**c), tuple(leaves))
         results.append([out, stats, *grads])
     clean, odd = results
@@ -872,7 +854,7 @@ def test_the_gradient_of_each_statistic_alone(
         (attention_stats, values),
         (attention_stats_reference, to_dtype(values, torch.float64)),
     ):
-        call, leaves = _leaves(arguments, "q", "k", "bias")
+        call, leaves = with_leaves(arguments, "q", "k", "bias")
         stats = _of_size_one(function(**call)[1], 69)[..., column]
         results.append(torch.autograd.grad((stats * weight.to(stats.dtype)).sum(), leaves))
     for name, actual, exact in zip(("q", "k", "bias"), *results, strict=True):
@@ -911,7 +893,7 @@ def test_the_mask_gradient_is_the_stated_one(
     values = build(case | {"scale": 0.5}, dtype, device)
     cotangent = random("cotangent", (2, count, 3, 20), dtype, device)
     truth = _mask_gradient(values, cotangent)
-    call, (keep,) = _leaves(values, "keep")
+    call, (keep,) = with_leaves(values, "keep")
     out, _ = attention_stats(**call)
     (grad,) = torch.autograd.grad(out, keep, cotangent)
     assert grad.dtype == dtype
@@ -956,7 +938,7 @@ def test_without_statistics_out_and_gradients_are_the_same(device: torch.device)
 
 def _everything(values: dict[str, Any]) -> list[Tensor]:
     """Outputs and the gradients of all five arguments, one after the other."""
-    call, leaves = _leaves(values, "q", "k", "v", "keep", "bias")
+    call, leaves = with_leaves(values, "q", "k", "v", "keep", "bias")
     outputs, grads = gradients(lambda *_: attention_stats(**call), tuple(leaves))
     assert len(grads) == 5
     return [value.detach().flatten() for value in (*outputs, *grads)]
@@ -1034,7 +1016,7 @@ def _assert_strides_do_not_matter(
     dense = {name: values[name].clone(memory_format=torch.contiguous_format) for name in names}
     results = []
     for arguments, copy in ((values, False), (values | dense, True)):
-        call, leaves = _leaves(arguments, *names)
+        call, leaves = with_leaves(arguments, *names)
         outputs = attention_stats(**call)
         sent = cotangents(outputs, kind)
         if copy:
@@ -1172,7 +1154,7 @@ def test_variances_are_right_beside_a_sink(sink: float, device: torch.device) ->
 )
 def test_there_are_no_second_derivatives(output: int, name: str, device: torch.device) -> None:
     values = build(case_of(masked=True, bias="one"), torch.float64, device)
-    call, (leaf,) = _leaves(values, name)
+    call, (leaf,) = with_leaves(values, name)
     loss = attention_stats(**call)[output].square().sum()
     (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
     assert first.any()
@@ -1252,7 +1234,7 @@ def test_the_backward_op_gives_all_gradients(dtype: torch.dtype, device: torch.d
     assert all(grad.is_contiguous() for grad in grads)
     keywords = {x: values[x] for x in (*names, "scale", "num_prefix", "class_token")}
     for grad_stats in (values["grad_stats"], None):
-        call, leaves = _leaves(to_dtype(keywords, torch.float64), *names)
+        call, leaves = with_leaves(to_dtype(keywords, torch.float64), *names)
         outputs = attention_stats_reference(**call)
         sent = [values["grad_out"], torch.zeros_like(outputs[1]) if grad_stats is None
                 else grad_stats]  # fmt: skip

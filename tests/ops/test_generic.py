@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -684,6 +685,57 @@ def test_fakes_refuse(op: Op, bad: Bad) -> None:
     # Fakes share the checks of the public functions; op_words are for what the schema refuses.
     for word in bad.words if bad.op_words is None else ():
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+def _changed(value: Any) -> Iterator[Any]:
+    """What might stand in place of an argument, most of it wrong."""
+    if isinstance(value, Tensor):
+        kinds = *FLOATING, torch.int32, torch.int64, torch.bool, torch.complex64
+        yield from (value.to(kind) for kind in kinds if kind != value.dtype)
+        yield value[..., None]
+        yield value.sum(0)
+        for dim, size in enumerate(value.shape):
+            yield from (value.narrow(dim, 0, count) for count in {0, 1, size - 1})
+            yield torch.cat([value, value.narrow(dim, 0, 1)], dim)
+        yield None
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from {-1, 0, value - 1, value + 1} - {value}
+    elif value is None:
+        yield from (True, 0.5, 2, torch.ones(2, 3), torch.ones(2, 2, 6, 6))
+
+
+def _refusal(op: Op, args: tuple[Any, ...]) -> str | None:
+    try:
+        op.call(*args)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_fakes_refuse_what_ops_refuse(op: Op) -> None:
+    """And nothing else: each argument of some samples changed in many ways, one at a time."""
+    seen, refused, accepted = set(), 0, 0
+    for sample in op.samples:
+        args = sample.args("cpu", torch.float32)
+        kinds = tuple(type(value) for value in args)
+        if not sample.traced or kinds in seen or not all(t.numel() for t in tensors(args)):
+            continue
+        seen.add(kinds)
+        for place, value in enumerate(args):
+            for other in _changed(value):
+                changed = (*args[:place], other, *args[place + 1 :])
+                real = _refusal(op, changed)
+                if real is not None and re.search(r"\w\[\d|0 or 1", real):
+                    continue  # values, which fakes do not have
+                with FakeTensorMode() as mode:
+                    fake = _refusal(op, tree_map_only(Tensor, mode.from_tensor, changed))
+                words = f"{sample.name}, argument {place}: op said {real}, fake said {fake}"
+                assert (real is None) == (fake is None), words
+                refused, accepted = refused + (real is not None), accepted + (real is None)
+    assert refused > 5 and accepted > 0
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)

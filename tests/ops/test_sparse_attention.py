@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
 from helpers import (
     FLOATING,
     LAYOUTS,
@@ -43,7 +44,6 @@ from spot_ext import (
 )
 from spot_ext.sparse_attention import named_keys
 
-NAMES = ("cls_out", "cls_in", "row_mean", "row_var", "col_mean", "col_var")
 ORDERS = ("ascending", "shuffled", "padded", "empty")
 
 # ---- the definition as loops ---------------------------------------------------------------------
@@ -96,17 +96,7 @@ def by_hand(
                     pull = float(cotangent[b, i, h] @ (v[b, j, h] - out[b, i, h]))
                     keep_grad[b, j - num_prefix] += weight * pull
             alive = [t for t in range(num_prefix, count) if kept[t]]
-            for t in alive:
-                row, column = [p[t][j] for j in alive], [p[i][t] for i in alive]
-                row_mean, col_mean = sum(row) / len(alive), sum(column) / len(alive)
-                stats[b, t, h] = torch.tensor([
-                    p[0][t] if class_token else 0.0,
-                    p[t][0] if class_token else 0.0,
-                    row_mean,
-                    sum((x - row_mean) ** 2 for x in row) / len(alive),
-                    col_mean,
-                    sum((x - col_mean) ** 2 for x in column) / len(alive),
-                ], dtype=q.dtype)  # fmt: skip
+            stats[b, alive, h] = stats_by_hand(p, alive, class_token).to(q.dtype)
     return out, stats, keep_grad
 
 
@@ -160,15 +150,9 @@ def build(case: dict[str, Any], dtype: torch.dtype, device: Any) -> dict[str, An
     return values | {name: case[name] for name in ("scale", "num_prefix", "class_token")}
 
 
-def _leaves(values: dict[str, Any], *names: str) -> tuple[dict[str, Any], list[Tensor]]:
-    values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
-    leaves = [values[name].requires_grad_() for name in names if values[name] is not None]
-    return values, leaves
-
-
 def _everything(values: dict[str, Any], *names: str) -> list[Tensor]:
     """Output, statistics and the gradients of the arguments `names`, by default of all four."""
-    call, leaves = _leaves(values, *(names or ("q", "k", "v", "keep")))
+    call, leaves = with_leaves(values, *(names or ("q", "k", "v", "keep")))
     outputs, grads = gradients(lambda *_: sparse_attention(**call, need_stats=True), tuple(leaves))
     return [value.detach() for value in (*outputs, *grads)]
 
@@ -180,7 +164,7 @@ def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, 
     out, stats, keep_grad = by_hand(**values, cotangent=cotangent)
     moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
     for function in (sparse_attention_reference, sparse_attention):
-        arguments, leaves = _leaves(moved, "keep")
+        arguments, leaves = with_leaves(moved, "keep")
         actual = function(**arguments, need_stats=True)
         assert_close([value.cpu() for value in actual], (out, stats), 1e-11, function.__name__)
         if leaves and actual[0].requires_grad:
@@ -189,34 +173,8 @@ def test_values_and_mask_gradient_by_hand(device: torch.device, case: dict[str, 
 
 
 def assert_as_accurate_as_torch(values: dict[str, Any], need_stats: bool = True) -> None:
-    """Outputs and all gradients by the error rule, beside the reference at the same dtype."""
     names = ("q", "k", "v", "keep")
-    values, leaves = _leaves(values, *names)
-    wide = to_dtype(values, torch.float64)
-    results = []
-    for function, arguments in (
-        (sparse_attention, values),
-        (sparse_attention_reference, values),
-        (sparse_attention_reference, wide),
-    ):
-        wanted = [arguments[name] for name in names if arguments[name] is not None]
-        results.append(gradients(lambda *_, f=function, a=arguments: f(**a, need_stats=need_stats),
-                                 tuple(wanted)))  # fmt: skip
-    (actual, grads), (plain, plain_grads), (exact, exact_grads) = results
-    assert_accurate(actual[0], plain[0], exact[0], what="out")
-    for column, name in enumerate(NAMES if need_stats else ()):
-        assert_accurate(
-            actual[1][..., column], plain[1][..., column], exact[1][..., column], what=name,
-            scale=1.0 if "var" not in name else 0.1,
-        )  # fmt: skip
-    sizes = [1.0 + grad.abs().max().item() if grad is not None and grad.numel() else 1.0
-             for grad in exact_grads]  # fmt: skip
-    for size, *three in zip(sizes, grads, plain_grads, exact_grads, strict=True):
-        if three[1] is None:
-            assert three[0] is None or not three[0].any()
-        else:
-            assert_gradient(*three, scale=size)
-    assert len(leaves) == len(grads)
+    assert_as_accurate_as(sparse_attention_reference, sparse_attention, values, names, need_stats)
 
 
 @given(cases(), st.sampled_from(FLOATING), st.booleans())
@@ -230,11 +188,9 @@ def test_values_and_gradients_are_as_accurate_as_torch(
 
 # ---- every size ----------------------------------------------------------------------------------
 
-_HEAD_DIMS = (*range(1, 21), 24, 31, 32, 48, 63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", _HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_every_head_dim(dim: int, dtype: torch.dtype, device: torch.device) -> None:
     for turn, count in enumerate((1, 2, 5, 16, 17, 50)):
         case = case_of(
@@ -329,7 +285,7 @@ def test_naming_all_keys_is_dense_attention(
     results = []
     for function in (sparse_attention, attention_stats):
         for kind in (dtype, torch.float64):
-            values, leaves = _leaves(
+            values, leaves = with_leaves(
                 to_dtype(build(case, dtype, device), kind), "q", "k", "v", "keep"
             )
             if function is attention_stats:
@@ -444,7 +400,7 @@ def test_rows_that_see_nothing_are_zero_and_send_no_gradient(
         blind[:, num_prefix + 31, 1] = True
     results = []
     for hide in (False, True):
-        call, leaves = _leaves(values, "q", "k", "v")
+        call, leaves = with_leaves(values, "q", "k", "v")
         out, stats = sparse_attention(**call, need_stats=True)
         sent, sent_stats = cotangents((out.detach(), stats.detach()))
         assert not out[blind].any() and not stats[..., 1:4][blind].any()
@@ -493,6 +449,32 @@ def test_tokens_that_nobody_names_have_no_say(
     for one, other in zip(*results, strict=True):
         assert_same_bits(one, other)
     assert not results[0][3][:, unnamed].any() and not results[0][4][:, unnamed].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_row_without_a_softmax_is_nan(
+    odd: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A logit of +inf or NaN spoils its row, and the columns that the row names."""
+    values = build(case_of(batch=1, count=20, named=6), dtype, device)
+    index = values["index"].clone()
+    index[..., 0] = 0  # the class token is among them
+    index[..., 1:] = 1 + torch.arange(5, device=device)
+    index[0, 1, 7] = torch.tensor([0, 3, 8, 9, 12, 19], device=device)
+    values["q"], values["k"] = values["q"].clone(), values["k"].clone()
+    values["q"][0, 8, 1, 0], values["k"][0, 12, 1, 0] = 1, odd
+    values["q"][0, 0, 1, 0], values["index"] = 1, index
+    out, stats = sparse_attention(**values, need_stats=True)
+    assert out[0, [0, 8], 1].isnan().all() and out.isnan().sum() == 2 * out.shape[3]
+    expected = torch.zeros_like(stats, dtype=torch.bool)
+    expected[0, 1:, 1, 0] = True
+    expected[0, 8, 1, 1:4] = True
+    expected[0, [3, 8, 9, 12, 19], 1, 4:] = True
+    assert torch.equal(stats.isnan(), expected)
+    more = sparse_attention_reference(**values, need_stats=True)
+    for mine, theirs in zip((out, stats), more, strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -630,7 +612,7 @@ def test_the_gradient_of_each_statistic_alone(
         (sparse_attention, values),
         (sparse_attention_reference, to_dtype(values, torch.float64)),
     ):
-        call, leaves = _leaves(arguments, "q", "k")
+        call, leaves = with_leaves(arguments, "q", "k")
         stats = function(**call, need_stats=True)[1][..., column]
         results.append(torch.autograd.grad((stats * weight.to(stats.dtype)).sum(), leaves))
     for name, actual, exact in zip("qk", *results, strict=True):
@@ -643,7 +625,7 @@ def test_without_statistics_out_and_gradients_are_the_same(device: torch.device)
     results = []
     for need in (True, False):
         values = build(case_of(masked=True), torch.float64, device)
-        call, leaves = _leaves(values, "q", "k", "v", "keep")
+        call, leaves = with_leaves(values, "q", "k", "v", "keep")
         out, stats = sparse_attention(**call, need_stats=need)
         assert (stats.numel() > 0) == need and stats.dtype == torch.float64
         results.append([out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)])
@@ -729,7 +711,7 @@ def test_the_mask_gradient_is_the_stated_one(
     values = build(case, dtype, device)
     cotangent = random("cotangent", (2, count, 3, 20), dtype, device)
     truth = _mask_gradient(values, cotangent)
-    call, (keep,) = _leaves(values, "keep")
+    call, (keep,) = with_leaves(values, "keep")
     (grad,) = torch.autograd.grad(sparse_attention(**call)[0], keep, cotangent)
     assert grad.dtype == dtype
     error = (grad.double() - truth).abs().max().item() / truth.abs().max().item()
@@ -744,14 +726,14 @@ def test_the_mask_gradient_is_bounded(device: torch.device) -> None:
     values = build(case_of(count=20, named=8, masked=True), torch.float32, device)
     for spread in (1.0, 1e2, 1e4):
         changed = values | {name: values[name] * spread for name in "qk"}
-        call, (keep,) = _leaves(changed, "keep")
+        call, (keep,) = with_leaves(changed, "keep")
         (grad,) = torch.autograd.grad(sparse_attention(**call)[0].sum(), keep)
         bound = 20 * 2 * 8 * 2 * values["v"].abs().max().item()  # rows, heads, channels, |v - out|
         assert grad.isfinite().all() and grad.any() and grad.abs().max().item() <= bound
 
 
 def test_statistics_treat_the_mask_as_a_constant(device: torch.device) -> None:
-    call, leaves = _leaves(build(case_of(masked=True), torch.float64, device), "q", "keep")
+    call, leaves = with_leaves(build(case_of(masked=True), torch.float64, device), "q", "keep")
     stats = sparse_attention(**call, need_stats=True)[1]
     q_grad, keep_grad = torch.autograd.grad(stats.sum(), leaves, allow_unused=True)
     assert q_grad.any() and (keep_grad is None or not keep_grad.any())
@@ -760,7 +742,7 @@ def test_statistics_treat_the_mask_as_a_constant(device: torch.device) -> None:
 def test_the_mask_gradient_leaves_the_others_alone(device: torch.device) -> None:
     results = []
     for names in (("q", "k", "v"), ("q", "k", "v", "keep")):
-        call, leaves = _leaves(build(case_of(masked=True), torch.float64, device), *names)
+        call, leaves = with_leaves(build(case_of(masked=True), torch.float64, device), *names)
         out, stats = sparse_attention(**call, need_stats=True)
         grads = torch.autograd.grad(out.sin().sum() + stats.square().sum(), leaves)
         results.append([out.detach(), stats.detach(), *grads[:3]])
@@ -783,7 +765,7 @@ def test_the_mask_may_have_another_dtype(kind: torch.dtype, device: torch.device
     ("output", "name"), [*((0, x) for x in ("q", "k", "v", "keep")), (1, "q"), (1, "k")]
 )
 def test_there_are_no_second_derivatives(output: int, name: str, device: torch.device) -> None:
-    call, (leaf,) = _leaves(build(case_of(masked=True), torch.float64, device), name)
+    call, (leaf,) = with_leaves(build(case_of(masked=True), torch.float64, device), name)
     loss = sparse_attention(**call, need_stats=True)[output].square().sum()
     (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
     assert first.any()

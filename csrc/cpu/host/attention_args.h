@@ -7,6 +7,7 @@
 #include "keep.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace spot {
 
@@ -75,6 +76,70 @@ inline int64_t spans(int64_t heads, int64_t num_tokens) {
   constexpr int64_t kEnough = 16, kLeastRows = 96;
   return std::max<int64_t>(
       1, std::min<int64_t>((kEnough + heads - 1) / heads, num_tokens / kLeastRows));
+}
+
+// What an attention op returns.
+struct AttentionResults {
+  Tensor out, stats, lse;
+
+  std::tuple<Tensor, Tensor, Tensor> all() const { return {out, stats, lse}; }
+};
+
+inline AttentionResults empty_results(const Tensor& q, const AttentionShape& s, bool need_stats) {
+  const std::vector<int64_t> none{0}, heads{s.batch, s.num_tokens, s.num_heads},
+      stats{s.batch, s.num_tokens, s.num_heads, kNumStats};
+  return {empty_on(q, sizes_of(q), q.scalar_type()),
+          empty_on(q, need_stats ? stats : none, wide_type(q)), empty_on(q, heads, wide_type(q))};
+}
+
+// Where results go, and how queries are cut; there must be some.
+inline void set_results(AttentionArgs& args, const AttentionShape& s, AttentionResults& results,
+                        bool need_stats) {
+  args.need_stats = need_stats;
+  args.out = results.out.mutable_data_ptr();
+  args.stats = results.stats.mutable_data_ptr();
+  args.lse = results.lse.mutable_data_ptr();
+  args.num_spans = spans(s.batch * s.num_heads, s.num_tokens);
+  args.span_rows = (s.num_tokens + args.num_spans - 1) / args.num_spans;
+}
+
+// Gradients of what every attention op takes; that of keep by head too, before it is summed.
+struct AttentionGrads {
+  Tensor q, k, v, keep, keep_parts;
+};
+
+inline AttentionGrads empty_grads(const Tensor& q, const AttentionShape& s, bool keep_grad) {
+  const auto like_q = [&] { return empty_on(q, sizes_of(q), q.scalar_type()); };
+  const std::vector<int64_t> none{0}, keep{s.batch, s.num_patches()},
+      parts{s.batch, s.num_heads, s.num_patches()};
+  return {like_q(), like_q(), like_q(), empty_on(q, keep_grad ? keep : none, wide_type(q)),
+          empty_on(q, keep_grad ? parts : none, wide_type(q))};
+}
+
+// What kernels of the backward pass read as dense memory.
+struct AttentionSaved {
+  Tensor stats, lse;
+  std::optional<Tensor> grad_stats;
+
+  AttentionSaved(const Tensor& stats_given, const Tensor& lse_given,
+                 const std::optional<Tensor>& grad_given)
+      : stats(dense(stats_given)), lse(dense(lse_given)) {
+    if (grad_given) grad_stats = dense(*grad_given);
+  }
+};
+
+// Of AttentionGradArgs or SparseGradArgs; `forward` is within `args`.
+template <typename GradArgs>
+void set_grads(GradArgs& args, AttentionArgs& forward, const AttentionSaved& saved,
+               const Tensor& grad_out, AttentionGrads& grads, bool keep_grad) {
+  forward.stats = const_cast<void*>(saved.stats.const_data_ptr());
+  forward.lse = const_cast<void*>(saved.lse.const_data_ptr());
+  args.grad_out = head_rows(grad_out);
+  args.grad_stats = saved.grad_stats ? saved.grad_stats->const_data_ptr() : nullptr;
+  args.q = grads.q.mutable_data_ptr();
+  args.k = grads.k.mutable_data_ptr();
+  args.v = grads.v.mutable_data_ptr();
+  args.keep = keep_grad ? grads.keep_parts.mutable_data_ptr() : nullptr;
 }
 
 // [B, H, N-P] -> [B, N-P], heads in order.
