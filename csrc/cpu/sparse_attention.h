@@ -182,8 +182,8 @@ class SparseForward {
           stats_[head_.at(keys[t]) * 6] = x[t] * factor;
       return;
     }
-    A from_class = 0;
-    const int64_t patches = mark_patch_keys(r, x, from_class);
+    int64_t class_key = -1;
+    const int64_t patches = mark_patch_keys(r, class_key);
     Vec<A> total = {}, square = {};
     for (int64_t t = 0; t < seen; t += kL)
       total += vec_and<A>(vec_load(x + t), bit_cast<Bits<A>>(vec_load(m_.live + t)));
@@ -195,15 +195,15 @@ class SparseForward {
     }
     const A absent = static_cast<A>(head_.n - patches) * mean * mean;
     if (!a_.class_token) s[0] = 0;
-    s[1] = a_.class_token ? from_class * factor : A(0);
+    s[1] = a_.class_token && class_key >= 0 ? x[class_key] * factor : A(0);
     s[2] = mean;
     s[3] = head_.n > 1 ? (reduce_add<A>(square) + absent) * inv_ : A(0);
     add_to_columns(x, factor, keys, seen, m_.columns);
   }
 
-  // Bits of the entries of row r that count, whole vectors of them; how many, and what the class
-  // token has.
-  int64_t mark_patch_keys(int64_t r, const A* x, A& from_class) {
+  // Bits of the entries of row r that count, whole vectors of them; how many, and which entry is
+  // the class token's.
+  int64_t mark_patch_keys(int64_t r, int64_t& class_key) {
     using I = typename VectorOf<A>::Int;
     const Lists& lists = lists_.lists();
     const int32_t* keys = lists.keys[r];
@@ -215,7 +215,7 @@ class SparseForward {
       const bool live = keys[t] >= prefix;
       m_.live[t] = bit_cast<A>(live ? I{-1} : I{0});
       patches -= !live;
-      if (keys[t] == 0) from_class = x[t];
+      if (keys[t] == 0) class_key = t;
     }
     for (; t < seen; ++t) m_.live[t] = bit_cast<A>(I{-1});
     for (; t < round_up(seen, kL); ++t) m_.live[t] = 0;

@@ -139,8 +139,8 @@ class ConnectivityPredictor(nn.Module):
         keys = keys.unflatten(2, k.shape[2:])
         if self.proj_c_q is None or self.proj_c_k is None:
             return keys * self.scale, None
-        # Both projections as one matrix [D + 1, D + 1], and what the bias of every key adds, summed as
-        # the keys are.
+        # Both projections as one matrix [D + 1, D + 1]; its last row is what the bias of every key
+        # adds, summed as the keys are.
         q_side = torch.cat([self.proj_c_q.weight, self.proj_c_q.bias[:, None]], dim=1)
         k_side = torch.cat([self.proj_c_k.weight, self.proj_c_k.bias[:, None]], dim=1)
         both = k_side.mT @ (q_side * self.scale)
@@ -150,7 +150,7 @@ class ConnectivityPredictor(nn.Module):
     def basis(self, num_patches: int | None = None) -> Tensor:
         """[R, n] |W_up|^T, entries up to the threshold zero; no gradient."""
         _, up = self.weights(num_patches)
-        return F.threshold(up.detach().abs(), self.config.basis_threshold, 0).mT
+        return F.threshold_(up.detach().abs(), self.config.basis_threshold, 0).mT
 
     def approx(self, q: Tensor, k: Tensor) -> Tensor:
         """The dense low-rank map of the first training stage, without thresholds.

@@ -462,15 +462,16 @@ def test_a_row_without_a_softmax_is_nan(
     index[..., 0] = 0  # the class token is among them
     index[..., 1:] = 1 + torch.arange(5, device=device)
     index[0, 1, 7] = torch.tensor([0, 3, 8, 9, 12, 19], device=device)
+    index[0, 1, 9] = torch.tensor([4, 5, 12, 13, 14, 15], device=device)  # row 10: not the class
     values["q"], values["k"] = values["q"].clone(), values["k"].clone()
-    values["q"][0, 8, 1, 0], values["k"][0, 12, 1, 0] = 1, odd
+    values["q"][0, [8, 10], 1, 0], values["k"][0, 12, 1, 0] = 1, odd
     values["q"][0, 0, 1, 0], values["index"] = 1, index
     out, stats = sparse_attention(**values, need_stats=True)
-    assert out[0, [0, 8], 1].isnan().all() and out.isnan().sum() == 2 * out.shape[3]
+    assert out[0, [0, 8, 10], 1].isnan().all() and out.isnan().sum() == 3 * out.shape[3]
     expected = torch.zeros_like(stats, dtype=torch.bool)
     expected[0, 1:, 1, 0] = True
-    expected[0, 8, 1, 1:4] = True
-    expected[0, [3, 8, 9, 12, 19], 1, 4:] = True
+    expected[0, 8, 1, 1:4] = expected[0, 10, 1, 2:4] = True
+    expected[0, [3, 8, 9, 12, 19, 4, 5, 13, 14, 15], 1, 4:] = True
     assert torch.equal(stats.isnan(), expected)
     more = sparse_attention_reference(**values, need_stats=True)
     for mine, theirs in zip((out, stats), more, strict=True):
