@@ -150,7 +150,7 @@ class ConnectivityPredictor(nn.Module):
     def basis(self, num_patches: int | None = None) -> Tensor:
         """[R, n] |W_up|^T, entries up to the threshold zero; no gradient."""
         _, up = self.weights(num_patches)
-        return F.threshold_(up.detach().abs(), self.config.basis_threshold, 0).mT
+        return F.threshold(up.detach().abs(), self.config.basis_threshold, 0, inplace=True).mT
 
     def approx(self, q: Tensor, k: Tensor) -> Tensor:
         """The dense low-rank map of the first training stage, without thresholds.
