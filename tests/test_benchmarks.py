@@ -164,10 +164,19 @@ def test_sparse_sides_do_the_same() -> None:
 
 def test_whole_models_are_compared_at_the_sizes_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparsifiner, "SIZE", 64)
-    alone, both = sparsifiner.cases("cpu")
+    alone, both, *digits = sparsifiner.cases("cpu")
     for case, share in ((alone, 0.9), (both, 0.55)):
         assert case.at_least == {sparsifiner.DENSE: pytest.approx(1 / share)}
         with torch.no_grad():
             assert case.ours(0).shape == case.others[sparsifiner.DENSE](0).shape == (2, 1000)
     model = both.ours.args[0]  # type: ignore[attr-defined]
     assert model.sparsifiner_config.keep_rate == 0.25 and model.spot_config.keep == 0.7
+    assert [case.name.rpartition(" ")[2] for case in digits] == ["8", "8", "32", "32"]
+    for case in digits[:2]:
+        assert case.at_least == {sparsifiner.DENSE_DIGITS: 1.0}
+        with torch.no_grad():
+            ours, dense = case.ours(0), case.others[sparsifiner.DENSE_DIGITS](0)
+        assert ours.shape == dense.shape and ours.shape[0] == 8 and not torch.equal(ours, dense)
+    alone, both = (case.ours.args[0] for case in digits[:2])  # type: ignore[attr-defined]
+    assert alone.sparsifiner_config.keep_rate == 0.25 and not hasattr(alone, "spot_config")
+    assert both.sparsifiner_config.keep_rate == 0.25 and both.spot_config.keep < 1
