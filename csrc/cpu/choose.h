@@ -1,8 +1,9 @@
 // The largest numbers of a row: a search for the threshold that as many reach as are wanted.
 // Torch-free; one copy per ISA.
 //
-// Cost: some five passes over the row, of a load, a comparison and a count each; none depends on
-// how many are wanted. Memory: none.
+// Cost: where the first thresholds are good, two or three passes of a load, a comparison and a
+// count each, and one that writes; more where many are equal. None depends on how many are wanted.
+// Memory: none.
 #pragma once
 
 #include "compact.h"

@@ -119,11 +119,8 @@ class Coefficients {
   // Lines of the queries behind those `rows`, of as many rows.
   Lines query_lines(int64_t b, int64_t h, int64_t q, int64_t rows) const {
     if (a_.coefficients) return {nullptr, 0, 0, 0};
-    const Rows<T> queries(a_.queries, b, h);
     const int64_t first = q + rows, left = a_.num_queries - first;
-    return {queries.row(first), left < rows ? left : rows,
-            queries.token * static_cast<int64_t>(sizeof(T)),
-            a_.head_dim * static_cast<int64_t>(sizeof(T))};
+    return Rows<T>(a_.queries, b, h).lines(first, left < rows ? left : rows, a_.head_dim);
   }
 
   // Those that count, by row: [used, kChoiceRows], and which they are: [kChoiceRows, used],

@@ -1,14 +1,14 @@
 // Connectivity: the best columns of each query, from coefficients and a basis. Torch-free; one copy
 // per ISA.
 //
-// A work item is a block of rows, one for each query. The basis is packed in tiles of columns that
-// fit first-level cache, candidates only; all rows of the block are combined tile by tile, then the
-// columns of each row are chosen (choose.h). Coefficients are read, or made of queries and keys
-// (coefficients.h).
+// A work item is a block of rows, one for each query. The basis is packed in tiles of columns about
+// as large as first-level cache, candidates only; all rows of the block are combined tile by tile,
+// and the sums counted that reach two thresholds; then the columns of each row are chosen
+// (choose.h). Coefficients are read, or made of queries and keys (coefficients.h).
 //
 // Cost per row, with R coefficients of which C count, and N columns: those of coefficients.h, C N
-// multiply-accumulates, and some five passes over N numbers. Scratch per thread: R N numbers for
-// the basis and kChoiceRows N for the block.
+// multiply-accumulates, and some four passes over N numbers, of which one writes. Scratch per
+// thread: R N numbers for the basis and kChoiceRows N for the block.
 #pragma once
 
 #include "coefficients.h"
@@ -16,7 +16,7 @@
 namespace spot {
 namespace SPOT_ISA {
 
-constexpr int64_t kTileBytes = 48 * 1024;  // of the basis, in first-level cache
+constexpr int64_t kTileBytes = 48 * 1024;  // of the basis
 constexpr int kWideVecs = 8;               // of a tile
 
 template <typename A>
