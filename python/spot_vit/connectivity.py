@@ -139,12 +139,11 @@ class ConnectivityPredictor(nn.Module):
         keys = keys.unflatten(2, k.shape[2:])
         if self.proj_c_q is None or self.proj_c_k is None:
             return keys * self.scale, None
-        # Both projections as one matrix [D + 1, D + 1]; its last row is what the bias of every key
-        # adds, summed as the keys are.
-        q_side = torch.cat([self.proj_c_q.weight, self.proj_c_q.bias[:, None]], dim=1)
-        k_side = torch.cat([self.proj_c_k.weight, self.proj_c_k.bias[:, None]], dim=1)
-        both = k_side.mT @ (q_side * self.scale)
-        keys = keys @ both[:-1] + down.sum(dim=-2)[..., None, None] * both[-1]
+        weight, bias = self.proj_c_k.weight * self.scale, self.proj_c_k.bias * self.scale
+        # [B, R, H, c]: a bias of every key, added up as the keys are.
+        keys = F.linear(keys, weight) + down.sum(dim=-2)[..., None, None] * bias
+        weight, bias = self.proj_c_q.weight, self.proj_c_q.bias
+        keys = keys @ torch.cat([weight, bias[:, None]], dim=1)  # [B, R, H, D + 1]
         return keys[..., :-1], keys[..., -1]
 
     def basis(self, num_patches: int | None = None) -> Tensor:
