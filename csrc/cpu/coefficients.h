@@ -77,7 +77,7 @@ struct CoefficientScratch {
   Key* order;                // of one row
   int64_t* positions;
   CoefficientScratch(Pieces& memory, const ConnectivityArgs& a, int64_t depth)
-      : lanes(memory.take<A>(round_up(a.rank, kPublished) * kChoiceRows)),
+      : lanes(memory.take<A>(a.rank * kChoiceRows)),
         keys(memory.take<A>(a.rank * depth)),
         queries(memory.take<A>(depth * kChoiceRows)),
         staged(memory.take<A>(kLanes<A> * round_up(depth > a.rank ? depth : a.rank, kLanes<A>))),
