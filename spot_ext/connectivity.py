@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spot_ext import _check, _register
 
@@ -71,30 +72,45 @@ def connectivity(
 
 def predict_connectivity(
     q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
+    k: Tensor,
+    down: Tensor,
     basis: Tensor,
     budget: int,
     columns: Tensor | None = None,
     keep: Tensor | None = None,
     *,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
     coef_topk: int | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    """`connectivity` of the coefficients softmax(q keys^T + bias), which are never stored.
+    """Sparsifiner's predictor: `connectivity` of coefficients that are made of queries and keys.
 
-    Keys are few: those of a head reduced to R (METHOD B1's K_down), with whatever scales the logits
-    in them. The sums are those of `connectivity` up to the rounding of the coefficients.
+    With q' and k' the projections of q and k to c channels (themselves without weights), and t(j)
+    the token of the full grid that key j is,
+
+        coefficients[i, r] = softmax over r of scale * q'[i] . sum_j down[t(j), r] k'[j]
+
+    for each image and head. Neither they nor the projections are stored. The sums are those of
+    `connectivity` up to the rounding of the coefficients.
 
     Args:
         q: [B, N-P, H, D] queries of the patch tokens; float32, float64, float16 or bfloat16, any
             strides.
-        keys: [B, R, H, D] as q.
-        bias: [B, R, H] as q, or None.
-        basis: this and all that follow as in `connectivity`.
+        k: [B, N, H, D] keys of all tokens in play, as q.
+        down: [columns, R] as q: a row for each column of the basis.
+        basis: [R, columns]; this and all that follow up to `keep` as in `connectivity`.
         budget: K.
         columns: [B, N] int64, or None.
-        keep: [B, N-P], or None.
+        keep: [B, N-P], or None: keys of dropped patch tokens are not added up either.
+        query_weight: [c, D] as q, shared by the heads; this and the next three all or none.
+        query_bias: [c].
+        key_weight: [c, D].
+        key_bias: [c].
+        scale: of the logits, by default c**-0.5, or D**-0.5 without weights.
         coef_topk: or None.
         threshold: or None.
 
@@ -103,15 +119,22 @@ def predict_connectivity(
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: as `connectivity`.
+        ValueError: as `connectivity`; some of the projections without the others.
     """
-    args = (q, keys, bias, basis, budget, columns, keep, coef_topk, threshold)
+    args = (
+        q, k, down, query_weight, query_bias, key_weight, key_bias, basis, budget, columns, keep,
+        scale, coef_topk, threshold,
+    )  # fmt: skip
     if not _check.eager():
         return torch.ops.spot.predict_connectivity(*args)
     _check_prediction(*args)
     if _check.has_kernel("predict_connectivity", q):
         return _check.call(torch.ops.spot.predict_connectivity, *args)
-    return predict_connectivity_reference(*args[:-2], coef_topk=coef_topk, threshold=threshold)
+    return predict_connectivity_reference(
+        q, k, down, basis, budget, columns, keep,
+        query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias,
+        scale=scale, coef_topk=coef_topk, threshold=threshold,
+    )  # fmt: skip
 
 
 # ---- reference: the definition -------------------------------------------------------------------
@@ -154,31 +177,41 @@ def connectivity_reference(
 
 def predict_connectivity_reference(
     q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
+    k: Tensor,
+    down: Tensor,
     basis: Tensor,
     budget: int,
     columns: Tensor | None = None,
     keep: Tensor | None = None,
     *,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
     coef_topk: int | None = None,
     threshold: float | None = None,
 ) -> Tensor:
     """Definition of `predict_connectivity` in plain PyTorch."""
-    coefficients = _coefficients(q, keys, bias)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, down = (x.detach().to(wide) for x in (q, k, down))
+    down = down.expand(q.shape[0], -1, -1) if columns is None else down[columns]  # [B, N, R]
+    if query_weight is not None:
+        assert query_bias is not None and key_weight is not None and key_bias is not None
+        q = F.linear(q, query_weight.detach().to(wide), query_bias.detach().to(wide))
+        k = F.linear(k, key_weight.detach().to(wide), key_bias.detach().to(wide))
+    if keep is not None:
+        dropped = F.pad(keep.detach() == 0, (k.shape[1] - q.shape[1], 0))
+        k = k.masked_fill(dropped[:, :, None, None], 0)
+    keys = torch.einsum("bnr,bnhc->brhc", down, k)
+    logits = torch.einsum("bihc,brhc->bhir", q, keys)
+    if scale is None:
+        scale = max(q.shape[3], 1) ** -0.5
+    coefficients = (logits * scale).softmax(dim=-1)
     return connectivity_reference(
-        coefficients, basis.to(coefficients.dtype), budget, columns, keep,
+        coefficients, basis.to(wide), budget, columns, keep,
         coef_topk=coef_topk, threshold=threshold,
     )  # fmt: skip
-
-
-def _coefficients(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """[B, H, N-P, R] of at least float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = q.detach().to(wide).transpose(1, 2) @ keys.detach().to(wide).permute(0, 2, 3, 1)
-    if bias is not None:
-        logits = logits + bias.detach().to(wide).transpose(1, 2)[:, :, None]
-    return logits.softmax(dim=-1)
 
 
 def _ranked(x: Tensor) -> Tensor:
@@ -199,21 +232,56 @@ def _check_connectivity(coefficients: Tensor, *choice: Any) -> None:
     _check_choice("coefficients", coefficients, sizes, "the coefficients of a row", *choice)
 
 
-def _check_prediction(q: Tensor, keys: Tensor, bias: Tensor | None, *choice: Any) -> None:
+def _check_prediction(
+    q: Tensor,
+    k: Tensor,
+    down: Tensor,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+    basis: Tensor,
+    budget: int,
+    columns: Tensor | None,
+    keep: Tensor | None,
+    scale: float | None,
+    coef_topk: int | None,
+    threshold: float | None,
+) -> None:
     _check.tensor("q", q, 4)
     _check.dtype("q", q, _check.FLOATING)
-    _check.tensor("keys", keys, 4)
+    _check.tensor("k", k, 4)
     for dim, meaning in ((0, "the batch"), (2, "heads"), (3, "the head dim of q")):
-        _check.size("keys", keys, dim, q.shape[dim], meaning)
-    if bias is not None:
-        _check.tensor("bias", bias, 3)
-        for dim in range(3):
-            _check.size("bias", bias, dim, keys.shape[dim], "as keys has")
-    for name, value in (("keys", keys), ("bias", bias)):
-        if value is not None:
-            _check.same_dtype(name, value, "q", q)
-            _check.device(name, value, "q", q)
-    _check_choice("q", q, (q.shape[0], q.shape[1], keys.shape[1]), "the keys", *choice)
+        _check.size("k", k, dim, q.shape[dim], meaning)
+    _check.tensor("down", down, 2)
+    projections = {
+        "query_weight": query_weight, "query_bias": query_bias, "key_weight": key_weight,
+        "key_bias": key_bias,
+    }  # fmt: skip
+    given = {name: value for name, value in projections.items() if value is not None}
+    if given and len(given) < len(projections):
+        absent = next(name for name in projections if name not in given)
+        raise ValueError(f"{absent} must be given as well as {next(iter(given))}")
+    for name, value in given.items():
+        _check.tensor(name, value, 2 if name.endswith("weight") else 1)
+        channels = given["query_weight"].shape[0]
+        _check.size(name, value, 0, channels, "the channels of query_weight")
+        if name.endswith("weight"):
+            _check.size(name, value, 1, q.shape[3], "the head dim of q")
+    for name, value in ({"k": k, "down": down} | given).items():
+        _check.same_dtype(name, value, "q", q)
+        _check.device(name, value, "q", q)
+    sizes = q.shape[0], q.shape[1], down.shape[1]
+    _check_choice(
+        "q", q, sizes, "the columns of down", basis, budget, columns, keep, coef_topk, threshold
+    )
+    _check.size("down", down, 0, basis.shape[1], "the columns of basis")
+    if columns is None:
+        _check.size("k", k, 1, basis.shape[1], "the columns of basis")
+    else:
+        _check.size("k", k, 1, columns.shape[1], "as columns has")
+    if scale is not None:
+        _check.number("scale", scale)
 
 
 def _check_choice(
@@ -280,16 +348,24 @@ def _(
 @_register.fake("predict_connectivity")
 def _(
     q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
+    k: Tensor,
+    down: Tensor,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
     basis: Tensor,
     budget: int,
     columns: Tensor | None = None,
     keep: Tensor | None = None,
+    scale: float | None = None,
     coef_topk: int | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    _check_prediction(q, keys, bias, basis, budget, columns, keep, coef_topk, threshold)
+    _check_prediction(
+        q, k, down, query_weight, query_bias, key_weight, key_bias, basis, budget, columns, keep,
+        scale, coef_topk, threshold,
+    )  # fmt: skip
     batch, queries, heads = q.shape[:3]
     return q.new_empty((batch, heads, queries, budget), dtype=torch.int32)
 
@@ -321,7 +397,7 @@ def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @_register.autocast("predict_connectivity")
 def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return (*_register.cast(dtype, args[:4]), *args[4:]), kwargs
+    return (*_register.cast(dtype, args[:8]), *args[8:]), kwargs
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
@@ -346,20 +422,38 @@ def _(
 @_register.flops("predict_connectivity")
 def _(
     q: Any,
-    keys: Any,
-    bias: Any,
+    k: Any,
+    down: Any,
+    query_weight: Any,
+    query_bias: Any,
+    key_weight: Any,
+    key_bias: Any,
     basis: Any,
     budget: int,
     columns: Any = None,
     keep: Any = None,
+    scale: float | None = None,
     coef_topk: int | None = None,
     threshold: float | None = None,
     **kwargs: Any,
 ) -> int:
-    """That, and the product of queries and keys."""
+    """That, and the coefficients, in the order of products that costs less."""
+    batch, queries, heads, _ = q
+    channels = None if query_weight is None else query_weight[0]
+    made = _coefficient_flops(q, k[1], down[1], channels)
+    return made + _combination(batch, heads, queries, down[1], basis, columns, coef_topk)
+
+
+def _coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> int:
+    """Of all heads: keys are projected and added up, or added up, projected and projected back."""
     batch, queries, heads, dim = q
-    product = 2 * batch * heads * queries * keys[1] * dim
-    return product + _combination(batch, heads, queries, keys[1], basis, columns, coef_topk)
+    both = queries + tokens
+    added_first = both * rank * dim
+    if channels is not None:
+        projected_first = both * channels * (dim + rank)
+        added_first += rank * channels * (2 * dim + 1)
+        added_first = min(added_first, projected_first)
+    return 2 * batch * heads * added_first
 
 
 def _combination(

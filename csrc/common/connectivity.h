@@ -3,6 +3,10 @@
 
 #include "dispatch.h"
 
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
 namespace spot {
 
 struct ConnectivityShape {
@@ -72,26 +76,77 @@ inline ConnectivityShape check_connectivity(const char* op, const Tensor& coeffi
                       budget, columns, keep, coef_topk);
 }
 
-inline ConnectivityShape check_predict_connectivity(
-    const char* op, const Tensor& q, const Tensor& keys, const std::optional<Tensor>& bias,
-    const Tensor& basis, int64_t budget, const std::optional<Tensor>& columns,
-    const std::optional<Tensor>& keep, std::optional<int64_t> coef_topk) {
+// Both projections, to as many channels; or none.
+struct Projections {
+  std::optional<Tensor> query_weight, query_bias, key_weight, key_bias;  // [c, D], [c]
+
+  explicit operator bool() const { return query_weight.has_value(); }
+  int64_t channels() const { return query_weight ? query_weight->size(0) : 0; }
+
+  void check(const char* op, const Tensor& q) const {
+    const std::pair<const char*, const std::optional<Tensor>*> all[] = {
+        {"query_weight", &query_weight},
+        {"query_bias", &query_bias},
+        {"key_weight", &key_weight},
+        {"key_bias", &key_bias}};
+    const char *present = nullptr, *absent = nullptr;
+    for (const auto& [name, tensor] : all) {
+      if (*tensor && !present) present = name;
+      if (!*tensor && !absent) absent = name;
+    }
+    if (!present) return;
+    SPOT_CHECK(!absent, op, absent, " must be given as well as ", present);
+    for (const auto& [name, tensor] : all) {
+      const bool weight = tensor == &query_weight || tensor == &key_weight;
+      check_rank(op, name, **tensor, weight ? 2 : 1);
+      check_size(op, name, **tensor, 0, channels(), "the channels of query_weight");
+      if (weight) check_size(op, name, **tensor, 1, q.size(3), "the head dim of q");
+      check_dtype(op, name, **tensor, q.scalar_type());
+      check_same_device(op, name, **tensor, "q", q);
+    }
+  }
+};
+
+inline ConnectivityShape check_predict_connectivity(const char* op, const Tensor& q,
+                                                    const Tensor& k, const Tensor& down,
+                                                    const Projections& projections,
+                                                    const Tensor& basis, int64_t budget,
+                                                    const std::optional<Tensor>& columns,
+                                                    const std::optional<Tensor>& keep,
+                                                    std::optional<int64_t> coef_topk) {
   check_rank(op, "q", q, 4);
   dtype_slot(op, "q", q);
-  check_rank(op, "keys", keys, 4);
-  check_dtype(op, "keys", keys, q.scalar_type());
-  check_same_device(op, "keys", keys, "q", q);
-  check_size(op, "keys", keys, 0, q.size(0), "the batch");
-  check_size(op, "keys", keys, 2, q.size(2), "heads");
-  check_size(op, "keys", keys, 3, q.size(3), "the head dim of q");
-  if (bias) {
-    check_rank(op, "bias", *bias, 3);
-    check_dtype(op, "bias", *bias, q.scalar_type());
-    check_same_device(op, "bias", *bias, "q", q);
-    for (int64_t d = 0; d < 3; ++d) check_size(op, "bias", *bias, d, keys.size(d), "as keys has");
-  }
-  const ConnectivityShape s{q.size(0), q.size(2), q.size(1), keys.size(1), 0, 0, 0};
-  return check_choice(op, s, "q", q, "the keys", basis, budget, columns, keep, coef_topk);
+  check_rank(op, "k", k, 4);
+  check_dtype(op, "k", k, q.scalar_type());
+  check_same_device(op, "k", k, "q", q);
+  check_size(op, "k", k, 0, q.size(0), "the batch");
+  check_size(op, "k", k, 2, q.size(2), "heads");
+  check_size(op, "k", k, 3, q.size(3), "the head dim of q");
+  check_rank(op, "down", down, 2);
+  check_dtype(op, "down", down, q.scalar_type());
+  check_same_device(op, "down", down, "q", q);
+  projections.check(op, q);
+  const ConnectivityShape s = check_choice(
+      op, {q.size(0), q.size(2), q.size(1), down.size(1), 0, 0, 0}, "q", q, "the columns of down",
+      basis, budget, columns, keep, coef_topk);
+  check_size(op, "down", down, 0, basis.size(1), "the columns of basis");
+  check_size(op, "k", k, 1, s.num_columns, columns ? "as columns has" : "the columns of basis");
+  return s;
+}
+
+// The factor of the logits.
+inline double logit_scale(const Tensor& q, const Projections& projections,
+                          std::optional<double> scale) {
+  const int64_t width = projections ? projections.channels() : q.size(3);
+  return scale.value_or(std::pow(static_cast<double>(std::max<int64_t>(width, 1)), -0.5));
+}
+
+// Whether it costs less to project keys and queries before keys are added up, than to add keys up
+// and to project the sums, there and back. Per head, in multiply-accumulates.
+inline bool projects_first(const ConnectivityShape& s, int64_t head_dim, int64_t channels) {
+  const int64_t both = s.num_queries + s.num_columns;
+  return both * channels * (head_dim + s.rank) <
+         both * s.rank * head_dim + s.rank * channels * (2 * head_dim + 1);
 }
 
 // Names the first of `columns`, dense and in host memory, that is out of range.
