@@ -440,11 +440,11 @@ def _(
     """That, and the coefficients, in the order of products that costs less."""
     batch, queries, heads, _ = q
     channels = None if query_weight is None else query_weight[0]
-    made = _coefficient_flops(q, k[1], down[1], channels)
+    made = coefficient_flops(q, k[1], down[1], channels)
     return made + _combination(batch, heads, queries, down[1], basis, columns, coef_topk)
 
 
-def _coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> int:
+def coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> int:
     """Of all heads: keys are projected and added up, or added up, projected and projected back."""
     batch, queries, heads, dim = q
     both = queries + tokens

@@ -126,9 +126,9 @@ inline ConnectivityShape check_predict_connectivity(const char* op, const Tensor
   check_dtype(op, "down", down, q.scalar_type());
   check_same_device(op, "down", down, "q", q);
   projections.check(op, q);
-  const ConnectivityShape s = check_choice(
-      op, {q.size(0), q.size(2), q.size(1), down.size(1), 0, 0, 0}, "q", q, "the columns of down",
-      basis, budget, columns, keep, coef_topk);
+  const ConnectivityShape s =
+      check_choice(op, {q.size(0), q.size(2), q.size(1), down.size(1), 0, 0, 0}, "q", q,
+                   "the columns of down", basis, budget, columns, keep, coef_topk);
   check_size(op, "down", down, 0, basis.size(1), "the columns of basis");
   check_size(op, "k", k, 1, s.num_columns, columns ? "as columns has" : "the columns of basis");
   return s;

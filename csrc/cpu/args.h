@@ -90,11 +90,15 @@ struct SparseGradArgs {
 };
 
 struct ConnectivityArgs {
-  const void* coefficients;  // [B, H, Q, R], any strides; or null, to make them of the next three
+  const void* coefficients;  // [B, H, Q, R], any strides; or null, to make them, up to `scale`
   int64_t coefficients_strides[4];
-  HeadRows queries, keys;  // [B, Q, H, D], [B, R, H, D]
-  const void* bias;        // [B, R, H], dense, or null
-  int64_t head_dim;
+  HeadRows q, k;     // [B, Q, H, D], [B, N, H, D]
+  const void* down;  // [columns, R], any strides
+  int64_t down_row, down_rank;
+  const void *query_weight, *query_bias, *key_weight, *key_bias;  // [c, D], [c], dense; or null
+  int64_t head_dim, channels;
+  bool projects_first;  // before keys are added up, rather than behind it
+  double scale;
   const void* basis;  // [R, columns], any strides
   int64_t basis_row, basis_column;
   const int64_t* columns;  // [B, N], dense, in range; or null

@@ -1,18 +1,18 @@
 // The coefficients that connectivity combines: those of each query that count, and how large they
 // are. Torch-free; one copy per ISA.
 //
-// Coefficients are read, or made as the softmax of queries times few keys. The rows of a block are
-// lanes, so that a row's largest coefficients sink through registers. Of a softmax only those that
-// count become exponentials; it is divided by its sum where a threshold asks for that, as otherwise
-// columns are only compared with each other.
+// Coefficients are read, or made as the softmax of queries times few keys (head_keys.h). The rows
+// of a block are lanes, so that a row's largest coefficients sink through registers. Of a softmax
+// only those that count become exponentials; it is divided by its sum where a threshold asks for
+// that, as otherwise columns are only compared with each other.
 //
-// Cost per row of R coefficients: R D multiply-accumulates to make them; 9 operations on a lane for
-// each to find the 8 largest, 2 C for the C largest. Scratch per thread: kChoiceRows (R + D)
-// numbers, and R D for the keys.
+// Cost per row of R coefficients: R D multiply-accumulates to make them, or c (D + R) where queries
+// are projected to c channels; 9 operations on a lane for each to find the 8 largest, 2 C for the C
+// largest. Scratch per thread: kChoiceRows (R + D) numbers, and that of the keys.
 #pragma once
 
-#include "attention_rows.h"
 #include "choose.h"
+#include "head_keys.h"
 
 namespace spot {
 namespace SPOT_ISA {
@@ -68,7 +68,7 @@ template <typename A>
 struct CoefficientScratch {
   using Key = decltype(order_key(A{}));
   A* lanes;                  // [R, kChoiceRows] coefficients or logits
-  A *keys, *queries;         // [R, depth], [depth, kChoiceRows] in panels
+  A *queries, *projected;    // [input, kChoiceRows] and [c, kChoiceRows] in panels
   A *staged, *row;           // kLanes rows, one row
   uint16_t* reaching;        // [R], which of kLanes rows reach their least that counts
   A* weights;                // [used, kChoiceRows], those that count
@@ -76,11 +76,12 @@ struct CoefficientScratch {
   int32_t *used, *chosen;    // [kChoiceRows, used]; one row, a vector behind it
   Key* order;                // of one row
   int64_t* positions;
-  CoefficientScratch(Pieces& memory, const ConnectivityArgs& a, int64_t depth)
+  KeyScratch<A> keys;
+  CoefficientScratch(Pieces& memory, const ConnectivityArgs& a, const KeySizes<A>& s)
       : lanes(memory.take<A>(a.rank * kChoiceRows)),
-        keys(memory.take<A>(a.rank * depth)),
-        queries(memory.take<A>(depth * kChoiceRows)),
-        staged(memory.take<A>(kLanes<A> * round_up(depth > a.rank ? depth : a.rank, kLanes<A>))),
+        queries(memory.take<A>(s.input * kChoiceRows)),
+        projected(memory.take<A>(a.projects_first ? s.channels * kChoiceRows : 0)),
+        staged(memory.take<A>(kLanes<A> * (s.input_row > s.rank_row ? s.input_row : s.rank_row))),
         row(memory.take<A>(round_up(a.rank, kLanes<A>))),
         reaching(memory.take<uint16_t>(round_up(a.rank, 64))),
         weights(memory.take<A>(a.used * kChoiceRows)),
@@ -90,7 +91,8 @@ struct CoefficientScratch {
         used(memory.take<int32_t>(kChoiceRows * a.used + kLanes<A>)),
         chosen(memory.take<int32_t>(a.rank + kLanes<A>)),
         order(memory.take<Key>(round_up(a.rank, kKeyLanes))),
-        positions(memory.take<int64_t>(a.rank)) {}
+        positions(memory.take<int64_t>(a.rank)),
+        keys(memory, a, s) {}
 };
 
 template <typename T>
@@ -100,11 +102,8 @@ class Coefficients {
   static_assert(kChoiceRows % kL == 0, "lanes are rows of one block");
 
  public:
-  // One more than the head dim: a query's last number is 1, a key's its bias.
-  static int64_t depth(const ConnectivityArgs& a) { return a.head_dim + 1; }
-
   Coefficients(const ConnectivityArgs& args, const CoefficientScratch<A>& scratch)
-      : a_(args), m_(scratch) {}
+      : a_(args), m_(scratch), head_keys_(args, scratch.keys) {}
 
   // Rows [q, q + rows) of a head of an image; rows <= kChoiceRows.
   void run(int64_t b, int64_t h, int64_t q, int64_t rows) {
@@ -120,7 +119,7 @@ class Coefficients {
   Lines query_lines(int64_t b, int64_t h, int64_t q, int64_t rows) const {
     if (a_.coefficients) return {nullptr, 0, 0, 0};
     const int64_t first = q + rows, left = a_.num_queries - first;
-    return Rows<T>(a_.queries, b, h).lines(first, left < rows ? left : rows, a_.head_dim);
+    return Rows<T>(a_.q, b, h).lines(first, left < rows ? left : rows, a_.head_dim);
   }
 
   // Those that count, by row: [used, kChoiceRows], and which they are: [kChoiceRows, used],
@@ -148,29 +147,29 @@ class Coefficients {
     }
   }
 
-  // Logits: queries times keys, plus bias.
+  // Logits: queries times the keys of their head.
   void make(int64_t b, int64_t h, int64_t q, int64_t rows) {
-    const int64_t depth = this->depth(a_), head = b * a_.num_heads + h;
-    if (head != head_) {
-      head_ = head;
-      const Rows<T> keys(a_.keys, b, h);
-      const T* bias = static_cast<const T*>(a_.bias) + b * a_.rank * a_.num_heads + h;
-      for (int64_t c = 0; c < a_.rank; ++c) {
-        A* key = m_.keys + c * depth;
-        stage_row(keys.row(c), keys.dim, a_.head_dim, key, a_.head_dim);
-        key[a_.head_dim] = a_.bias ? static_cast<A>(load(bias[c * a_.num_heads])) : A(0);
-      }
-    }
-    const Rows<T> queries(a_.queries, b, h);
+    const KeySizes<A>& s = head_keys_.sizes();
+    const int64_t head = b * a_.num_heads + h;
+    if (head != head_) keys_ = head_keys_.run(b, h);
+    head_ = head;
+    const Rows<T> queries(a_.q, b, h);
     const Panels panels(kChoiceRows / kL);
-    pack_columns(panels, rows, depth, m_.queries, m_.staged, [&](int64_t r, A* to) {
-      stage_row(queries.row(q + r), queries.dim, a_.head_dim, to, round_up(depth, kL));
-      to[a_.head_dim] = 1;
+    pack_columns(panels, rows, s.input, m_.queries, m_.staged, [&](int64_t r, A* to) {
+      stage_row(queries.row(q + r), queries.dim, a_.head_dim, to, s.input_row);
+      if (a_.query_weight) to[a_.head_dim] = 1;
     });
     for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t at = panels.start(p) * kL;
-      multiply(m_.keys, depth, a_.rank, m_.queries + at * depth, panels.width(p) * kL, depth,
-               panels.width(p), m_.lanes + at, kChoiceRows);
+      const int64_t at = panels.start(p) * kL, row = panels.width(p) * kL;
+      const A* panel = m_.queries + at * s.input;
+      if (a_.projects_first) {
+        A* projected = m_.projected + at * s.channels;
+        multiply(head_keys_.query_weight(), s.input_row, s.channels, panel, row, s.input,
+                 panels.width(p), projected, row);
+        panel = projected;
+      }
+      multiply(keys_, s.depth_row, a_.rank, panel, row, s.depth, panels.width(p), m_.lanes + at,
+               kChoiceRows);
     }
   }
 
@@ -314,7 +313,9 @@ class Coefficients {
 
   const ConnectivityArgs& a_;
   const CoefficientScratch<A> m_;
-  int64_t head_ = -1;  // whose keys are packed
+  HeadKeys<T> head_keys_;
+  int64_t head_ = -1;  // whose keys these are
+  const A* keys_ = nullptr;
 };
 
 }  // namespace SPOT_ISA

@@ -53,19 +53,35 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   return choose(op, s, args, basis, columns, keep, threshold);
 }
 
-Tensor predict_connectivity(const Tensor& q, const Tensor& keys, std::optional<Tensor> bias,
+Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down,
+                            std::optional<Tensor> query_weight, std::optional<Tensor> query_bias,
+                            std::optional<Tensor> key_weight, std::optional<Tensor> key_bias,
                             const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
-                            std::optional<Tensor> keep, std::optional<int64_t> coef_topk,
-                            std::optional<double> threshold) {
+                            std::optional<Tensor> keep, std::optional<double> scale,
+                            std::optional<int64_t> coef_topk, std::optional<double> threshold) {
   const char* op = "predict_connectivity";
+  const Projections given{query_weight, query_bias, key_weight, key_bias};
   const ConnectivityShape s =
-      check_predict_connectivity(op, q, keys, bias, basis, budget, columns, keep, coef_topk);
-  const Tensor dense_bias = bias ? dense(*bias) : basis;
+      check_predict_connectivity(op, q, k, down, given, basis, budget, columns, keep, coef_topk);
   ConnectivityArgs args{};
-  args.queries = head_rows(q);
-  args.keys = head_rows(keys);
-  args.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  args.q = head_rows(q);
+  args.k = head_rows(k);
+  args.down = down.const_data_ptr();
+  args.down_row = down.stride(0);
+  args.down_rank = down.stride(1);
   args.head_dim = q.size(3);
+  args.channels = given.channels();
+  args.scale = logit_scale(q, given, scale);
+  std::vector<Tensor> weights;
+  if (given) {
+    for (const auto* tensor : {&query_weight, &query_bias, &key_weight, &key_bias})
+      weights.push_back(dense(**tensor));
+    args.query_weight = weights[0].const_data_ptr();
+    args.query_bias = weights[1].const_data_ptr();
+    args.key_weight = weights[2].const_data_ptr();
+    args.key_bias = weights[3].const_data_ptr();
+    args.projects_first = projects_first(s, args.head_dim, args.channels);
+  }
   return choose(op, s, args, basis, columns, keep, threshold);
 }
 

@@ -28,7 +28,7 @@ struct ChoiceScratch {
   Key* order;
   int64_t* positions;
   CoefficientScratch<A> coefficients;
-  ChoiceScratch(Pieces& memory, const ConnectivityArgs& a, int64_t depth)
+  ChoiceScratch(Pieces& memory, const ConnectivityArgs& a, const KeySizes<A>& sizes)
       : basis(memory.take<A>(a.rank * round_up(a.num_columns, kLanes<A>))),
         sums(memory.take<A>(kChoiceRows * round_up(a.num_columns, kLanes<A>))),
         probes(memory.take<Probe<A>>(2 * kChoiceRows)),
@@ -37,7 +37,7 @@ struct ChoiceScratch {
         chosen(memory.take<int32_t>(a.num_columns + kLanes<A>)),
         order(memory.take<Key>(round_up(a.num_columns, kKeyLanes))),
         positions(memory.take<int64_t>(a.num_columns)),
-        coefficients(memory, a, depth) {}
+        coefficients(memory, a, sizes) {}
 };
 
 // What is needed next, fetched between computations: queries of the next block, and where the
@@ -58,7 +58,7 @@ class Chooser {
  public:
   explicit Chooser(const ConnectivityArgs& args)
       : a_(args),
-        m_(in_scratch<ChoiceScratch<A>>(args, Coefficients<T>::depth(args))),
+        m_(in_scratch<ChoiceScratch<A>>(args, KeySizes<A>(args))),
         coefficients_(args, m_.coefficients) {}
 
   // Queries [q, q + rows) of head h of image b; rows <= kChoiceRows.

@@ -165,6 +165,15 @@ SPOT_NOINLINE void add_transposed_product(const A* left, int64_t left_row, int64
 // Copies a row of n numbers and pads it with zeros to `padded` elements.
 template <typename T, typename A>
 inline void stage_row(const T* row, int64_t stride, int64_t n, A* out, int64_t padded) {
+  if constexpr (std::is_same_v<T, A>)
+    if (stride == 1) {
+      constexpr int kL = kLanes<A>;
+      int64_t i = 0;
+      for (; i + kL <= n; i += kL) vec_store(out + i, vec_load(row + i));
+      if (i < n) std::memcpy(out + i, row + i, static_cast<std::size_t>(n - i) * sizeof(A));
+      if (n < padded) std::memset(out + n, 0, static_cast<std::size_t>(padded - n) * sizeof(A));
+      return;
+    }
   if (stride == 1)
     for (int64_t i = 0; i < n; ++i) out[i] = load(row[i]);
   else

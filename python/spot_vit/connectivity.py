@@ -146,6 +146,14 @@ class ConnectivityPredictor(nn.Module):
         keys = keys @ torch.cat([weight, bias[:, None]], dim=1)  # [B, R, H, D + 1]
         return keys[..., :-1], keys[..., -1]
 
+    def _projections(self) -> dict[str, Tensor]:
+        if self.proj_c_q is None or self.proj_c_k is None:
+            return {}
+        return {
+            "query_weight": self.proj_c_q.weight, "query_bias": self.proj_c_q.bias,
+            "key_weight": self.proj_c_k.weight, "key_bias": self.proj_c_k.bias,
+        }  # fmt: skip
+
     def basis(self, num_patches: int | None = None) -> Tensor:
         """[R, n] |W_up|^T, entries up to the threshold zero; no gradient."""
         _, up = self.weights(num_patches)
@@ -188,16 +196,13 @@ class ConnectivityPredictor(nn.Module):
             budget = self.budget(k.shape[1], num_patches)
             threshold = config.mask_threshold if config.mask == "threshold" else None
             if config.coef_threshold is None:
+                down, _ = self.weights(num_patches)
+                if columns is not None:
+                    down = F.pad(down, (0, 0, 0, 1))
                 return spot_ext.predict_connectivity(
-                    q,
-                    *self._keys(k, columns, keep, num_patches),
-                    basis,
-                    budget,
-                    columns,
-                    keep,
-                    coef_topk=config.coef_topk,
-                    threshold=threshold,
-                )
+                    q, k, down, basis, budget, columns, keep, **self._projections(),
+                    scale=self.scale, coef_topk=config.coef_topk, threshold=threshold,
+                )  # fmt: skip
             coefficients = self.coefficients(q, k, columns, keep, num_patches)
             coefficients = coefficients.masked_fill(coefficients <= config.coef_threshold, 0)
             return spot_ext.connectivity(

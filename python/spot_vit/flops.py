@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from spot_ext.connectivity import coefficient_flops
 from spot_vit.connectivity import ConnectivityPredictor
 from spot_vit.table import format_table
 
@@ -175,12 +176,13 @@ class _Watch:
         return _of_tensors(count)
 
     def _predict_connectivity(self, formula: Any) -> Any:
-        """The same behind the product of queries and keys."""
+        """The same behind the coefficients."""
 
-        def count(q: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> int:
-            product = 2 * q.numel() * keys.shape[1]
-            combination = formula(q, keys, *args, **kwargs) - product
-            return product + 2 * round(combination * self.running / 2)
+        def count(q: Tensor, k: Tensor, down: Tensor, *args: Any, **kwargs: Any) -> int:
+            channels = None if args[0] is None else args[0].shape[0]
+            made = coefficient_flops(q.shape, k.shape[1], down.shape[1], channels)
+            combination = formula(q, k, down, *args, **kwargs) - made
+            return made + 2 * round(combination * self.running / 2)
 
         return _of_tensors(count)
 

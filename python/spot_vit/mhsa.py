@@ -58,8 +58,12 @@ def mhsa_constant(
         + (n - 1) R D               coefficients
         + H (n - 1) s p n           combination of basis rows
 
-    p is what initialisation gives. The published code reduces the channels of all n keys before it
-    adds them up; the result is the same, its cost is higher.
+    Where it is less, keys and queries are projected first, and instead of the three rows in the
+    middle there are
+
+        + (2 n - 1) (D + R H) c     channels of keys and queries, keys to R, coefficients
+
+    p is what initialisation gives. The published code projects first, whatever the sizes.
     """
     config = config or SparsifinerConfig()
     head_dim, rank = dim // num_heads, num_tokens // config.reduce_n
@@ -67,7 +71,10 @@ def mhsa_constant(
     used = rank if config.coef_topk is None else min(config.coef_topk, rank)
     share = math.erfc(config.basis_threshold / (STD * math.sqrt(2)))
     patches = num_tokens - 1
-    block = 2 * num_tokens * dim + num_tokens * rank * dim + patches * rank * dim
+    both = num_tokens + patches
+    made = both * rank * dim
     if config.reduce_c > 1:
-        block += 2 * rank * dim * channels + rank * num_heads * channels
+        back = 2 * rank * dim * channels + rank * num_heads * channels
+        made = min(made + back, both * (dim + rank * num_heads) * channels)
+    block = 2 * num_tokens * dim + made
     return depth * (block + round(num_heads * patches * used * share * num_tokens))
