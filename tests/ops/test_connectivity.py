@@ -26,6 +26,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from op_table import clear_of_rounding, exact_values, rounding_of_logits
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from spot_ext import (
     connectivity,
@@ -657,9 +658,8 @@ def assert_predicted_near_the_cut(
         rows_of(index)
         cut = approx.sort(dim=-1, descending=True).values[..., budget - 1 : budget]
         margin = relative * cut.abs()
-        assert (
-            (approx != 0) & (approx != cut) & ((approx - cut).abs() < margin)
-        ).double().mean() < 1e-3
+        near = (approx != 0) & (approx != cut) & ((approx - cut).abs() < margin)
+        assert near.sum() <= 0.01 * near.numel(), "nothing to tell"
         assert_only_near_the_cut(
             index, approx, budget, margin.masked_fill(~clear[..., None], math.inf)
         )
@@ -689,6 +689,19 @@ def coefficients_by_hand(
         factor = 1 / math.sqrt(max(width, 1)) if scale is None else scale
         result[b, h] = (factor * query @ sums.mT).softmax(-1)
     return result
+
+
+def test_either_order_of_products_is_tried(device: torch.device) -> None:
+    """Of the sizes that the tests below have, down to a single query."""
+    for count, queries in ((50, 49), (70, 1), (197, 196)):
+        counted = {}
+        for channels in (8, 96):
+            values = operands(count, torch.float32, device, channels, batch=1, heads=1)
+            with FlopCounterMode(display=False) as counter:
+                predict_connectivity(**(values | {"q": values["q"][:, :queries]}), budget=1)
+            counted[channels] = counter.get_total_flops() - 2 * queries * 32 * count
+        projecting = 2 * (queries + count) * (32 + 32)  # for each channel
+        assert counted[8] == 8 * projecting and counted[96] < 96 * projecting
 
 
 @given(
@@ -784,15 +797,14 @@ def test_predicted_for_every_size(what: str, dtype: torch.dtype, device: torch.d
 def test_channels_of_zeros_change_nothing(channels: int | None, device: torch.device) -> None:
     """Nor the other order of products, which they make worth while."""
     values = operands(70, torch.float64, device, channels)
+    expected = predict_connectivity(**values, budget=18, coef_topk=8)
     if channels is None:  # as with weights that change nothing
-        expected = predict_connectivity(**values, budget=18, coef_topk=8)
-        channels, scale = 32, None
+        channels = 32
         for name in ("query", "key"):
             values[f"{name}_weight"] = torch.eye(32, dtype=torch.float64, device=device)
             values[f"{name}_bias"] = torch.zeros(32, dtype=torch.float64, device=device)
         assert_same_bits(predict_connectivity(**values, budget=18, coef_topk=8), expected)
     scale = channels**-0.5
-    expected = predict_connectivity(**values, budget=18, coef_topk=8)
     for more in (1, 3, 10, 30, 200):
         wider = dict(values)
         for name in ("query", "key"):
@@ -897,9 +909,8 @@ def test_permuting_tokens_and_columns_permutes_the_sets(
     channels: int | None, device: torch.device
 ) -> None:
     values = operands(70, torch.float64, device, channels)
-    values["basis"] = (
-        values["basis"] + 1e-3 * random("no ties", (32, 70), torch.float64, device).abs()
-    )
+    more = random("no ties", (32, 70), torch.float64, device).abs()
+    values["basis"] = values["basis"] + 1e-3 * more
     order = random_index("tokens", 2, 70, 70, "shuffled", device)
     index = predict_connectivity(**values, budget=18, coef_topk=8)
     rows = order[:, :, None, None].expand(values["k"].shape)
@@ -1028,12 +1039,12 @@ def test_sums_of_keys_are_kept_in_float32(
     dtype: torch.dtype, channels: int | None, device: torch.device
 ) -> None:
     """256 + 1/4 is no number of bfloat16, and 256 * 512 none of float16."""
-    q, k = (torch.zeros(1, n, 1, 32, dtype=dtype, device=device) for n in (3, 4))
-    down = torch.zeros(4, 32, dtype=dtype, device=device)
-    basis = torch.zeros(32, 4, dtype=dtype, device=device)
-    q[..., 0], k[..., 0] = 1, torch.tensor([256.0, 0.25, 512, -512], device=device)[:, None]
+    q, k = (torch.zeros(1, n, 1, 32, dtype=dtype, device=device) for n in (49, 50))
+    down = torch.zeros(50, 32, dtype=dtype, device=device)
+    basis = torch.zeros(32, 50, dtype=dtype, device=device)
+    q[..., 0], k[:, :4, :, 0] = 1, torch.tensor([256.0, 0.25, 512, -512], device=device)[:, None]
     # Sums of 256 and of 256.25, beside 512 * 512 that cancel, and of far less.
-    down[0, :2], down[1, 1], down[2:, :2] = 1, 1, 512
+    down[0, :2], down[1, 1], down[2:4, :2] = 1, 1, 512
     down[0, 2:] = -512
     basis[0, 2], basis[1, 3] = 1, 1
     values = {"q": q, "k": k, "down": down, "basis": basis}
@@ -1042,8 +1053,8 @@ def test_sums_of_keys_are_kept_in_float32(
         values |= {"query_weight": eye, "key_weight": eye, "query_bias": eye[:, -1] * 0,
                    "key_bias": eye[:, -1] * 0}  # fmt: skip
     index = predict_connectivity(**values, budget=2, scale=1.0)
-    assert index.tolist() == [[[[2, 3]] * 3]]
-    assert predict_connectivity(**values, budget=1, scale=1.0).tolist() == [[[[3]] * 3]]
+    assert index.tolist() == [[[[2, 3]] * 49]]
+    assert predict_connectivity(**values, budget=1, scale=1.0).tolist() == [[[[3]] * 49]]
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -1084,11 +1095,9 @@ def stored(q, k, down, basis, budget, coef_topk):
     return spot_ext.connectivity(q.transpose(1, 2) @ keys, basis, budget, coef_topk=coef_topk)
 
 def inside(channels):
-    def call(*args, **options):
-        weight, bias = torch.rand(channels, 32) - 0.5, torch.rand(channels)
-        return spot_ext.predict_connectivity(
-            *args, query_weight=weight, query_bias=bias, key_weight=weight, key_bias=bias, **options)
-    return call
+    weight, bias = torch.rand(channels, 32) - 0.5, torch.rand(channels)
+    both = dict(query_weight=weight, query_bias=bias, key_weight=weight, key_bias=bias)
+    return lambda *args, **more: spot_ext.predict_connectivity(*args, **both, **more)
 
 found = []
 for call in (spot_ext.predict_connectivity, inside(16), inside(96), stored,
@@ -1119,12 +1128,13 @@ from helpers import guarded
 
 draw = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    for queries, prefix, rank, grid in ((1, 0, 1, 1), (7, 1, 3, 9), (16, 0, 8, 16), (33, 2, 5, 40)):
+    for queries, prefix, rank, grid in ((1, 0, 1, 1), (7, 1, 3, 9), (16, 0, 8, 16), (33, 2, 5, 40),
+                                        (64, 1, 17, 65), (130, 3, 33, 150)):
         coefficients = guarded(torch.randn(2, 3, queries, rank, generator=draw).to(dtype))
         basis = guarded(torch.randn(rank, grid, generator=draw).to(dtype))
         keep = guarded((torch.rand(2, queries, generator=draw) < 0.6).to(dtype))
         columns = torch.stack([torch.randperm(grid, generator=draw)[: queries + prefix]] * 2)
-        for budget in {1, queries, queries + prefix}:
+        for budget in {1, queries, queries + prefix} if queries < 60 else {7}:
             for topk in (None, 2):
                 named = spot_ext.connectivity(coefficients, basis, budget, guarded(columns), keep,
                                               coef_topk=topk)
@@ -1137,7 +1147,8 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             drawn = [guarded(torch.randn(s, generator=draw).to(dtype)) for s in shapes]
             drawn += [None] * (7 - len(drawn))
             named = torch.ops.spot.predict_connectivity(
-                *drawn, basis, tokens, guarded(columns), keep, coef_topk=2)
+                *drawn, basis, tokens, guarded(columns) if tokens < grid else None, keep,
+                coef_topk=2)
             assert named.max() < tokens
         for bad in (grid, -1, 2**31, 2**62, -(2**62)):
             columns[1, -1] = bad
