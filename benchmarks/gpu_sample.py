@@ -396,25 +396,57 @@ CONNECTIVITY = [
 ]
 
 
-def sharp(
-    batch: int, heads: int, queries: int, rank: int, dim: int, biased: bool, draw: torch.Generator
-) -> list[Tensor | None]:
-    """q, keys and bias whose softmax is exact in every dtype.
+# head dim, channels of the projections
+PREDICTOR = [(32, None), (77, None), (77, 3), (33, 40), (64, 200)]
 
-    Keys come in pairs, and the best pair of a query is better than the next by 1024 or more: its
-    coefficients are 1/2 and all others 0. Up to 32 pairs.
+
+def sharp(
+    queries: int,
+    rank: int,
+    dim: int,
+    channels: int | None,
+    which: Tensor,
+    keep: Tensor | None,
+    full: int,
+    draw: torch.Generator,
+) -> dict[str, Tensor]:
+    """Arguments of `predict_connectivity` whose softmax is exact in every dtype.
+
+    Everything is a small integer or 4096 times one. Columns of `down` come in pairs, and the best
+    pair of a query is better than the next by 1024 or more: its coefficients are 1/2 and all others
+    0. Queries with two best pairs become NaN, as are some others, and keys that are dropped.
     """
-    pair = torch.arange(rank) // 2
-    q = 256.0 * torch.randint(-1, 2, (batch, queries, heads, dim), generator=draw)
-    keys = 128.0 * torch.randint(-1, 2, (batch, (rank + 1) // 2, heads, dim), generator=draw)
-    keys = keys[:, pair]
-    bias = None
-    if biased:
-        bias = (1024.0 * pair)[None, :, None].repeat(batch, 1, heads)
-    else:
-        q[..., 0], keys[..., 0] = 256, (4.0 * pair)[:, None]
-    q[torch.rand(q.shape, generator=draw) < 0.001] = float("nan")
-    return [q, keys, bias]
+    (batch, tokens), heads = which.shape, 3
+
+    def signs(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=draw).float()
+
+    down = signs(full, (rank + 1) // 2)[:, torch.arange(rank) // 2]
+    values = {"k": signs(batch, tokens, heads, dim), "down": down}
+    if channels is not None:
+        values |= {"query_weight": signs(channels, dim), "query_bias": 4096 * signs(channels),
+                   "key_weight": signs(channels, dim), "key_bias": signs(channels)}  # fmt: skip
+    rows = down[which]  # [B, N, R]
+    if keep is not None:
+        dropped = keep == 0
+        rows[:, tokens - queries :][dropped] = 0
+    keys = values["k"] @ values["key_weight"].mT + values["key_bias"] if channels else values["k"]
+    sums = torch.einsum("bnr,bnhc->brhc", rows, keys)
+    q = torch.empty(batch, queries, heads, dim)
+    left = torch.ones(q.shape[:3], dtype=torch.bool)
+    for _ in range(20):
+        q = torch.where(left[..., None], 4096 * signs(*q.shape), q)
+        made = q @ values["query_weight"].mT + values["query_bias"] if channels else q
+        logits = torch.einsum("bihc,brhc->bihr", made, sums)[..., ::2]
+        best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+        if best.shape[-1] < 2:
+            left[:] = False
+            break
+        left = best[..., 0] - best[..., 1] < 1024 * max(channels or dim, 1) ** 0.5
+    q[left | (torch.rand(left.shape, generator=draw) < 0.01)] = float("nan")
+    if keep is not None:
+        values["k"][:, tokens - queries :][dropped] = float("nan")
+    return {"q": q} | values
 
 
 def connectivity() -> Iterator[tuple[str, bool]]:
@@ -442,29 +474,37 @@ def connectivity() -> Iterator[tuple[str, bool]]:
             for given in gpu[3:]:
                 got = spot_ext.connectivity(given, gpu[0], budget, gpu[1], gpu[2], **options)
                 yield f"connectivity {what}", torch.equal(got.cpu(), want)
-            for dim, biased in ((77, True), (32, False)):
-                made = sharp(batch, heads, queries, rank, dim, biased, draw)
-                q, keys, bias = (x if x is None else x.to(dtype) for x in made)
+            for dim, channels in PREDICTOR if columns < 1000 else [(5, None), (5, 2)]:
+                tokens = torch.arange(columns).expand(batch, -1) if which is None else which
+                made = sharp(queries, rank, dim, channels, tokens, keep, full, draw)
+                made = {name: x.to(dtype) for name, x in made.items()}
                 want = spot_ext.predict_connectivity_reference(
-                    q, keys, bias, basis, budget, which, keep, **options
+                    **made, basis=basis, budget=budget, columns=which, keep=keep, **options
                 )
-                gq, gkeys, gbias = (x if x is None else x.cuda() for x in (q, keys, bias))
-                if not biased:  # strided
-                    gq = gq.transpose(1, 3).contiguous().transpose(1, 3)
+                sent = {name: x.cuda() for name, x in made.items()}
+                if dim != 77:  # strided
+                    for name in ("q", "k"):
+                        sent[name] = sent[name].transpose(1, 3).contiguous().transpose(1, 3)
+                    sent["down"] = sent["down"].mT.contiguous().mT
                 got = spot_ext.predict_connectivity(
-                    gq, gkeys, gbias, gpu[0], budget, gpu[1], gpu[2], **options
+                    **sent, basis=gpu[0], budget=budget, columns=gpu[1], keep=gpu[2], **options
                 )
                 yield (
-                    f"predict_connectivity {what}, head dim {dim}, bias {biased}",
+                    f"predict_connectivity {what}, head dim {dim}, channels {channels}",
                     torch.equal(got.cpu(), want),
                 )
     coef, basis = torch.rand(1, 1, 4, 3, generator=draw), torch.rand(3, 9, generator=draw)
     which = torch.tensor([[0, 1, 2, 9, -1, 1 << 40]])
+    first = torch.arange(3, dtype=torch.int32)
     got = spot_ext.connectivity(coef.cuda(), basis.cuda(), 3, which.cuda())
-    yield (
-        "connectivity with columns out of range",
-        torch.equal(got.cpu(), torch.arange(3, dtype=torch.int32).expand(1, 1, 4, 3)),
+    yield "connectivity with columns out of range", bool((got.cpu() == first).all())
+    q, k, down = (
+        torch.rand(*shape, generator=draw) for shape in ((1, 4, 2, 8), (1, 6, 2, 8), (9, 3))
     )
+    got = spot_ext.predict_connectivity(
+        q.cuda(), k.cuda(), down.cuda(), basis.cuda(), 3, which.cuda()
+    )
+    yield "predict_connectivity with columns out of range", bool((got.cpu() == first).all())
 
 
 SAMPLES = {

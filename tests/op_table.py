@@ -678,40 +678,61 @@ _CONNECTIVITY = (
 )  # fmt: skip
 
 
+# In the order of the op.
+_PREDICTION_NAMES = (
+    "q", "k", "down", "query_weight", "query_bias", "key_weight", "key_bias", "basis", "budget",
+    "columns", "keep", "scale", "coef_topk", "threshold",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Prediction(_Connectivity):
     """Softmax is not exact: data are drawn until no set hangs on the rounding of a sum."""
 
     dim: int = 4
-    has_bias: bool = True
-    q_layout: str = "qkv"  # patch queries of a fused projection
-    keys_layout: str = "joint"  # with the bias in one tensor, as the predictor gives them
+    channels: int | None = 8  # of the projections; None for none of them
+    scale: float | None = None
+    rows_layout: str = "qkv"  # of q and k, by default those of a fused projection
+    down_layout: str = "contiguous"
+    weights_layout: str = "contiguous"
 
     def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         return self.drawn(_first_clear(self, dtype), device, dtype)
 
     def drawn(self, number: int, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-        def normal(name: str, *shape: int) -> Tensor:
-            return random(f"{self.name} {name} {number}", shape, dtype, device)
+        def normal(name: str, *shape: int, scale: float = 1.0) -> Tensor:
+            drawn = random(f"{self.name} {name} {number}", shape, torch.float64)
+            return (scale * drawn).to(device, dtype)
 
-        if self.q_layout == "qkv":
-            tokens = self.num_prefix + self.queries
+        tokens = self.num_prefix + self.queries
+        if self.rows_layout == "qkv":
             packed = normal("q", self.batch, tokens, 3, self.heads, self.dim)
-            q = packed[:, self.num_prefix :, 0]
+            q, k = packed[:, self.num_prefix :, 0], packed[:, :, 1]
         else:
             q = normal("q", self.batch, self.queries, self.heads, self.dim)
-            q = lay_out(q, self.q_layout)
-        joint = normal("keys", self.batch, self.rank, self.heads, self.dim + 1)
-        keys, bias = joint[..., :-1], joint[..., -1]
-        if self.keys_layout != "joint":
-            keys, bias = (lay_out(x.contiguous(), self.keys_layout) for x in (keys, bias))
+            k = normal("k", self.batch, tokens, self.heads, self.dim)
+            q, k = lay_out(q, self.rows_layout), lay_out(k, self.rows_layout)
+        down = normal("down", self.grid, self.rank, scale=tokens**-0.5)
+        projections: tuple[Any, ...] = (None,) * 4
+        if self.channels is not None:
+            size, share = (self.channels, self.dim), max(self.dim, 1) ** -0.5
+            projections = (
+                self._weight(normal("query weight", *size, scale=share)),
+                self._weight(normal("query bias", 1, self.channels, scale=0.5))[0],
+                self._weight(normal("key weight", *size, scale=share)),
+                self._weight(normal("key bias", 1, self.channels, scale=0.5))[0],
+            )
         basis = normal("basis", self.rank, self.grid)
         seeded = generator(f"{self.name} part {number}")
         basis = basis * (torch.rand(basis.shape, generator=seeded) < self.part).to(device)
+        budget, columns, keep, *rest = self.choice(device, dtype)
         return (
-            q, keys, bias if self.has_bias else None, lay_out(basis, self.basis_layout),
-            *self.choice(device, dtype),
+            q, k, lay_out(down, self.down_layout), *projections, lay_out(basis, self.basis_layout),
+            budget, columns, keep, self.scale, *rest,
         )  # fmt: skip
+
+    def _weight(self, value: Tensor) -> Tensor:
+        return lay_out(value, self.weights_layout)
 
 
 @functools.cache
@@ -720,22 +741,69 @@ def _first_clear(sample: _Prediction, dtype: torch.dtype) -> int:
     return next(n for n in range(1000) if clear_of_rounding(*sample.drawn(n, "cpu", dtype)))
 
 
+def prediction_logits(
+    q: Tensor, k: Tensor, down: Tensor, query_weight: Tensor | None, query_bias: Tensor | None,
+    key_weight: Tensor | None, key_bias: Tensor | None, columns: Tensor | None,
+    keep: Tensor | None, scale: float | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[B, H, N-P, R] in `dtype`, with keys projected first and with keys added up first.
+
+    Without projections the second adds up in another order.
+    """
+    q, k, down = q.to(dtype), k.to(dtype), down.to(dtype)
+    tokens = torch.arange(k.shape[1], device=k.device)[None] if columns is None else columns
+    seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+    if keep is not None:
+        seen[:, k.shape[1] - keep.shape[1] :] = keep > 0.5
+    down = down[tokens].expand(*k.shape[:2], -1) * seen[..., None]
+    k = torch.where(seen[..., None, None], k, 0)
+    factor = q.shape[3] ** -0.5 if q.shape[3] else 1.0
+    sums = torch.einsum("bnr,bnhd->bhrd", down, k)
+    first = torch.einsum("bihd,bhrd->bhir", q, sums)
+    second = torch.einsum("bihd,bnhd->bhin", q, k) @ down[:, None]
+    if query_weight is not None:
+        weights = (x.to(dtype) for x in (query_weight, query_bias, key_weight, key_bias))
+        to_query, plus_query, to_key, plus_key = weights
+        factor = to_query.shape[0] ** -0.5 if to_query.shape[0] else 1.0
+        keys = torch.einsum("bnr,bnhc->bhrc", down, k @ to_key.mT + plus_key)
+        first = torch.einsum("bihc,bhrc->bhir", q @ to_query.mT + plus_query, keys)
+        keys = sums @ to_key.mT + down.sum(1)[:, None, :, None] * plus_key
+        second = torch.einsum("bihd,bhrd->bhir", q, keys @ to_query)
+        second = second + (keys @ plus_query)[:, :, None]
+    factor = factor if scale is None else scale
+    return factor * first, factor * second
+
+
+def rounding_of_logits(*args: Any, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Exact logits, and the most that either order of products loses in `dtype`."""
+    exact, other = prediction_logits(*args, dtype=torch.float64)
+    orders = (other,) if dtype == torch.float64 else prediction_logits(*args, dtype=dtype)
+    if not exact.numel():
+        return exact, 0.0
+    return exact, max((order - exact).abs().max().item() for order in orders)
+
+
 def clear_of_rounding(
-    q: Tensor, keys: Tensor, bias: Tensor | None, basis: Tensor, budget: int,
-    columns: Tensor | None, keep: Tensor | None, coef_topk: int | None, threshold: float | None,
+    q: Tensor, k: Tensor, down: Tensor, query_weight: Tensor | None, query_bias: Tensor | None,
+    key_weight: Tensor | None, key_bias: Tensor | None, basis: Tensor, budget: int,
+    columns: Tensor | None, keep: Tensor | None, scale: float | None, coef_topk: int | None,
+    threshold: float | None,
 ) -> bool:  # fmt: skip
     """Whether all sets of `predict_connectivity` keep away from ties by far more than float32's
     rounding; ties of sums that are exact do not count."""
-    margin = 1e-5
-    logits = torch.einsum("bihd,brhd->bhir", q.double(), keys.double())
-    if bias is not None:
-        logits = logits + bias.double().transpose(1, 2)[:, :, None]
+    logits, rounding = rounding_of_logits(
+        q, k, down, query_weight, query_bias, key_weight, key_bias, columns, keep, scale,
+        dtype=torch.float32,
+    )  # fmt: skip
+    margin = max(1e-5, 8 * rounding)
     coefficients, basis = logits.softmax(dim=-1), basis.double()
     used = logits.shape[-1]
     if coef_topk is not None and coef_topk < used:
         used = coef_topk
-        best, order = logits.sort(dim=-1, descending=True)
-        if (best[..., used - 1] - best[..., used] < margin).any():
+        best, order = logits.sort(dim=-1, descending=True, stable=True)
+        last, next_ = best[..., used - 1], best[..., used]
+        # Of no channels, or of no keys, all logits are 0.
+        if (~((last == 0) & (next_ == 0)) & (last - next_ < margin)).any():
             return False
         coefficients = coefficients.scatter(-1, order[..., used:], 0.0)
     if columns is None:
@@ -758,33 +826,46 @@ def clear_of_rounding(
     return not (~exact & (last - next_ < margin)).any()
 
 
+# At the default sizes keys are projected to 2 channels before they are added up, to 8 after.
 _PREDICTION = (
     _Prediction("plain", traced=True),
     _Prediction("everything", columns=16, keep="random", coef_topk=3, threshold=0.1, budget=6,
-                traced=True),
-    _Prediction("no bias", has_bias=False, traced=True),
-    _Prediction("no bias, columns", has_bias=False, columns=23, coef_topk=3),
+                channels=2, scale=0.7, traced=True),
+    _Prediction("projected first", channels=2, traced=True),
+    _Prediction("projected first, columns", channels=2, columns=23, coef_topk=3),
+    _Prediction("projected first, masked", channels=2, keep="random", traced=True),
+    _Prediction("no projections", channels=None, traced=True),
+    _Prediction("no projections, columns", channels=None, columns=23, coef_topk=3),
+    _Prediction("no projections, masked columns", channels=None, columns=15, keep="random"),
     _Prediction("columns", columns=23, traced=True),
     _Prediction("masked", keep="random", traced=True),
     _Prediction("masked columns", keep="random", columns=15),
     _Prediction("keep all", keep="all"),
     _Prediction("keep none", keep="none"),
     _Prediction("keep none, no prefix", keep="none", num_prefix=0),
+    _Prediction("scaled", scale=2.0),
+    _Prediction("scale 0", scale=0.0, coef_topk=3),
+    _Prediction("negative scale, no projections", scale=-1.5, channels=None),
     _Prediction("threshold", threshold=0.2, budget=8, traced=True),
     _Prediction("threshold of 0", threshold=0.0, part=0.3, budget=8),
     _Prediction("threshold beyond all", threshold=1e3),
     _Prediction("topk of 1", coef_topk=1, traced=True),
-    _Prediction("topk of 8", coef_topk=8, rank=12, traced=True),
+    _Prediction("topk of 8", coef_topk=8, rank=12),
     _Prediction("topk of all", coef_topk=5),
     _Prediction("topk beyond all", coef_topk=50),
     _Prediction("budget of 1", budget=1),
-    _Prediction("budget of all", budget=10, traced=True),
+    _Prediction("budget of all", budget=10),
     _Prediction("budget of all, masked", budget=10, keep="random"),
-    _Prediction("one key", rank=1, traced=True),
-    _Prediction("no keys", rank=0, budget=3),
-    _Prediction("one channel", dim=1),
-    _Prediction("no channels", dim=0),
-    _Prediction("33 channels", dim=33, rank=17, coef_topk=8),
+    _Prediction("one coefficient", rank=1, traced=True),
+    _Prediction("no coefficients", rank=0, budget=3),
+    _Prediction("one channel", channels=1),
+    _Prediction("no channels", channels=0, coef_topk=3),
+    _Prediction("head dim 1", dim=1),
+    _Prediction("head dim 1, no projections", dim=1, channels=None),
+    _Prediction("head dim 0", dim=0),
+    _Prediction("head dim 0, no projections", dim=0, channels=None, coef_topk=3),
+    _Prediction("33 channels", dim=33, channels=33, rank=17, coef_topk=8),
+    _Prediction("17 of 65 channels", dim=65, channels=17, rank=33, coef_topk=8, queries=20),
     _Prediction("no prefix", num_prefix=0, traced=True),
     _Prediction("five prefix tokens", num_prefix=5, keep="random"),
     _Prediction("one head", heads=1),
@@ -793,17 +874,24 @@ _PREDICTION = (
     _Prediction("no queries", queries=0, num_prefix=3, budget=2),
     _Prediction("no heads", heads=0),
     _Prediction("empty batch", batch=0, keep="random", columns=12, traced=True,
-                q_layout="contiguous", keys_layout="contiguous"),  # opcheck cannot clone others
+                rows_layout="contiguous"),  # opcheck cannot clone others
     _Prediction("all ties", part=0.0, keep="random"),
     _Prediction("sparse basis", part=0.1, budget=7, queries=30, rank=9, coef_topk=4),
     _Prediction("odd sizes", batch=3, heads=3, queries=67, num_prefix=2, rank=13, budget=19,
                 coef_topk=8, keep="random", dim=7),
-    _Prediction("ViT", batch=1, queries=196, rank=32, budget=50, coef_topk=8, dim=16),
+    _Prediction("odd sizes, projected first", batch=3, heads=3, queries=67, num_prefix=2, rank=13,
+                budget=19, coef_topk=8, columns=90, dim=7, channels=3),
+    *(_Prediction(f"ViT, {channels} channels", batch=1, heads=1, queries=196, rank=32, budget=50,
+                  coef_topk=8, dim=16, channels=channels) for channels in (None, 8, 32)),
     _Prediction("twelve images", batch=12, heads=1, queries=60, rank=16, budget=15, coef_topk=8,
                 columns=100, keep="random", dim=8),
-    *(_Prediction(f"{layout} q", q_layout=layout, keep="random", traced=layout == "swapped")
-      for layout in LAYOUTS),
-    *(_Prediction(f"{layout} keys", keys_layout=layout, coef_topk=3) for layout in LAYOUTS[:-1]),
+    *(_Prediction(f"{layout} q and k", rows_layout=layout, keep="random", columns=14,
+                  channels=(None, 2, 8)[number % 3], traced=layout == "swapped")
+      for number, layout in enumerate(LAYOUTS)),
+    *(_Prediction(f"{layout} down", down_layout=layout, columns=14) for layout in LAYOUTS[1:]),
+    *(_Prediction(f"{layout} weights of {channels}", weights_layout=layout, coef_topk=3,
+                  channels=channels, traced=layout == "stepped" and channels == 2)
+      for layout in LAYOUTS[1:] for channels in (2, 8)),
     *(_Prediction(f"{layout} basis", basis_layout=layout, columns=14) for layout in LAYOUTS[1:-1]),
 )  # fmt: skip
 
@@ -1464,11 +1552,16 @@ def _connectivity_errors() -> tuple[Bad, ...]:
 
 
 def _prediction_errors() -> tuple[Bad, ...]:
-    shapes = {"q": (2, 5, 3, 2), "keys": (2, 4, 3, 2), "bias": (2, 4, 3)}
+    shapes = {
+        "q": (2, 5, 3, 2), "k": (2, 6, 3, 2), "down": (6, 4), "query_weight": (7, 2),
+        "query_bias": (7,), "key_weight": (7, 2), "key_bias": (7,),
+    }  # fmt: skip
+    projections = tuple(shapes)[3:]
 
     def build(device: Any, **changes: Any) -> tuple[Any, ...]:
         values: dict[str, Any] = {n: _t(*shape, device=device) for n, shape in shapes.items()}
-        return tuple((values | _choice(device) | changes).values())
+        values |= {"scale": None} | _choice(device) | changes
+        return tuple(values[name] for name in _PREDICTION_NAMES)
 
     def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
             **more: Any) -> Bad:  # fmt: skip
@@ -1480,18 +1573,41 @@ def _prediction_errors() -> tuple[Bad, ...]:
 
     return (
         *_tensor_errors("q", lambda d, x: build(d, q=x), shapes["q"], "4 dim"),
-        *_tensor_errors("keys", lambda d, x: build(d, keys=x), shapes["keys"], "4 dim"),
+        *_tensor_errors("k", lambda d, x: build(d, k=x), shapes["k"], "4 dim"),
+        *_tensor_errors("down", lambda d, x: build(d, down=x), shapes["down"], "2 dim"),
         resized("q", 2, 5, 6, words=("4 dim",)),
-        resized("keys", 2, 4, 6, words=("4 dim",)),
-        resized("keys", 1, 4, 3, 2, words=("size 2", "batch")),
-        resized("keys", 2, 4, 1, 2, words=("size 3", "heads")),
-        resized("keys", 2, 4, 3, 1, words=("size 2", "head dim")),
-        resized("bias", 2, 4, 3, 1, words=("3 dim",)),
-        resized("bias", 1, 4, 3, words=("size 2", "keys")),
-        resized("bias", 2, 5, 3, words=("size 4", "keys")),
-        resized("bias", 2, 4, 1, words=("size 3", "keys")),
-        bad("bias is a list", lambda d: {"bias": [1.0]}, TypeError, ("bias", "list"),
-            op_words=("bias",)),
+        resized("k", 2, 6, 6, words=("4 dim",)),
+        resized("k", 1, 6, 3, 2, words=("size 2", "batch")),
+        resized("k", 2, 6, 1, 2, words=("size 3", "heads")),
+        resized("k", 2, 6, 3, 1, words=("size 2", "head dim")),
+        resized("k", 2, 5, 3, 2, words=("size 6", "columns of basis")),
+        resized("down", 6, 4, 1, words=("2 dim",)),
+        resized("down", 5, 4, words=("size 6", "columns of basis")),
+        bad("down of another rank", lambda d: {"down": _t(6, 3, device=d)}, ValueError,
+            ("basis", "size 3", "columns of down", "[4, 6]")),
+        bad("k of all tokens beside columns",
+            lambda d: {"columns": _i(d, [0, 1, 2, 3, 4], [5, 4, 3, 2, 1])}, ValueError,
+            ("k", "size 5", "as columns has", "[2, 6, 3, 2]")),
+        resized("query_weight", 7, words=("2 dim",)),
+        resized("query_weight", 7, 3, words=("size 2", "head dim")),
+        bad("query_weight of other channels", lambda d: {"query_weight": _t(6, 2, device=d)},
+            ValueError, ("query_bias", "size 6", "channels of query_weight", "[7]")),
+        resized("query_bias", 7, 1, words=("1 dim",)),
+        resized("query_bias", 6, words=("size 7", "channels of query_weight")),
+        resized("key_weight", 14, words=("2 dim",)),
+        resized("key_weight", 6, 2, words=("size 7", "channels of query_weight")),
+        resized("key_weight", 7, 1, words=("size 2", "head dim")),
+        resized("key_bias", 1, 7, words=("1 dim",)),
+        resized("key_bias", 1, words=("size 7", "channels of query_weight")),
+        *(bad(f"{name} missing", lambda d, n=name: {n: None}, ValueError,
+              (f"{name} must be given", "as well as"))
+          for name in projections),
+        *(bad(f"{name} alone", lambda d, n=name: {other: None for other in projections if
+              other != n}, ValueError, ("must be given", f"as well as {name}"))
+          for name in projections),
+        *(bad(f"{name} is a list", lambda d, n=name: {n: [1.0]}, TypeError, (name, "list"),
+              op_words=(name,))
+          for name in projections),
         bad("more queries than columns", lambda d: {"q": _t(2, 7, 3, 2, device=d)}, ValueError,
             ("basis", "7", "6")),
         bad("q integer", lambda d: {"q": _t(2, 5, 3, 2, dtype=torch.int32, device=d)}, TypeError,
@@ -1501,10 +1617,16 @@ def _prediction_errors() -> tuple[Bad, ...]:
         *(bad(f"{name} of another dtype",
               lambda d, n=name: {n: _t(*shapes[n], device=d).double()}, TypeError,
               (name, "float32", "float64"))
-          for name in ("keys", "bias")),
+          for name in ("k", "down", *projections)),
         *(bad(f"{name} on another device", lambda d, n=name: {n: _t(*shapes[n], device="meta")},
               ValueError, (name, "device"))
-          for name in ("keys", "bias")),
+          for name in ("k", "down", *projections)),
+        bad("scale is a string", lambda d: {"scale": "1"}, TypeError, ("scale", "str"),
+            op_words=("scale",)),
+        bad("scale is a tensor", lambda d: {"scale": torch.tensor(1.0)}, TypeError,
+            ("scale", "Tensor"), op_accepts=True),
+        bad("scale is a bool", lambda d: {"scale": True}, TypeError, ("scale", "bool"),
+            op_accepts=True),
         *_choice_errors(build),
     )  # fmt: skip
 
@@ -1646,14 +1768,26 @@ def _connectivity_flops(
 
 
 def _prediction_flops(
-    q: Tensor, keys: Tensor, bias: Tensor | None, basis: Tensor, *args: Any
-) -> tuple[int, int]:
-    """That, and the product of queries and keys; softmax may add a few operations per entry."""
-    batch, queries, heads, dim = q.shape
-    entries = batch * heads * queries * keys.shape[1]
-    shape = torch.empty(batch, heads, queries, keys.shape[1], device="meta")
-    least, most = _connectivity_flops(shape, basis, *args)
-    return 2 * entries * dim + least, 2 * entries * dim + most + 8 * entries
+    q: Tensor, k: Tensor, down: Tensor, query_weight: Tensor | None, query_bias: Any,
+    key_weight: Any, key_bias: Any, basis: Tensor, budget: int, columns: Tensor | None, keep: Any,
+    scale: Any, *args: Any,
+) -> tuple[int, int]:  # fmt: skip
+    """That, and the products of a head, in the order that costs less; softmax may add a few
+    operations per entry."""
+    (batch, queries, heads, dim), tokens, rank = q.shape, k.shape[1], down.shape[1]
+    added_up, met = (rank, tokens, dim), (queries, dim, rank)
+    orders = [[added_up, met]]
+    if query_weight is not None:
+        channels = query_weight.shape[0]
+        there, back = (rank, dim, channels), (rank, channels, dim + 1)  # 1: a bias
+        projected = [(queries, dim, channels), (tokens, dim, channels)]
+        narrow = [(rank, tokens, channels), (queries, channels, rank)]
+        orders = [[added_up, there, back, met], [*projected, *narrow]]
+    products = 2 * batch * heads * min(sum(map(math.prod, order)) for order in orders)
+    entries = batch * heads * queries * rank
+    shape = torch.empty(batch, heads, queries, rank, device="meta")
+    least, most = _connectivity_flops(shape, basis, budget, columns, keep, *args)
+    return products + least, products + most + 8 * entries
 
 
 def _attention_backward_errors() -> tuple[Bad, ...]:
@@ -1898,10 +2032,11 @@ OPS: dict[str, Op] = {
            _connectivity_flops, public=_positional(spot_ext.connectivity, 5, *_CHOICE_NAMES),
            weights=(1,), large="twelve ViT images"),
         Op("predict_connectivity",
-           _positional(spot_ext.predict_connectivity_reference, 7, *_CHOICE_NAMES),
+           _positional(spot_ext.predict_connectivity_reference, 0, *_PREDICTION_NAMES),
            tuple(Sample(p.name, p.args, p.traced) for p in _PREDICTION), _prediction_errors(),
-           _prediction_flops, public=_positional(spot_ext.predict_connectivity, 7, *_CHOICE_NAMES),
-           weights=(3,), large="twelve images"),
+           _prediction_flops,
+           public=_positional(spot_ext.predict_connectivity, 0, *_PREDICTION_NAMES),
+           weights=tuple(range(2, 8)), large="twelve images"),
         Op("sparse_attention", sparse_reference,
            tuple(Sample(a.name, a.args, a.traced) for a in _SPARSE), _sparse_errors(),
            _sparse_flops, grads=(0, 1, 2, 4), exact=False,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from helpers import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from op_table import clear_of_rounding, exact_values
+from op_table import clear_of_rounding, exact_values, rounding_of_logits
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from spot_ext import (
     connectivity,
@@ -238,13 +241,15 @@ def predicted(
     return (2 * logits).softmax(-1).to(device, dtype), basis.to(device, dtype)
 
 
-def exact_approx(coefficients: Tensor, basis: Tensor, coef_topk: int | None) -> Tensor:
+def exact_approx(
+    coefficients: Tensor, basis: Tensor, coef_topk: int | None, columns: Tensor | None = None
+) -> Tensor:
     """The sums in float64, of the coefficients that count."""
-    coef = coefficients.double()
+    coef, basis = coefficients.double(), basis.double()
     if coef_topk is not None:
         least = coef.sort(dim=-1, descending=True, stable=True).indices[..., coef_topk:]
         coef = coef.scatter(-1, least, 0.0)
-    return coef @ basis.double()
+    return coef @ (basis if columns is None else basis[:, columns].transpose(0, 1)[:, None])
 
 
 def assert_only_near_the_cut(index: Tensor, approx: Tensor, budget: int, margin: Tensor) -> None:
@@ -581,161 +586,475 @@ def test_autocast_rounds_what_it_is_given(ambient: torch.dtype, device: torch.de
 # ---- coefficients made inside --------------------------------------------------------------------
 
 
-# Of the last place of the cut: logits of a few units are off by some, as are exponentials then.
+# Of the last place of the cut: exponentials and sums of a row are off by some.
 UNITS = 16
+# Channels, of 32 a head and 32 coefficients, and so which of the two orders of products is taken.
+ORDERS = {"no projections": None, "projected first": 8, "added up first": 96}
+by_order = pytest.mark.parametrize("channels", ORDERS.values(), ids=ORDERS)
 
 
 def operands(
-    count: int, dtype: torch.dtype, device: Any, batch: int = 2, rank: int = 32, dim: int = 32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, keys, bias and basis as a predictor has them: queries of a fused projection."""
-    packed = random(f"q {count}", (batch, count, 3, 6, dim), dtype, device)
-    joint = random(f"keys {count}", (batch, rank, 6, dim + 1), torch.float64) * 2 * dim**-0.5
-    joint = joint.to(device, dtype)
-    _, basis = predicted(count, dtype, device, batch=1, rank=rank)
-    return packed[:, 1:, 0], joint[..., :-1], joint[..., -1], basis
+    count: int, dtype: torch.dtype, device: Any, channels: int | None, batch: int = 2,
+    rank: int = 32, dim: int = 32, heads: int = 6,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Arguments as a predictor has them: queries and keys of a fused projection, a class token."""
+
+    def normal(name: str, *shape: int, scale: float = 1.0) -> Tensor:
+        drawn = random(f"{name} {count} {channels}", shape, torch.float64)
+        return (scale * drawn).to(device, dtype)
+
+    packed = normal("qkv", batch, count, 3, heads, dim)
+    values = {
+        "q": packed[:, 1:, 0], "k": packed[:, :, 1],
+        "down": normal("down", count, rank, scale=2 * count**-0.5),
+        "basis": predicted(count, dtype, device, batch=1, rank=rank)[1],
+    }  # fmt: skip
+    if channels is not None:
+        for name in ("query", "key"):
+            values[f"{name}_weight"] = normal(name, channels, dim, scale=dim**-0.5)
+            values[f"{name}_bias"] = normal(f"{name} bias", channels, scale=0.5)
+    return values
 
 
-def exact_logits(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """[B, H, N-P, R] in float64."""
-    logits = torch.einsum("bihd,brhd->bhir", q.double(), keys.double())
-    return logits if bias is None else logits + bias.double().transpose(1, 2)[:, :, None]
+def exact_logits(
+    values: dict[str, Tensor],
+    columns: Tensor | None = None,
+    keep: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, float]:
+    """[B, H, N-P, R] in float64, and what plain products lose in `dtype`."""
+    projections = (values.get(f"{x}_{y}") for x in ("query", "key") for y in ("weight", "bias"))
+    tokens = values["q"], values["k"], values["down"]
+    return rounding_of_logits(*tokens, *projections, columns, keep, scale, dtype=dtype)
 
 
-@given(cases(), st.sampled_from(FLOATING), st.booleans(), st.integers(1, 40))
-def test_predicted_sets_are_those_of_exact_coefficients(
-    device: torch.device, case: dict[str, Any], dtype: torch.dtype, biased: bool, dim: int
+def assert_predicted_near_the_cut(
+    values: dict[str, Tensor],
+    budgets: Iterable[int],
+    columns: Tensor | None = None,
+    keep: Tensor | None = None,
+    coef_topk: int | None = None,
 ) -> None:
+    """Sets are those of exact coefficients but for columns within rounding of the cut."""
+    wide = torch.promote_types(values["q"].dtype, torch.float32)
+    eps = torch.finfo(wide).eps
+    logits, loss = exact_logits(values, columns, keep, dtype=wide)
+    approx = exact_approx(logits.softmax(-1), values["basis"], coef_topk, columns)
+    if keep is not None:
+        dropped = F.pad(keep == 0, (1, 0))  # after the class token
+        approx = approx.masked_fill(dropped[:, None, None], -math.inf)
+    # Twice what plain products lose, of two columns or coefficients that are compared.
+    relative = UNITS * eps + 4 * loss
+    clear = torch.ones_like(logits[..., 0], dtype=torch.bool)
+    if coef_topk is not None and coef_topk < logits.shape[-1]:
+        best = logits.sort(dim=-1, descending=True).values
+        last, next_ = best[..., coef_topk - 1], best[..., coef_topk]
+        clear = (last - next_ > relative) | ((last == 0) & (next_ == 0))
+        assert clear.sum() >= 0.95 * clear.numel()
+    for budget in budgets:
+        index = predict_connectivity(**values, budget=budget, columns=columns, keep=keep,
+                                     coef_topk=coef_topk)  # fmt: skip
+        rows_of(index)
+        cut = approx.sort(dim=-1, descending=True).values[..., budget - 1 : budget]
+        margin = relative * cut.abs()
+        near = (approx != 0) & (approx != cut) & ((approx - cut).abs() < margin)
+        assert near.sum() <= 0.01 * near.numel(), "nothing to tell"
+        assert_only_near_the_cut(
+            index, approx, budget, margin.masked_fill(~clear[..., None], math.inf)
+        )
+
+
+def coefficients_by_hand(
+    q: Tensor, k: Tensor, down: Tensor, projections: tuple[Tensor, ...] | None,
+    columns: Tensor | None, keep: Tensor | None, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Token by token, in float64."""
+    q, k, down = q.double(), k.double(), down.double()
+    batch, queries, heads, width = q.shape
+    tokens = k.shape[1]
+    result = q.new_zeros(batch, heads, queries, down.shape[1])
+    for b, h in itertools.product(range(batch), range(heads)):
+        query, key = q[b, :, h], k[b, :, h]
+        if projections is not None:
+            to_query, plus_query, to_key, plus_key = (x.double() for x in projections)
+            query, key = query @ to_query.mT + plus_query, key @ to_key.mT + plus_key
+            width = len(plus_query)
+        sums = q.new_zeros(down.shape[1], key.shape[1])
+        for j in range(tokens):
+            patch = j - (tokens - queries)
+            if keep is not None and patch >= 0 and keep[b, patch] == 0:
+                continue
+            sums += torch.outer(down[j if columns is None else columns[b, j]], key[j])
+        factor = 1 / math.sqrt(max(width, 1)) if scale is None else scale
+        result[b, h] = (factor * query @ sums.mT).softmax(-1)
+    return result
+
+
+def test_either_order_of_products_is_tried(device: torch.device) -> None:
+    """Of the sizes that the tests below have, down to a single query."""
+    for count, queries in ((50, 49), (70, 1), (197, 196)):
+        counted = {}
+        for channels in (8, 96):
+            values = operands(count, torch.float32, device, channels, batch=1, heads=1)
+            with FlopCounterMode(display=False) as counter:
+                predict_connectivity(**(values | {"q": values["q"][:, :queries]}), budget=1)
+            counted[channels] = counter.get_total_flops() - 2 * queries * 32 * count
+        projecting = 2 * (queries + count) * (32 + 32)  # for each channel
+        assert counted[8] == 8 * projecting and counted[96] < 96 * projecting
+
+
+@given(
+    cases(), st.sampled_from(FLOATING), st.sampled_from([0, 1, 2, 4, 7, 16, 33]),
+    st.sampled_from([None, None, 0, 1, 3, 8, 17]), st.sampled_from([None, None, 0.3, -1.0]),
+)  # fmt: skip
+def test_predicted_sets_are_those_of_exact_coefficients(
+    device: torch.device, case: dict[str, Any], dtype: torch.dtype, dim: int,
+    channels: int | None, scale: float | None,
+) -> None:  # fmt: skip
     """Of the same basis, columns, mask and thresholds, wherever rounding has no say."""
     values = build(case | {"odd": ""}, dtype, device)
     del values["coefficients"]
-    sizes, seed, layout = (case["batch"], case["heads"], dim), case["seed"], case["layout"]
-    q = random(f"q {seed}", (sizes[0], case["queries"], *sizes[1:]), dtype, device)
-    keys = random(f"keys {seed}", (sizes[0], case["rank"], *sizes[1:]), dtype, device)
-    bias = random(f"bias {seed}", keys.shape[:3], dtype, device) if biased else None
-    q, keys = lay_out(q * dim**-0.5, layout), lay_out(keys, layout)
-    bias = None if bias is None else lay_out(bias, layout)
-    assume(clear_of_rounding(q, keys, bias, **values))
-    values["basis"] = values["basis"].double()
-    expected = connectivity(exact_logits(q, keys, bias).softmax(-1), **values)
-    values["basis"] = values["basis"].to(dtype)
-    assert_same_bits(predict_connectivity(q, keys, bias, **values), expected)
-    assert_same_bits(predict_connectivity_reference(q, keys, bias, **values), expected)
+    sizes, layout = (case["batch"], case["heads"], dim), case["layout"]
+
+    def normal(name: str, *shape: int) -> Tensor:
+        return random(f"{name} {case['seed']}", shape, dtype, device)
+
+    q = lay_out(normal("q", sizes[0], case["queries"], *sizes[1:]), layout)
+    k = lay_out(normal("k", sizes[0], case["in_play"], *sizes[1:]), layout)
+    down = lay_out(normal("down", values["basis"].shape[1], case["rank"]) / 2, layout)
+    projections = None
+    names = "query_weight", "query_bias", "key_weight", "key_bias"
+    if channels is not None:
+        shapes = ((channels, dim), (channels,)) * 2
+        drawn = (normal(n, *shape) / 2 for n, shape in zip(names, shapes, strict=True))
+        projections = tuple(lay_out(x, layout) for x in drawn)
+    given_weights = dict(zip(names, projections or (None,) * 4, strict=True))
+    rest = {name: values.pop(name) for name in ("coef_topk", "threshold")}
+    options = {"scale": scale, **rest}
+    assume(clear_of_rounding(q, k, down, **given_weights, **values, **options))
+    coefficients = coefficients_by_hand(
+        q, k, down, projections, values["columns"], values["keep"], scale
+    )
+    wide = values | {"basis": values["basis"].double()}
+    expected = connectivity(coefficients, **wide, **rest)
+    for function in (predict_connectivity, predict_connectivity_reference):
+        assert_same_bits(function(q, k, down, **given_weights, **values, **options), expected)
 
 
+@by_order
 @pytest.mark.parametrize("coef_topk", [None, 8])
 @pytest.mark.parametrize("count", [65, 197, 577])
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_predicted_sets_differ_only_near_the_cut(
-    dtype: torch.dtype, count: int, coef_topk: int | None, device: torch.device
+    dtype: torch.dtype,
+    count: int,
+    coef_topk: int | None,
+    channels: int | None,
+    device: torch.device,
 ) -> None:
     """Coefficients are those of float32 for 16 bits too: nothing is rounded on the way."""
-    q, keys, bias, basis = operands(count, dtype, device, batch=1)
-    logits = exact_logits(q, keys, bias)
-    approx = exact_approx(logits.softmax(-1), basis, coef_topk)
-    wide = torch.promote_types(dtype, torch.float32)
-    eps = torch.finfo(wide).eps
-    if coef_topk is not None:  # which coefficients count may hang on rounding too
-        best = logits.sort(dim=-1, descending=True).values
-        clear = best[..., coef_topk - 1] - best[..., coef_topk] > 64 * eps
-        assert clear.double().mean() > 0.99
-    for budget in (1, -(-count // 4), -(-count // 2)):
-        index = predict_connectivity(q, keys, bias, basis, budget, coef_topk=coef_topk)
-        rows_of(index)
-        cut = approx.sort(dim=-1, descending=True).values[..., budget - 1 : budget]
-        margin = UNITS * eps * cut.abs()
-        if coef_topk is not None:
-            margin = margin.masked_fill(~clear[..., None], math.inf)
-        assert_only_near_the_cut(index, approx, budget, margin)
+    values = operands(count, dtype, device, channels, batch=1)
+    budgets = 1, -(-count // 4), -(-count // 2)
+    assert_predicted_near_the_cut(values, budgets, coef_topk=coef_topk)
 
 
-def test_no_bias_is_a_bias_of_zero(device: torch.device) -> None:
+AROUND = 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 130
+SIZES = {
+    "head dim": [{"dim": dim, "channels": c} for dim in AROUND for c in (None, 3, 80)],
+    "channels": [{"dim": dim, "channels": c} for c in (0, *AROUND) for dim in (16, 40)],
+    "rank": [{"rank": rank, "channels": c} for rank in AROUND for c in (None, 3, 80)],
+    "tokens": [
+        {"count": count, "channels": c, "dim": 5, "rank": 11, "heads": 1}
+        for count in (*AROUND, 127, 129, 191, 192, 193, 255, 256, 257, 385)
+        for c in (None, 3, 40)
+    ],
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_predicted_for_every_size(what: str, dtype: torch.dtype, device: torch.device) -> None:
+    for number, sizes in enumerate(SIZES[what]):
+        size = {"count": 40, "dim": 24, "rank": 20, "batch": 2, "heads": 2} | sizes
+        values = operands(dtype=dtype, device=device, **size)
+        count, columns, keep = size["count"], None, None
+        if number % 2:
+            keep = (torch.rand((2, count - 1), generator=generator(f"{sizes}")) < 0.6).to(device)
+            keep = keep.to(dtype)
+        if number % 4 > 1 and count > 1:
+            order = random_index(f"{sizes}", 2, count, count - count // 4, "shuffled", device)
+            values |= {"q": values["q"][:, : order.shape[1] - 1],
+                       "k": values["k"][:, : order.shape[1]]}  # fmt: skip
+            columns, keep = order, None if keep is None else keep[:, : order.shape[1] - 1]
+        in_play = values["k"].shape[1]
+        fewest = in_play if keep is None else 1 + int(keep.sum(1).min())
+        budgets = {1, -(-fewest // 3), fewest}
+        assert_predicted_near_the_cut(values, budgets, columns, keep, (None, 3)[number % 3 > 0])
+
+
+@by_order
+def test_channels_of_zeros_change_nothing(channels: int | None, device: torch.device) -> None:
+    """Nor the other order of products, which they make worth while."""
+    values = operands(70, torch.float64, device, channels)
+    expected = predict_connectivity(**values, budget=18, coef_topk=8)
+    if channels is None:  # as with weights that change nothing
+        channels = 32
+        for name in ("query", "key"):
+            values[f"{name}_weight"] = torch.eye(32, dtype=torch.float64, device=device)
+            values[f"{name}_bias"] = torch.zeros(32, dtype=torch.float64, device=device)
+        assert_same_bits(predict_connectivity(**values, budget=18, coef_topk=8), expected)
+    scale = channels**-0.5
+    for more in (1, 3, 10, 30, 200):
+        wider = dict(values)
+        for name in ("query", "key"):
+            weight, bias = values[f"{name}_weight"], values[f"{name}_bias"]
+            wider[f"{name}_weight"] = F.pad(weight, (0, 0, 0, more))
+            wider[f"{name}_bias"] = F.pad(bias, (0, more))
+        index = predict_connectivity(**wider, budget=18, scale=scale, coef_topk=8)
+        assert_same_bits(index, expected)
+
+
+@by_order
+def test_the_default_scale(channels: int | None, device: torch.device) -> None:
     for dtype in FLOATING:
-        q, keys, bias, basis = operands(70, dtype, device)
-        index = predict_connectivity(q, keys, None, basis, 18, coef_topk=8)
-        zero = torch.zeros_like(bias)
-        assert_same_bits(predict_connectivity(q, keys, zero, basis, 18, coef_topk=8), index)
-        assert not torch.equal(predict_connectivity(q, keys, bias, basis, 18, coef_topk=8), index)
+        values = operands(70, dtype, device, channels)
+        width = 32 if channels is None else channels
+        index = predict_connectivity(**values, budget=18, coef_topk=8)
+        for scale, same in ((width**-0.5, True), (1.0, False), (-(width**-0.5), False)):
+            other = predict_connectivity(**values, budget=18, scale=scale, coef_topk=8)
+            assert torch.equal(other, index) == same
+        flat = predict_connectivity(**values, budget=18, scale=0.0, coef_topk=8)
+        even = torch.full((2, 6, 69, 32), 1 / 32, dtype=dtype, device=device)
+        assert_same_bits(flat, connectivity(even, values["basis"], 18, coef_topk=8))
 
 
-def test_predicted_alone_as_in_the_batch(device: torch.device) -> None:
+@pytest.mark.parametrize("name", ["query_weight", "query_bias", "key_weight", "key_bias"])
+@pytest.mark.parametrize("channels", [8, 96])
+def test_every_weight_has_a_say(channels: int, name: str, device: torch.device) -> None:
+    values = operands(70, torch.float32, device, channels)
+    index = predict_connectivity(**values, budget=18)
+    other = values | {name: values[name].flip(0)}
+    # Other coefficients for all heads, and other sets for most rows.
+    changed = (predict_connectivity(**other, budget=18) != index).any(-1)
+    assert changed.double().mean() > 0.5
+
+
+@by_order
+def test_predicted_alone_as_in_the_batch(channels: int | None, device: torch.device) -> None:
     """Images, heads and queries know nothing of each other."""
-    q, keys, bias, basis = operands(70, torch.float32, device, batch=3)
-    index = predict_connectivity(q, keys, bias, basis, 18, coef_topk=8)
+    values = operands(70, torch.float32, device, channels, batch=3)
+    index = predict_connectivity(**values, budget=18, coef_topk=8)
+
+    def part(images: slice, heads: slice, queries: slice) -> Tensor:
+        fewer = {"q": values["q"][images, queries, heads], "k": values["k"][images, :, heads]}
+        return predict_connectivity(**(values | fewer), budget=18, coef_topk=8)
+
+    everything = slice(None)
     for b in range(3):
         for h in range(6):
-            one = q[b : b + 1, :, h : h + 1], keys[b : b + 1, :, h : h + 1]
-            alone = predict_connectivity(*one, bias[b : b + 1, :, h : h + 1], basis, 18,
-                                         coef_topk=8)  # fmt: skip
+            alone = part(slice(b, b + 1), slice(h, h + 1), everything)
             assert_same_bits(alone, index[b : b + 1, h : h + 1])
     for first, count in ((0, 1), (3, 1), (68, 1), (5, 33), (17, 52)):
-        some = predict_connectivity(q[:, first : first + count], keys, bias, basis, 18, coef_topk=8)
-        assert_same_bits(some, index[:, :, first : first + count])
+        some = slice(first, first + count)
+        assert_same_bits(part(everything, everything, some), index[:, :, some])
 
 
+@by_order
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize(("count", "batch"), [(197, 1), (65, 3)])
-def test_predicted_with_any_number_of_threads(count: int, batch: int, dtype: torch.dtype) -> None:
-    q, keys, bias, basis = operands(count, dtype, "cpu", batch=batch)
+def test_predicted_with_any_number_of_threads(
+    count: int, batch: int, dtype: torch.dtype, channels: int | None
+) -> None:
+    values = operands(count, dtype, "cpu", channels, batch=batch)
     results = []
     for number in (1, 2, 3, 4):
         with threads(number):
-            budget = -(-count // 4)
-            results.append(predict_connectivity(q, keys, bias, basis, budget, coef_topk=8))
+            results.append(predict_connectivity(**values, budget=-(-count // 4), coef_topk=8))
     for other in results[1:]:
         assert_same_bits(other, results[0])
 
 
+# ---- keys: which are added up --------------------------------------------------------------------
+
+
+@by_order
+@pytest.mark.parametrize("kind", ["some", "shuffled", "repeated"])
+def test_predicted_columns_gather_basis_and_down(
+    kind: str, channels: int | None, device: torch.device
+) -> None:
+    values = operands(70, torch.float32, device, channels, batch=3)
+    if kind == "repeated":
+        columns = torch.randint(0, 70, (3, 41), generator=generator(kind)).to(device)
+    else:
+        columns = random_index(kind, 3, 70, 41, "ascending" if kind == "some" else kind, device)
+    values |= {"q": values["q"][:, :40], "k": values["k"][:, :41]}
+    index = predict_connectivity(**values, budget=11, columns=columns, coef_topk=8)
+    for image in range(3):
+        own, one = columns[image], slice(image, image + 1)
+        gathered = {"q": values["q"][one], "k": values["k"][one], "down": values["down"][own],
+                    "basis": values["basis"][:, own]}  # fmt: skip
+        alone = predict_connectivity(**(values | gathered), budget=11, coef_topk=8)
+        assert_same_bits(index[one], alone)
+        # Rows of down that no token names have no say.
+        odd = values["down"].clone()
+        odd[[t for t in range(70) if t not in own.tolist()]] = math.nan
+        again = predict_connectivity(**(values | {"down": odd}), budget=11, columns=columns,
+                                     coef_topk=8)  # fmt: skip
+        assert_same_bits(again[one], index[one])
+
+
+@by_order
+def test_permuting_tokens_and_columns_permutes_the_sets(
+    channels: int | None, device: torch.device
+) -> None:
+    values = operands(70, torch.float64, device, channels)
+    more = random("no ties", (32, 70), torch.float64, device).abs()
+    values["basis"] = values["basis"] + 1e-3 * more
+    order = random_index("tokens", 2, 70, 70, "shuffled", device)
+    index = predict_connectivity(**values, budget=18, coef_topk=8)
+    rows = order[:, :, None, None].expand(values["k"].shape)
+    moved = values | {"k": values["k"].gather(1, rows)}
+    named = predict_connectivity(**moved, budget=18, columns=order, coef_topk=8)
+    back = order[:, None, None].expand(2, 6, 69, -1).gather(-1, named.long())
+    assert_same_bits(back.sort(-1).values.to(torch.int32), index)
+
+
+@by_order
+def test_predicted_masked_names_the_keys_that_compacted_names(
+    channels: int | None, device: torch.device
+) -> None:
+    """Dropped keys are not added up, and their rows of `down` and columns are not there."""
+    values = operands(70, torch.float64, device, channels)
+    kept = random_index("kept", 2, 69, 40, device=device)
+    keep = torch.zeros(2, 69, device=device).scatter(1, kept, 1)
+    masked = predict_connectivity(**values, budget=18, keep=keep, coef_topk=8)
+    columns = torch.cat([kept.new_zeros(2, 1), kept + 1], dim=1)
+    q, k = (
+        x.gather(1, rows[:, :, None, None].expand(-1, -1, 6, 32))
+        for x, rows in ((values["q"], kept), (values["k"], columns))
+    )
+    fewer = predict_connectivity(**(values | {"q": q, "k": k}), budget=18, columns=columns,
+                                 coef_topk=8)  # fmt: skip
+    assert (fewer >= 0).all()
+    named = columns[:, None, None].expand(2, 6, 40, -1).gather(-1, fewer.long()).int()
+    assert_same_bits(masked.gather(2, kept[:, None, :, None].expand(2, 6, 40, 18)), named)
+    everything = predict_connectivity(**values, budget=18, keep=torch.ones_like(keep), coef_topk=8)
+    assert_same_bits(everything, predict_connectivity(**values, budget=18, coef_topk=8))
+    assert not torch.equal(everything, masked)
+
+
+@by_order
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_dropped_keys_have_no_say(
+    dtype: torch.dtype, channels: int | None, device: torch.device
+) -> None:
+    """Not even with numbers that would spoil all sums."""
+    values = operands(70, dtype, device, channels)
+    keep = (torch.rand((2, 69), generator=generator("mask")) < 0.6).to(device, dtype)
+    index = predict_connectivity(**values, budget=12, keep=keep, coef_topk=8)
+    for value in (math.nan, math.inf, 1e4):
+        k = values["k"].clone()
+        k[:, 1:][keep == 0] = value
+        odd = predict_connectivity(**(values | {"k": k}), budget=12, keep=keep, coef_topk=8)
+        assert_same_bits(odd, index)
+    for kind in FLOATING:
+        other = predict_connectivity(**values, budget=12, keep=keep.to(kind), coef_topk=8)
+        assert_same_bits(other, index)
+
+
+# ---- odd numbers ---------------------------------------------------------------------------------
+
+
+@by_order
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("coef_topk", [None, 8])
 def test_an_odd_query_spoils_its_own_rows(
-    coef_topk: int | None, dtype: torch.dtype, value: float, device: torch.device
+    coef_topk: int | None,
+    dtype: torch.dtype,
+    value: float,
+    channels: int | None,
+    device: torch.device,
 ) -> None:
     """Its logits are infinite or NaN, its coefficients NaN, and so all its columns: ties."""
-    q, keys, bias, basis = operands(50, dtype, device)
-    clean = predict_connectivity(q, keys, bias, basis, 12, coef_topk=coef_topk)
-    odd = q.clone()
+    values = operands(50, dtype, device, channels)
+    clean = predict_connectivity(**values, budget=12, coef_topk=coef_topk)
+    odd = values["q"].clone()
     odd[1, 5, 2, 7] = value
-    index = predict_connectivity(odd, keys, bias, basis, 12, coef_topk=coef_topk)
+    index = predict_connectivity(**(values | {"q": odd}), budget=12, coef_topk=coef_topk)
     assert index[1, 2, 5].tolist() == list(range(12))
     index[1, 2, 5] = clean[1, 2, 5]
     assert_same_bits(index, clean)
 
 
-@pytest.mark.parametrize("where", ["keys", "bias"])
-def test_an_odd_key_spoils_its_head(where: str, device: torch.device) -> None:
-    q, keys, bias, basis = operands(50, torch.float32, device)
-    clean = predict_connectivity(q, keys, bias, basis, 12)
-    odd = {"keys": keys.clone(), "bias": bias.clone()}
-    odd[where][1, 4, 2] = math.nan
-    index = predict_connectivity(q, odd["keys"], odd["bias"], basis, 12)
+@by_order
+@pytest.mark.parametrize("place", [0, 4, 49])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_an_odd_key_spoils_its_head(
+    dtype: torch.dtype, value: float, place: int, channels: int | None, device: torch.device
+) -> None:
+    """Of its image: every sum has it."""
+    values = operands(50, dtype, device, channels)
+    clean = predict_connectivity(**values, budget=12)
+    odd = values["k"].clone()
+    odd[1, place, 2, 7] = value
+    index = predict_connectivity(**(values | {"k": odd}), budget=12)
     assert (index[1, 2] == torch.arange(12, device=device)).all()
     index[1, 2] = clean[1, 2]
     assert_same_bits(index, clean)
 
 
-def test_a_bias_of_minus_infinity_takes_a_key_out(device: torch.device) -> None:
-    q, keys, bias, basis = operands(50, torch.float64, device)
-    bias = bias.clone()
-    bias[:, 9] = -math.inf
-    index = predict_connectivity(q, keys, bias, basis, 12)
-    left = [r for r in range(32) if r != 9]
-    fewer = predict_connectivity(q, keys[:, left], bias[:, left], basis[left], 12)
-    assert_same_bits(index, fewer)
+@pytest.mark.parametrize("name", ["query_weight", "query_bias", "key_weight", "key_bias", "down"])
+@pytest.mark.parametrize("channels", [8, 96])
+def test_an_odd_weight_spoils_everything(channels: int, name: str, device: torch.device) -> None:
+    values = operands(50, torch.float32, device, channels)
+    odd = values[name].clone()
+    odd.view(-1)[1] = math.nan
+    index = predict_connectivity(**(values | {name: odd}), budget=12)
+    assert (index == torch.arange(12, device=device)).all()
 
 
+@by_order
 @pytest.mark.parametrize("dtype", FLOATING)
-def test_large_logits_leave_one_coefficient(dtype: torch.dtype, device: torch.device) -> None:
+def test_large_logits_leave_one_coefficient(
+    dtype: torch.dtype, channels: int | None, device: torch.device
+) -> None:
     """Softmax does not overflow: columns are those of the basis row that wins."""
-    q, keys, bias, basis = operands(50, dtype, device)
-    logits = exact_logits(q * 1000, keys, bias)
+    values = operands(50, dtype, device, channels)
+    values["q"] = values["q"] * 1000
+    logits, loss = exact_logits(values, dtype=torch.promote_types(dtype, torch.float32))
     best = logits.topk(2, dim=-1)
     clear = best.values[..., 0] - best.values[..., 1] > 1000
-    assert clear.double().mean() > 0.1 and logits.max() > 5000
-    index = predict_connectivity(q * 1000, keys, bias, basis, 12)
-    alone = connectivity(torch.eye(32, dtype=dtype, device=device)[None, None], basis, 12)
+    assert clear.double().mean() > 0.1 and logits.max() > 5000 and loss < 1
+    index = predict_connectivity(**values, budget=12)
+    alone = connectivity(torch.eye(32, dtype=dtype, device=device)[None, None], values["basis"], 12)
     assert_same_bits(index[clear], alone[0, 0, best.indices[..., 0]][clear])
+
+
+@by_order
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_sums_of_keys_are_kept_in_float32(
+    dtype: torch.dtype, channels: int | None, device: torch.device
+) -> None:
+    """256 + 1/4 is no number of bfloat16, and 256 * 512 none of float16."""
+    q, k = (torch.zeros(1, n, 1, 32, dtype=dtype, device=device) for n in (49, 50))
+    down = torch.zeros(50, 32, dtype=dtype, device=device)
+    basis = torch.zeros(32, 50, dtype=dtype, device=device)
+    q[..., 0], k[:, :4, :, 0] = 1, torch.tensor([256.0, 0.25, 512, -512], device=device)[:, None]
+    # Sums of 256 and of 256.25, beside 512 * 512 that cancel, and of far less.
+    down[0, :2], down[1, 1], down[2:4, :2] = 1, 1, 512
+    down[0, 2:] = -512
+    basis[0, 2], basis[1, 3] = 1, 1
+    values = {"q": q, "k": k, "down": down, "basis": basis}
+    if channels is not None:
+        eye = torch.eye(channels, 32, dtype=dtype, device=device)
+        values |= {"query_weight": eye, "key_weight": eye, "query_bias": eye[:, -1] * 0,
+                   "key_bias": eye[:, -1] * 0}  # fmt: skip
+    index = predict_connectivity(**values, budget=2, scale=1.0)
+    assert index.tolist() == [[[[2, 3]] * 49]]
+    assert predict_connectivity(**values, budget=1, scale=1.0).tolist() == [[[[3]] * 49]]
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -771,32 +1090,35 @@ import spot_ext
 
 torch.set_num_threads(2)
 
-def stored(q, keys, *rest, **options):
-    coefficients = q.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
-    return spot_ext.connectivity(coefficients, *rest, **options)
+def stored(q, k, down, basis, budget, coef_topk):
+    keys = torch.einsum("nr,bnhd->bhdr", down, k)
+    return spot_ext.connectivity(q.transpose(1, 2) @ keys, basis, budget, coef_topk=coef_topk)
 
-def inside(q, keys, *rest, **options):
-    return spot_ext.predict_connectivity(q, keys, None, *rest, **options)
+def inside(channels):
+    weight, bias = torch.rand(channels, 32) - 0.5, torch.rand(channels)
+    both = dict(query_weight=weight, query_bias=bias, key_weight=weight, key_bias=bias)
+    return lambda *args, **more: spot_ext.predict_connectivity(*args, **both, **more)
 
 found = []
-for call in (inside, stored, spot_ext.predict_connectivity_reference):
+for call in (spot_ext.predict_connectivity, inside(16), inside(96), stored,
+             spot_ext.predict_connectivity_reference):
     for count in (65, 1025):  # the first call warms up
-        q, keys = torch.rand(8, count, 3, 6, 32)[:, 1:, 0], torch.rand(8, 32, 6, 32)
-        more = (None,) if call is spot_ext.predict_connectivity_reference else ()
-        rest = *more, torch.rand(32, count), 50
-        most, index = rise(lambda: call(q, keys, *rest, coef_topk=8))
+        packed = torch.rand(8, count, 3, 6, 32)
+        args = packed[:, 1:, 0], packed[:, :, 1], torch.rand(count, 32), torch.rand(32, count), 50
+        most, index = rise(lambda: call(*args, coef_topk=8))
     found.append(most - 4 * index.numel())
 print(json.dumps(found))
 """
 
 
 def test_no_coefficients_are_ever_in_memory() -> None:
-    """Nor queries whose strides are others: half of their bytes, beside 48 matrices of scores."""
-    inside, stored, reference = json.loads(crash_free(MEASURE_MEMORY + _PREDICTION_SCRATCH))
+    """Nor projections, nor queries and keys whose strides are others: half of the bytes of
+    coefficients, beside 48 matrices of scores."""
+    *inside, stored, reference = json.loads(crash_free(MEASURE_MEMORY + _PREDICTION_SCRATCH))
     coefficients, matrices = 8 * 6 * 1024 * 32 * 4, 8 * 6 * 1024 * 1025 * 4
     assert reference > matrices, "the measurement does not see matrices where there are some"
     assert stored > 0.8 * coefficients, "nor coefficients"
-    assert inside <= 0.5 * coefficients
+    assert len(inside) == 3 and max(inside) <= 0.5 * coefficients, inside
 
 
 _EDGES = """
@@ -806,23 +1128,28 @@ from helpers import guarded
 
 draw = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    for queries, prefix, rank, grid in ((1, 0, 1, 1), (7, 1, 3, 9), (16, 0, 8, 16), (33, 2, 5, 40)):
+    for queries, prefix, rank, grid in ((1, 0, 1, 1), (7, 1, 3, 9), (16, 0, 8, 16), (33, 2, 5, 40),
+                                        (64, 1, 17, 65), (130, 3, 33, 150)):
         coefficients = guarded(torch.randn(2, 3, queries, rank, generator=draw).to(dtype))
         basis = guarded(torch.randn(rank, grid, generator=draw).to(dtype))
         keep = guarded((torch.rand(2, queries, generator=draw) < 0.6).to(dtype))
         columns = torch.stack([torch.randperm(grid, generator=draw)[: queries + prefix]] * 2)
-        for budget in {1, queries, queries + prefix}:
+        for budget in {1, queries, queries + prefix} if queries < 60 else {7}:
             for topk in (None, 2):
                 named = spot_ext.connectivity(coefficients, basis, budget, guarded(columns), keep,
                                               coef_topk=topk)
                 assert named.max() < queries + prefix
-                for dim in (1, 5, 16):
-                    q = guarded(torch.randn(2, queries, 3, dim, generator=draw).to(dtype))
-                    keys = guarded(torch.randn(2, rank, 3, dim, generator=draw).to(dtype))
-                    bias = guarded(torch.randn(2, rank, 3, generator=draw).to(dtype))
-                    named = spot_ext.predict_connectivity(q, keys, bias, basis, budget,
-                                                          guarded(columns), keep, coef_topk=topk)
-                    assert named.max() < queries + prefix
+        for dim, channels in ((1, None), (5, None), (16, 3), (5, 2), (3, 17), (16, 16)):
+            tokens = queries + prefix
+            shapes = (2, queries, 3, dim), (2, tokens, 3, dim), (grid, rank)
+            if channels is not None:
+                shapes += (channels, dim), (channels,), (channels, dim), (channels,)
+            drawn = [guarded(torch.randn(s, generator=draw).to(dtype)) for s in shapes]
+            drawn += [None] * (7 - len(drawn))
+            named = torch.ops.spot.predict_connectivity(
+                *drawn, basis, tokens, guarded(columns) if tokens < grid else None, keep,
+                coef_topk=2)
+            assert named.max() < tokens
         for bad in (grid, -1, 2**31, 2**62, -(2**62)):
             columns[1, -1] = bad
             try:

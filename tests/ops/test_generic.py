@@ -796,7 +796,7 @@ def _cast_by_hand(op: Op, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[An
         "attention_stats": (0, 1, 2),
         "token_relevance": (0, 1, *range(3, 13)),
         "connectivity": (0, 1),
-        "predict_connectivity": (0, 1, 2, 3),
+        "predict_connectivity": tuple(range(8)),
         "sparse_attention": (0, 1, 2),
     }.get(op.name, ())
     assert places or op.exact or op.name.endswith("_backward")
