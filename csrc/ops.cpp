@@ -73,13 +73,14 @@ STABLE_TORCH_LIBRARY(spot, m) {
   m.def(
       "connectivity(Tensor coefficients, Tensor basis, SymInt budget, Tensor? columns=None, "
       "Tensor? keep=None, SymInt? coef_topk=None, float? threshold=None) -> Tensor");
-  // q [B, N-P, H, D], k [B, N, H, D], down [columns, R], weights [c, D] and biases [c] (all or none)
-  // -> the same, of the coefficients softmax(scale q' (down^T k')^T), ' being the projections
+  // q [B, N-P, H, D], k [B, N, H, D], down and up [n, R], weights [c, D] and biases [c] (all or
+  // none), columns in [0, n] -> the same, of the coefficients softmax(scale q' (down^T k')^T), '
+  // being the projections, and of the basis up^T, or |up|^T where it exceeds basis_threshold
   m.def(
       "predict_connectivity(Tensor q, Tensor k, Tensor down, Tensor? query_weight, "
-      "Tensor? query_bias, Tensor? key_weight, Tensor? key_bias, Tensor basis, SymInt budget, "
+      "Tensor? query_bias, Tensor? key_weight, Tensor? key_bias, Tensor up, SymInt budget, "
       "Tensor? columns=None, Tensor? keep=None, float? scale=None, SymInt? coef_topk=None, "
-      "float? threshold=None) -> Tensor");
+      "float? basis_threshold=None, float? threshold=None) -> Tensor");
 
   // q, k, v [B, N, H, D], index [B, H, N-P, K] int32 (-1 behind the last), keep [B, N-P]
   // -> out [B, N, H, D], stats [B, N, H, 6] (empty without need_stats), lse [B, N, H]

@@ -74,7 +74,7 @@ def predict_connectivity(
     q: Tensor,
     k: Tensor,
     down: Tensor,
-    basis: Tensor,
+    up: Tensor,
     budget: int,
     columns: Tensor | None = None,
     keep: Tensor | None = None,
@@ -85,6 +85,7 @@ def predict_connectivity(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     coef_topk: int | None = None,
+    basis_threshold: float | None = None,
     threshold: float | None = None,
 ) -> Tensor:
     """Sparsifiner's predictor: `connectivity` of coefficients that are made of queries and keys.
@@ -93,26 +94,32 @@ def predict_connectivity(
     the token of the full grid that key j is,
 
         coefficients[i, r] = softmax over r of scale * q'[i] . sum_j down[t(j), r] k'[j]
+        basis[r, j]        = |up[j, r]| where that exceeds basis_threshold, otherwise 0
 
-    for each image and head. Neither they nor the projections are stored. The sums are those of
+    for each image and head (METHOD B1). Nothing of this is stored. The sums are those of
     `connectivity` up to the rounding of the coefficients.
 
     Args:
         q: [B, N-P, H, D] queries of the patch tokens; float32, float64, float16 or bfloat16, any
             strides.
         k: [B, N, H, D] keys of all tokens in play, as q.
-        down: [columns, R] as q: a row for each column of the basis.
-        basis: [R, columns]; this and all that follow up to `keep` as in `connectivity`.
-        budget: K.
-        columns: [B, N] int64, or None.
-        keep: [B, N-P], or None: keys of dropped patch tokens are not added up either.
+        down: [n, R] as q: a row for each token of the full grid, prefix first.
+        up: [n, R] as q.
+        budget: K, between 1 and N.
+        columns: [B, N] int64, the token of the full grid that each one in play is; n for those that
+            are none, such as fused tokens: their basis is 0 and their keys are not added up. None
+            when all are there, in order.
+        keep: [B, N-P], or None, as in `connectivity`; keys of dropped patch tokens are not added up
+            either.
         query_weight: [c, D] as q, shared by the heads; this and the next three all or none.
         query_bias: [c].
         key_weight: [c, D].
         key_bias: [c].
         scale: of the logits, by default c**-0.5, or D**-0.5 without weights.
-        coef_topk: or None.
-        threshold: or None.
+        coef_topk: as in `connectivity`.
+        basis_threshold: see above (published code: 2e-2); without it the basis is `up` itself,
+            transposed, whatever its signs.
+        threshold: as in `connectivity`.
 
     Returns:
         [B, H, N-P, K] int32, as `connectivity`.
@@ -122,8 +129,8 @@ def predict_connectivity(
         ValueError: as `connectivity`; some of the projections without the others.
     """
     args = (
-        q, k, down, query_weight, query_bias, key_weight, key_bias, basis, budget, columns, keep,
-        scale, coef_topk, threshold,
+        q, k, down, query_weight, query_bias, key_weight, key_bias, up, budget, columns, keep,
+        scale, coef_topk, basis_threshold, threshold,
     )  # fmt: skip
     if not _check.eager():
         return torch.ops.spot.predict_connectivity(*args)
@@ -131,9 +138,9 @@ def predict_connectivity(
     if _check.has_kernel("predict_connectivity", q):
         return _check.call(torch.ops.spot.predict_connectivity, *args)
     return predict_connectivity_reference(
-        q, k, down, basis, budget, columns, keep,
+        q, k, down, up, budget, columns, keep,
         query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias,
-        scale=scale, coef_topk=coef_topk, threshold=threshold,
+        scale=scale, coef_topk=coef_topk, basis_threshold=basis_threshold, threshold=threshold,
     )  # fmt: skip
 
 
@@ -179,7 +186,7 @@ def predict_connectivity_reference(
     q: Tensor,
     k: Tensor,
     down: Tensor,
-    basis: Tensor,
+    up: Tensor,
     budget: int,
     columns: Tensor | None = None,
     keep: Tensor | None = None,
@@ -190,26 +197,37 @@ def predict_connectivity_reference(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     coef_topk: int | None = None,
+    basis_threshold: float | None = None,
     threshold: float | None = None,
 ) -> Tensor:
     """Definition of `predict_connectivity` in plain PyTorch."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, down = (x.detach().to(wide) for x in (q, k, down))
-    down = down.expand(q.shape[0], -1, -1) if columns is None else down[columns]  # [B, N, R]
+    q, k, down, up = (x.detach().to(wide) for x in (q, k, down, up))
+    if basis_threshold is not None:
+        up = F.threshold(up.abs(), basis_threshold, 0)
+    absent = None  # keys that are not added up, [B, N]
+    if columns is None:
+        down = down.expand(q.shape[0], -1, -1)
+    else:
+        absent = columns == down.shape[0]
+        down, up = (F.pad(x, (0, 0, 0, 1)) for x in (down, up))
+        down = down[columns]  # [B, N, R]
     if query_weight is not None:
         assert query_bias is not None and key_weight is not None and key_bias is not None
         q = F.linear(q, query_weight.detach().to(wide), query_bias.detach().to(wide))
         k = F.linear(k, key_weight.detach().to(wide), key_bias.detach().to(wide))
     if keep is not None:
         dropped = F.pad(keep.detach() == 0, (k.shape[1] - q.shape[1], 0))
-        k = k.masked_fill(dropped[:, :, None, None], 0)
+        absent = dropped if absent is None else absent | dropped
+    if absent is not None:
+        k = k.masked_fill(absent[:, :, None, None], 0)
     keys = torch.einsum("bnr,bnhc->brhc", down, k)
     logits = torch.einsum("bihc,brhc->bhir", q, keys)
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
     coefficients = (logits * scale).softmax(dim=-1)
     return connectivity_reference(
-        coefficients, basis.to(wide), budget, columns, keep,
+        coefficients, up.mT, budget, columns, keep,
         coef_topk=coef_topk, threshold=threshold,
     )  # fmt: skip
 
@@ -225,11 +243,15 @@ def _ranked(x: Tensor) -> Tensor:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_connectivity(coefficients: Tensor, *choice: Any) -> None:
+def _check_connectivity(coefficients: Tensor, basis: Tensor, *choice: Any) -> None:
     _check.tensor("coefficients", coefficients, 4)
     _check.dtype("coefficients", coefficients, _check.FLOATING)
-    sizes = coefficients.shape[0], *coefficients.shape[2:]
-    _check_choice("coefficients", coefficients, sizes, "the coefficients of a row", *choice)
+    _check.tensor("basis", basis, 2)
+    _check.same_dtype("basis", basis, "coefficients", coefficients)
+    _check.device("basis", basis, "coefficients", coefficients)
+    _check.size("basis", basis, 0, coefficients.shape[3], "the coefficients of a row")
+    queries = coefficients.shape[2]
+    _check_choice("coefficients", coefficients, queries, "basis", basis.shape[1], *choice)
 
 
 def _check_prediction(
@@ -240,12 +262,13 @@ def _check_prediction(
     query_bias: Tensor | None,
     key_weight: Tensor | None,
     key_bias: Tensor | None,
-    basis: Tensor,
+    up: Tensor,
     budget: int,
     columns: Tensor | None,
     keep: Tensor | None,
     scale: float | None,
     coef_topk: int | None,
+    basis_threshold: float | None,
     threshold: float | None,
 ) -> None:
     _check.tensor("q", q, 4)
@@ -254,6 +277,9 @@ def _check_prediction(
     for dim, meaning in ((0, "the batch"), (2, "heads"), (3, "the head dim of q")):
         _check.size("k", k, dim, q.shape[dim], meaning)
     _check.tensor("down", down, 2)
+    _check.tensor("up", up, 2)
+    for dim in range(2):
+        _check.size("up", up, dim, down.shape[dim], "as down has")
     projections = {
         "query_weight": query_weight, "query_bias": query_bias, "key_weight": key_weight,
         "key_bias": key_bias,
@@ -268,49 +294,41 @@ def _check_prediction(
         _check.size(name, value, 0, channels, "the channels of query_weight")
         if name.endswith("weight"):
             _check.size(name, value, 1, q.shape[3], "the head dim of q")
-    for name, value in ({"k": k, "down": down} | given).items():
+    for name, value in ({"k": k, "down": down, "up": up} | given).items():
         _check.same_dtype(name, value, "q", q)
         _check.device(name, value, "q", q)
-    sizes = q.shape[0], q.shape[1], down.shape[1]
-    _check_choice(
-        "q", q, sizes, "the columns of down", basis, budget, columns, keep, coef_topk, threshold
-    )
-    _check.size("down", down, 0, basis.shape[1], "the columns of basis")
-    if columns is None:
-        _check.size("k", k, 1, basis.shape[1], "the columns of basis")
-    else:
-        _check.size("k", k, 1, columns.shape[1], "as columns has")
-    if scale is not None:
-        _check.number("scale", scale)
+    choice = budget, columns, keep, coef_topk, threshold
+    in_play = _check_choice("q", q, q.shape[1], "up", up.shape[0], *choice)
+    _check.size("k", k, 1, in_play, "as up has tokens" if columns is None else "as columns has")
+    for name, number in (("scale", scale), ("basis_threshold", basis_threshold)):
+        if number is not None:
+            _check.number(name, number)
 
 
 def _check_choice(
     like_name: str,
     like: Tensor,
-    sizes: tuple[int, int, int],
-    rank_name: str,
-    basis: Tensor,
+    queries: int,
+    grid_name: str,
+    grid: int,
     budget: int,
     columns: Tensor | None,
     keep: Tensor | None,
     coef_topk: int | None,
     threshold: float | None,
-) -> None:
-    """What both ops check besides where coefficients come from; `sizes` are B, N-P and R."""
-    batch, queries, rank = sizes
-    _check.tensor("basis", basis, 2)
-    _check.same_dtype("basis", basis, like_name, like)
-    _check.device("basis", basis, like_name, like)
-    _check.size("basis", basis, 0, rank, rank_name)
-    in_play = basis.shape[1]
+) -> int:
+    """What both ops check besides where coefficients come from, with `grid` columns in all.
+
+    Returns how many are in play.
+    """
+    in_play, name = grid, grid_name
     if columns is not None:
         _check.tensor("columns", columns, 2)
         _check.dtype("columns", columns, torch.int64)
         _check.device("columns", columns, like_name, like)
-        _check.size("columns", columns, 0, batch, "the batch")
-        in_play = columns.shape[1]
+        _check.size("columns", columns, 0, like.shape[0], "the batch")
+        in_play, name = columns.shape[1], "columns"
     if isinstance(queries, int) and isinstance(in_play, int) and queries > in_play:
-        name = "basis" if columns is None else "columns"
         raise ValueError(
             f"{name} must have at least {queries} columns, as {like_name} has queries, "
             f"got {in_play}"
@@ -324,8 +342,9 @@ def _check_choice(
         _check.tensor("keep", keep, 2)
         _check.dtype("keep", keep, _check.FLOATING)
         _check.device("keep", keep, like_name, like)
-        _check.size("keep", keep, 0, batch, "the batch")
+        _check.size("keep", keep, 0, like.shape[0], "the batch")
         _check.size("keep", keep, 1, queries, "the patch tokens")
+    return in_play
 
 
 # ---- fake ----------------------------------------------------------------------------------------
@@ -354,17 +373,18 @@ def _(
     query_bias: Tensor | None,
     key_weight: Tensor | None,
     key_bias: Tensor | None,
-    basis: Tensor,
+    up: Tensor,
     budget: int,
     columns: Tensor | None = None,
     keep: Tensor | None = None,
     scale: float | None = None,
     coef_topk: int | None = None,
+    basis_threshold: float | None = None,
     threshold: float | None = None,
 ) -> Tensor:
     _check_prediction(
-        q, k, down, query_weight, query_bias, key_weight, key_bias, basis, budget, columns, keep,
-        scale, coef_topk, threshold,
+        q, k, down, query_weight, query_bias, key_weight, key_bias, up, budget, columns, keep,
+        scale, coef_topk, basis_threshold, threshold,
     )  # fmt: skip
     batch, queries, heads = q.shape[:3]
     return q.new_empty((batch, heads, queries, budget), dtype=torch.int32)
@@ -415,8 +435,8 @@ def _(
     **kwargs: Any,
 ) -> int:
     """The combination of basis rows, as if the basis were dense."""
-    batch, heads, queries, rank = coefficients
-    return _combination(batch, heads, queries, rank, basis, columns, coef_topk)
+    in_play = basis[1] if columns is None else columns[1]
+    return _combination(*coefficients, in_play, coef_topk)
 
 
 @_register.flops("predict_connectivity")
@@ -428,12 +448,13 @@ def _(
     query_bias: Any,
     key_weight: Any,
     key_bias: Any,
-    basis: Any,
+    up: Any,
     budget: int,
     columns: Any = None,
     keep: Any = None,
     scale: float | None = None,
     coef_topk: int | None = None,
+    basis_threshold: float | None = None,
     threshold: float | None = None,
     **kwargs: Any,
 ) -> int:
@@ -441,7 +462,7 @@ def _(
     batch, queries, heads, _ = q
     channels = None if query_weight is None else query_weight[0]
     made = coefficient_flops(q, k[1], down[1], channels)
-    return made + _combination(batch, heads, queries, down[1], basis, columns, coef_topk)
+    return made + _combination(batch, heads, queries, down[1], k[1], coef_topk)
 
 
 def coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> int:
@@ -457,8 +478,7 @@ def coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> i
 
 
 def _combination(
-    batch: int, heads: int, queries: int, rank: int, basis: Any, columns: Any, topk: int | None
+    batch: int, heads: int, queries: int, rank: int, in_play: int, topk: int | None
 ) -> int:
-    in_play = basis[1] if columns is None else columns[1]
     used = rank if topk is None else min(topk, rank)
     return 2 * batch * heads * queries * used * in_play

@@ -18,18 +18,13 @@ struct ConnectivityShape {
   int64_t num_prefix() const { return num_columns - num_queries; }
 };
 
-// What both ops check besides where coefficients come from; B, H, Q and R are in `s`.
+// What both ops check besides where coefficients come from; B, H, Q and R are in `s`, and the
+// columns of the full grid, which is a size of `grid_name`.
 inline ConnectivityShape check_choice(const char* op, ConnectivityShape s, const char* like_name,
-                                      const Tensor& like, const char* rank_name,
-                                      const Tensor& basis, int64_t budget,
+                                      const Tensor& like, const char* grid_name, int64_t budget,
                                       const std::optional<Tensor>& columns,
                                       const std::optional<Tensor>& keep,
                                       std::optional<int64_t> coef_topk) {
-  check_rank(op, "basis", basis, 2);
-  check_dtype(op, "basis", basis, like.scalar_type());
-  check_same_device(op, "basis", basis, like_name, like);
-  check_size(op, "basis", basis, 0, s.rank, rank_name);
-  s.num_columns = basis.size(1);
   if (columns) {
     check_rank(op, "columns", *columns, 2);
     check_dtype(op, "columns", *columns, ScalarType::Long);
@@ -37,9 +32,9 @@ inline ConnectivityShape check_choice(const char* op, ConnectivityShape s, const
     check_size(op, "columns", *columns, 0, s.batch, "the batch");
     s.num_columns = columns->size(1);
   }
-  SPOT_CHECK(s.num_columns <= INT32_MAX, op, "basis may have at most 2^31 - 1 columns, got ",
+  SPOT_CHECK(s.num_columns <= INT32_MAX, op, grid_name, " may have at most 2^31 - 1 columns, got ",
              s.num_columns);
-  SPOT_CHECK(s.num_queries <= s.num_columns, op, columns ? "columns" : "basis",
+  SPOT_CHECK(s.num_queries <= s.num_columns, op, columns ? "columns" : grid_name,
              " must have at least ", s.num_queries, " columns, as ", like_name,
              " has queries, got ", s.num_columns);
   SPOT_CHECK(budget >= 1 && budget <= s.num_columns, op, "budget must be between 1 and ",
@@ -65,15 +60,19 @@ inline ConnectivityShape check_connectivity(const char* op, const Tensor& coeffi
                                             std::optional<int64_t> coef_topk) {
   check_rank(op, "coefficients", coefficients, 4);
   dtype_slot(op, "coefficients", coefficients);
+  check_rank(op, "basis", basis, 2);
+  check_dtype(op, "basis", basis, coefficients.scalar_type());
+  check_same_device(op, "basis", basis, "coefficients", coefficients);
+  check_size(op, "basis", basis, 0, coefficients.size(3), "the coefficients of a row");
   const ConnectivityShape s{coefficients.size(0),
                             coefficients.size(1),
                             coefficients.size(2),
                             coefficients.size(3),
-                            0,
+                            basis.size(1),
                             0,
                             0};
-  return check_choice(op, s, "coefficients", coefficients, "the coefficients of a row", basis,
-                      budget, columns, keep, coef_topk);
+  return check_choice(op, s, "coefficients", coefficients, "basis", budget, columns, keep,
+                      coef_topk);
 }
 
 // Both projections, to as many channels; or none.
@@ -110,7 +109,7 @@ struct Projections {
 inline ConnectivityShape check_predict_connectivity(const char* op, const Tensor& q,
                                                     const Tensor& k, const Tensor& down,
                                                     const Projections& projections,
-                                                    const Tensor& basis, int64_t budget,
+                                                    const Tensor& up, int64_t budget,
                                                     const std::optional<Tensor>& columns,
                                                     const std::optional<Tensor>& keep,
                                                     std::optional<int64_t> coef_topk) {
@@ -122,15 +121,17 @@ inline ConnectivityShape check_predict_connectivity(const char* op, const Tensor
   check_size(op, "k", k, 0, q.size(0), "the batch");
   check_size(op, "k", k, 2, q.size(2), "heads");
   check_size(op, "k", k, 3, q.size(3), "the head dim of q");
-  check_rank(op, "down", down, 2);
-  check_dtype(op, "down", down, q.scalar_type());
-  check_same_device(op, "down", down, "q", q);
+  for (const auto& [name, matrix] : {std::pair{"down", &down}, std::pair{"up", &up}}) {
+    check_rank(op, name, *matrix, 2);
+    check_dtype(op, name, *matrix, q.scalar_type());
+    check_same_device(op, name, *matrix, "q", q);
+  }
+  for (int64_t d = 0; d < 2; ++d) check_size(op, "up", up, d, down.size(d), "as down has");
   projections.check(op, q);
   const ConnectivityShape s =
-      check_choice(op, {q.size(0), q.size(2), q.size(1), down.size(1), 0, 0, 0}, "q", q,
-                   "the columns of down", basis, budget, columns, keep, coef_topk);
-  check_size(op, "down", down, 0, basis.size(1), "the columns of basis");
-  check_size(op, "k", k, 1, s.num_columns, columns ? "as columns has" : "the columns of basis");
+      check_choice(op, {q.size(0), q.size(2), q.size(1), up.size(1), up.size(0), 0, 0}, "q", q,
+                   "up", budget, columns, keep, coef_topk);
+  check_size(op, "k", k, 1, s.num_columns, columns ? "as columns has" : "as up has tokens");
   return s;
 }
 
@@ -149,13 +150,13 @@ inline bool projects_first(const ConnectivityShape& s, int64_t head_dim, int64_t
          both * s.rank * head_dim + s.rank * channels * (2 * head_dim + 1);
 }
 
-// Names the first of `columns`, dense and in host memory, that is out of range.
-inline void check_columns(const char* op, const Tensor& columns, int64_t num_basis) {
+// Names the first of `columns`, dense and in host memory, that is out of range: [0, end).
+inline void check_columns(const char* op, const Tensor& columns, int64_t end, const char* meaning) {
   const int64_t* data = static_cast<const int64_t*>(columns.const_data_ptr());
   for (int64_t i = 0; i < columns.size(0) * columns.size(1); ++i)
-    SPOT_CHECK(data[i] >= 0 && data[i] < num_basis, op, "columns must be in [0, ", num_basis,
-               ") (the columns of basis), got ", data[i], " at columns[", i / columns.size(1), ", ",
-               i % columns.size(1), "]");
+    SPOT_CHECK(data[i] >= 0 && data[i] < end, op, "columns must be in [0, ", end, ") (", meaning,
+               "), got ", data[i], " at columns[", i / columns.size(1), ", ", i % columns.size(1),
+               "]");
 }
 
 }  // namespace spot

@@ -99,8 +99,11 @@ struct ConnectivityArgs {
   int64_t head_dim, channels;
   bool projects_first;  // before keys are added up, rather than behind it
   double scale;
-  const void* basis;  // [R, columns], any strides
+  const void* basis;  // [R, n], any strides
   int64_t basis_row, basis_column;
+  bool magnitudes;  // the basis is |basis| where that exceeds the next, else 0
+  double basis_threshold;
+  int64_t num_places;      // n; a column n is one of zeros
   const int64_t* columns;  // [B, N], dense, in range; or null
   const uint8_t* keep;     // [B, Q], dense, or null
   int64_t num_heads, num_queries, rank, num_columns, budget, used;

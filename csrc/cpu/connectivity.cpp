@@ -9,19 +9,17 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// What both ops share; `args` says where coefficients come from.
-Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args,
-              const Tensor& basis, const std::optional<Tensor>& columns,
-              const std::optional<Tensor>& keep, std::optional<double> threshold) {
-  SPOT_CHECK(basis.is_cpu(), op, "basis must be on the CPU");
-  const Dtype dtype = dtype_slot(op, "basis", basis);
-  Tensor index = empty_on(basis, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
+// What both ops share; `args` says where coefficients and basis come from.
+Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args, const Tensor& like,
+              const std::optional<Tensor>& columns, const char* columns_meaning,
+              int64_t columns_end, const std::optional<Tensor>& keep,
+              std::optional<double> threshold) {
+  SPOT_CHECK(like.is_cpu(), op, "arguments must be on the CPU");
+  const Dtype dtype = dtype_slot(op, "basis", like);
+  Tensor index = empty_on(like, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
   const Tensor places = columns ? dense(*columns) : index;
-  if (columns) check_columns(op, places, basis.size(1));
+  if (columns) check_columns(op, places, columns_end, columns_meaning);
   const std::vector<uint8_t> kept = keep ? read_keep(op, *keep) : std::vector<uint8_t>{};
-  args.basis = basis.const_data_ptr();
-  args.basis_row = basis.stride(0);
-  args.basis_column = basis.stride(1);
   args.columns = columns ? static_cast<const int64_t*>(places.const_data_ptr()) : nullptr;
   args.keep = keep ? kept.data() : nullptr;
   args.num_heads = s.num_heads;
@@ -50,19 +48,25 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   ConnectivityArgs args{};
   args.coefficients = coefficients.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.coefficients_strides[d] = coefficients.stride(d);
-  return choose(op, s, args, basis, columns, keep, threshold);
+  args.basis = basis.const_data_ptr();
+  args.basis_row = basis.stride(0);
+  args.basis_column = basis.stride(1);
+  args.num_places = basis.size(1);
+  return choose(op, s, args, coefficients, columns, "the columns of basis", args.num_places, keep,
+                threshold);
 }
 
 Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down,
                             std::optional<Tensor> query_weight, std::optional<Tensor> query_bias,
                             std::optional<Tensor> key_weight, std::optional<Tensor> key_bias,
-                            const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
+                            const Tensor& up, int64_t budget, std::optional<Tensor> columns,
                             std::optional<Tensor> keep, std::optional<double> scale,
-                            std::optional<int64_t> coef_topk, std::optional<double> threshold) {
+                            std::optional<int64_t> coef_topk, std::optional<double> basis_threshold,
+                            std::optional<double> threshold) {
   const char* op = "predict_connectivity";
   const Projections given{query_weight, query_bias, key_weight, key_bias};
   const ConnectivityShape s =
-      check_predict_connectivity(op, q, k, down, given, basis, budget, columns, keep, coef_topk);
+      check_predict_connectivity(op, q, k, down, given, up, budget, columns, keep, coef_topk);
   ConnectivityArgs args{};
   args.q = head_rows(q);
   args.k = head_rows(k);
@@ -82,7 +86,14 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
     args.key_bias = weights[3].const_data_ptr();
     args.projects_first = projects_first(s, args.head_dim, args.channels);
   }
-  return choose(op, s, args, basis, columns, keep, threshold);
+  args.basis = up.const_data_ptr();
+  args.basis_row = up.stride(1);
+  args.basis_column = up.stride(0);
+  args.magnitudes = basis_threshold.has_value();
+  args.basis_threshold = basis_threshold.value_or(0);
+  args.num_places = up.size(0);
+  return choose(op, s, args, q, columns, "the tokens of up, and behind them none",
+                args.num_places + 1, keep, threshold);
 }
 
 }  // namespace

@@ -84,12 +84,23 @@ class Chooser {
       count_ += c < prefix || !a_.keep || a_.keep[b * a_.num_queries + c - prefix];
     }
     padded_ = round_up(count_, kL);
-    const T* basis = static_cast<const T*>(a_.basis);
-    pack_columns(tiles(), count_, a_.rank, m_.basis, m_.coefficients.staged, [&](int64_t c, A* to) {
-      stage_row(basis + m_.places[c] * a_.basis_column, a_.basis_row, a_.rank, to,
-                round_up(a_.rank, kL));
-    });
+    pack_columns(tiles(), count_, a_.rank, m_.basis, m_.coefficients.staged,
+                 [&](int64_t c, A* to) { stage_basis(m_.places[c], to); });
     measure();
+  }
+
+  // One column of the basis, as a row of whole vectors.
+  void stage_basis(int64_t place, A* to) const {
+    const int64_t padded = round_up(a_.rank, kL);
+    const bool none = place == a_.num_places;
+    const T* column = static_cast<const T*>(a_.basis) + (none ? 0 : place * a_.basis_column);
+    stage_row(column, a_.basis_row, none ? 0 : a_.rank, to, padded);
+    if (!a_.magnitudes) return;
+    const Vec<A> least = splat(static_cast<A>(a_.basis_threshold)), zero = {};
+    for (int64_t r = 0; r < padded; r += kL) {
+      const Vec<A> x = vec_load(to + r), size = x < 0 ? -x : x;
+      vec_store(to + r, size <= least ? zero : size);
+    }
   }
 
   // Columns that are combined together.

@@ -106,45 +106,55 @@ class HeadKeys {
   }
 
   void add_up(int64_t b, int64_t h) {
-    const Rows<T> keys(a_.k, b, h);
-    const T* down = static_cast<const T*>(a_.down);
-    const int64_t prefix = a_.num_columns - a_.num_queries;
     std::memset(static_cast<void*>(m_.keys), 0,
                 static_cast<std::size_t>(a_.rank * s_.depth_row) * sizeof(A));
     for (int64_t i = 0; i < s_.rank_row; ++i) m_.mass[i] = 0;
-    if constexpr (std::is_same_v<T, A>)
-      if (a_.down_rank == 1 && !a_.columns && !a_.keep) {
-        for (int64_t first = 0; first < a_.num_columns; first += kTokenBlock) {
-          const int64_t left = a_.num_columns - first,
-                        count = left < kTokenBlock ? left : kTokenBlock;
-          for (int64_t t = 0; t < count; ++t)
-            stage_token(keys, first + t, m_.tokens + t * s_.input_row);
-          add_block(count, down + first * a_.down_row, a_.down_row);
-        }
-        return;
-      }
+    const Rows<T> keys(a_.k, b, h);
+    if constexpr (std::is_same_v<T, A>) {
+      if (a_.down_rank == 1 && !a_.columns && !a_.keep) return add_in_place(keys);
+    }
+    add_copies(keys, b);
+  }
+
+  // All tokens; rows of `down` are read where they are.
+  void add_in_place(const Rows<T>& keys) {
+    for (int64_t first = 0; first < a_.num_columns; first += kTokenBlock) {
+      const int64_t left = a_.num_columns - first, count = left < kTokenBlock ? left : kTokenBlock;
+      for (int64_t t = 0; t < count; ++t) copy_token(keys, first + t, t);
+      add_block(static_cast<const A*>(a_.down) + first * a_.down_row, a_.down_row, count);
+    }
+  }
+
+  // Those tokens of image b that are of the grid and not dropped.
+  void add_copies(const Rows<T>& keys, int64_t b) {
+    const int64_t prefix = a_.num_columns - a_.num_queries;
     int64_t count = 0;
     for (int64_t t = 0; t < a_.num_columns; ++t) {
       if (a_.keep && t >= prefix && !a_.keep[b * a_.num_queries + t - prefix]) continue;
       const int64_t place = a_.columns ? a_.columns[b * a_.num_columns + t] : t;
-      stage_row(down + place * a_.down_row, a_.down_rank, a_.rank, m_.down + count * s_.rank_row,
-                s_.rank_row);
-      stage_token(keys, t, m_.tokens + count * s_.input_row);
-      if (++count == kTokenBlock) add_block(count, m_.down, s_.rank_row), count = 0;
+      if (place == a_.num_places) continue;
+      stage_row(static_cast<const T*>(a_.down) + place * a_.down_row, a_.down_rank, a_.rank,
+                m_.down + count * s_.rank_row, s_.rank_row);
+      copy_token(keys, t, count);
+      if (++count < kTokenBlock) continue;
+      add_block(m_.down, s_.rank_row, count);
+      count = 0;
     }
-    add_block(count, m_.down, s_.rank_row);
+    add_block(m_.down, s_.rank_row, count);
   }
 
-  void stage_token(const Rows<T>& keys, int64_t t, A* to) const {
+  // Key t as the `slot`-th of the block; one of the next block is fetched meanwhile.
+  void copy_token(const Rows<T>& keys, int64_t t, int64_t slot) const {
+    A* to = m_.tokens + slot * s_.input_row;
     stage_row(keys.row(t), keys.dim, a_.head_dim, to, s_.input_row);
     if (a_.projects_first) to[a_.head_dim] = 1;
-    if (t + kTokenBlock < a_.num_columns)
-      for (int64_t d = 0; d < a_.head_dim; d += 64 / (int64_t)sizeof(T))
-        __builtin_prefetch(keys.row(t + kTokenBlock) + d);
+    if (t + kTokenBlock >= a_.num_columns) return;
+    Lines ahead = keys.lines(t + kTokenBlock, 1, a_.head_dim);
+    while (ahead.rows > 0) ahead.step();
   }
 
-  // The first `count` rows that were copied.
-  void add_block(int64_t count, const A* down, int64_t down_row) {
+  // The first `count` tokens that were copied, with these rows of `down`.
+  void add_block(const A* down, int64_t down_row, int64_t count) {
     const A* right = m_.tokens;
     int64_t right_row = s_.input_row;
     if (a_.projects_first) {

@@ -190,21 +190,20 @@ class ConnectivityPredictor(nn.Module):
         config = self.config
         with torch.no_grad():
             num_patches = self._patches(k, columns, num_patches)
-            basis = self.basis(num_patches)
-            if columns is not None:
-                basis = F.pad(basis, (0, 1))  # the column of tokens that are not of the grid
             budget = self.budget(k.shape[1], num_patches)
             threshold = config.mask_threshold if config.mask == "threshold" else None
             if config.coef_threshold is None:
-                down, _ = self.weights(num_patches)
-                if columns is not None:
-                    down = F.pad(down, (0, 0, 0, 1))
+                down, up = self.weights(num_patches)
                 return spot_ext.predict_connectivity(
-                    q, k, down, basis, budget, columns, keep, **self._projections(),
-                    scale=self.scale, coef_topk=config.coef_topk, threshold=threshold,
+                    q, k, down, up, budget, columns, keep, **self._projections(), scale=self.scale,
+                    coef_topk=config.coef_topk, basis_threshold=config.basis_threshold,
+                    threshold=threshold,
                 )  # fmt: skip
             coefficients = self.coefficients(q, k, columns, keep, num_patches)
             coefficients = coefficients.masked_fill(coefficients <= config.coef_threshold, 0)
+            basis = self.basis(num_patches)
+            if columns is not None:
+                basis = F.pad(basis, (0, 1))  # the column of tokens that are not of the grid
             return spot_ext.connectivity(
                 coefficients, basis, budget, columns, keep, threshold=threshold
             )
