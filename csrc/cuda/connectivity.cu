@@ -9,12 +9,17 @@
 //   not fit, summed again for each of the 5 passes (9 for float64); coefficients and basis from
 //   global memory, through L2.
 //
-// - coefficients_kernel makes coefficients of queries and few keys, for predict_connectivity.
+// predict_connectivity makes coefficients first, by the kernels of coefficients.cuh, and stores
+// them unrounded. Keys are always added up before they are projected: that order never projects
+// queries, and needs no projected keys of all tokens.
 //
 // Sums run over the coefficients that count, in ascending order, in float32 (float64 for float64).
-// Scratch: a byte per token with `keep`. A column out of range is never dereferenced: its sum is
-// NaN, so it ranks last; SPOT_CHECK=1 names it, at the price of a sync.
+// Scratch: a byte per token with `keep`; for predict_connectivity, in the type of sums, also
+// H R (N-P + D) numbers an image, and H R (D + 1) + R more with projections. A column out of range
+// is never dereferenced: its sum is NaN, so it ranks last, and its key takes no part in the
+// coefficients; SPOT_CHECK=1 names it, at the price of a sync.
 #include "../common/connectivity.h"
+#include "coefficients.cuh"
 #include "device.h"
 #include "mask.cuh"
 #include "select.cuh"
@@ -28,10 +33,15 @@ constexpr int kThreads = kSelectThreads;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kNone = -1, kBeyond = -2;  // columns: out of range; past the last one
 
+// [B, H, N-P, R], strides; as given, or in the type of sums where they were made here.
+template <typename C>
+struct Coefficients {
+  const C* data;
+  int64_t image_stride, head_stride, query_stride, rank_stride;
+};
+
 template <typename T>
 struct ConnectivityArgs {
-  const T* coefficients;  // [B, H, N-P, R], strides
-  int64_t image_stride, head_stride, query_stride, rank_stride;
   const T* basis;  // [R, columns], strides
   int64_t basis_row, basis_column, basis_columns;
   const int64_t* columns;  // [B, N] dense, or null
@@ -76,15 +86,15 @@ struct Chosen {
   int* ranks;  // [R], the first `used`
 };
 
-// By one warp.
-template <typename T>
-__device__ inline void choose(const ConnectivityArgs<T>& a, const T* row,
-                              const Chosen<Acc<T>>& chosen) {
+// By one warp; `row` as row_of gives it.
+template <typename T, typename C>
+__device__ inline void choose(const ConnectivityArgs<T>& a, const Coefficients<C>& coefficients,
+                              const C* row, const Chosen<Acc<T>>& chosen) {
   using Key = SelectKey<T>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   __syncwarp();  // those of the row before may still be read
   for (int r = lane; r < a.rank; r += kWarp) {
-    chosen.weights[r] = load(row[r * a.rank_stride]);
+    chosen.weights[r] = load(row[r * coefficients.rank_stride]);
     chosen.ranks[r] = r;
   }
   __syncwarp();
@@ -99,10 +109,10 @@ __device__ inline void choose(const ConnectivityArgs<T>& a, const T* row,
   __syncwarp();
 }
 
-template <typename T>
-__device__ inline const T* row_of(const ConnectivityArgs<T>& a, int64_t image, int row) {
-  return a.coefficients + image * a.image_stride + row / a.queries * a.head_stride +
-         row % a.queries * a.query_stride;
+template <typename C>
+__device__ inline const C* row_of(const Coefficients<C>& c, int queries, int64_t image, int row) {
+  return c.data + image * c.image_stride + row / queries * c.head_stride +
+         row % queries * c.query_stride;
 }
 
 // ---- a warp per row -----------------------------------------------------------------------------
@@ -115,11 +125,12 @@ size_t warp_shared(int rank, int num_columns, bool staged) {
 }
 
 // Lane l has columns l + 32 c, c < kHeld.
-template <typename T, int kHeld>
+template <typename T, int kHeld, typename C>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1
                                             : kHeld > 8    ? 2
                                                            : 3)
-    connectivity_warp_kernel(const ConnectivityArgs<T> a, int parts, bool staged) {
+    connectivity_warp_kernel(const ConnectivityArgs<T> a, const Coefficients<C> coefficients,
+                             int parts, bool staged) {
   using A = Acc<T>;
   using Key = SelectKey<T>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -141,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1
   }
 
   for (int row = first + warp; row < end; row += kWarps) {
-    choose(a, row_of(a, image, row), chosen);
+    choose(a, coefficients, row_of(coefficients, a.queries, image, row), chosen);
     A sum[kHeld];
 #pragma unroll
     for (int c = 0; c < kHeld; ++c) sum[c] = A(0);
@@ -193,8 +204,9 @@ size_t block_shared(int rank, int num_columns) {
          (kStored ? sizeof(SelectKey<T>) * static_cast<size_t>(num_columns) : 0);
 }
 
-template <typename T, bool kStored>
-__global__ void __launch_bounds__(kThreads) connectivity_block_kernel(const ConnectivityArgs<T> a) {
+template <typename T, bool kStored, typename C>
+__global__ void __launch_bounds__(kThreads)
+    connectivity_block_kernel(const ConnectivityArgs<T> a, const Coefficients<C> coefficients) {
   using A = Acc<T>;
   using Key = SelectKey<T>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -206,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) connectivity_block_kernel(const Conn
   Key* keys = reinterpret_cast<Key*>(shared_memory);
   A* weights = reinterpret_cast<A*>(shared_memory) + (kStored ? a.num_columns : 0);
   const Chosen<A> chosen{weights, reinterpret_cast<int*>(weights + a.rank)};
-  if (thread < kWarp) choose(a, row_of(a, image, row), chosen);
+  if (thread < kWarp) choose(a, coefficients, row_of(coefficients, a.queries, image, row), chosen);
   __syncthreads();
   const auto compute = [&](int64_t j) {
     const int64_t column = source_column(a, image, j);
@@ -237,11 +249,11 @@ __global__ void __launch_bounds__(kThreads) connectivity_block_kernel(const Conn
   for (int i = wanted + thread; i < a.budget; i += kThreads) to[i] = -1;
 }
 
-// ---- entry point --------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
-template <typename T, int kHeld>
-void launch_warps(const char* op, const Tensor& like, const ConnectivityArgs<T>& a, int64_t batch,
-                  cudaStream_t stream) {
+template <int kHeld, typename T, typename C>
+void launch_warps(const char* op, const Tensor& like, const ConnectivityArgs<T>& a,
+                  const Coefficients<C>& coefficients, int64_t batch, cudaStream_t stream) {
   using A = Acc<T>;
   // Half of what a block may have, so that two run side by side.
   const bool staged = warp_shared<A>(a.rank, a.num_columns, true) <= max_shared(like) / 2;
@@ -253,108 +265,180 @@ void launch_warps(const char* op, const Tensor& like, const ConnectivityArgs<T>&
   const int64_t rows = a.heads * static_cast<int64_t>(a.queries);
   const int64_t parts =
       std::max<int64_t>(std::min(ceil_div(wanted, batch), ceil_div(rows, 4 * kWarps)), 1);
-  launch(op, connectivity_warp_kernel<T, kHeld>, batch * parts, kThreads, shared, stream, a,
-         static_cast<int>(parts), staged);
+  launch(op, connectivity_warp_kernel<T, kHeld, C>, batch * parts, kThreads, shared, stream, a,
+         coefficients, static_cast<int>(parts), staged);
 }
 
-template <typename T>
+template <typename T, typename C>
 void launch_connectivity(const char* op, const Tensor& like, const ConnectivityArgs<T>& a,
-                         int64_t batch, cudaStream_t stream) {
-  if (a.num_columns <= 4 * kWarp) return launch_warps<T, 4>(op, like, a, batch, stream);
-  if (a.num_columns <= 8 * kWarp) return launch_warps<T, 8>(op, like, a, batch, stream);
-  if (a.num_columns <= 16 * kWarp) return launch_warps<T, 16>(op, like, a, batch, stream);
+                         const Coefficients<C>& coefficients, int64_t batch, cudaStream_t stream) {
+  if (a.num_columns <= 4 * kWarp) return launch_warps<4>(op, like, a, coefficients, batch, stream);
+  if (a.num_columns <= 8 * kWarp) return launch_warps<8>(op, like, a, coefficients, batch, stream);
+  if (a.num_columns <= 16 * kWarp)
+    return launch_warps<16>(op, like, a, coefficients, batch, stream);
   const int64_t blocks = batch * a.heads * a.queries;
   const size_t room = max_shared(like) - 2048;  // less what is static
   const size_t stored = block_shared<T, true>(a.rank, a.num_columns);
   if (stored <= room)
-    return launch(op, connectivity_block_kernel<T, true>, blocks, kThreads, stored, stream, a);
+    return launch(op, connectivity_block_kernel<T, true, C>, blocks, kThreads, stored, stream, a,
+                  coefficients);
   const size_t least = block_shared<T, false>(a.rank, a.num_columns);
   SPOT_CHECK(least <= room, op, "coefficients of ", a.rank, " a row need ", least,
              " bytes of shared memory per block; the device has ", room);
-  launch(op, connectivity_block_kernel<T, false>, blocks, kThreads, least, stream, a);
+  launch(op, connectivity_block_kernel<T, false, C>, blocks, kThreads, least, stream, a,
+         coefficients);
 }
 
 // ---- coefficients of queries --------------------------------------------------------------------
 
-template <typename T>
-struct CoefficientArgs {
-  const T *q, *keys, *bias;  // [B, N-P, H, D], [B, R, H, D], [B, R, H] or null; strides
-  int64_t q_strides[4], keys_strides[4], bias_strides[3];
-  T* out;  // [B, H, N-P, R]
-  int64_t rows;
-  int heads, queries, rank, dim;
+// Columns and mask as kernels read them.
+struct Candidates {
+  std::optional<Tensor> columns;  // [B, N] dense
+  Mask mask;
+
+  const int64_t* column_data() const { return columns ? data<int64_t>(*columns) : nullptr; }
+  const uint8_t* role_data() const { return mask.roles ? data<uint8_t>(*mask.roles) : nullptr; }
 };
 
-__device__ inline float exponential(float x) { return __expf(x); }
-__device__ inline double exponential(double x) { return exp(x); }
-
-// Softmax of queries times keys, plus bias. A warp per row; a lane has every 32nd key and computes
-// its product twice, for the sum and for the result, so that nothing is kept. Bounded by reading
-// the keys through first-level cache.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) coefficients_kernel(const CoefficientArgs<T> a) {
-  using A = Acc<T>;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (row >= a.rows) return;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t head = row / a.queries, b = head / a.heads, h = head % a.heads;
-  const T* q = a.q + b * a.q_strides[0] + row % a.queries * a.q_strides[1] + h * a.q_strides[2];
-  const T* keys = a.keys + b * a.keys_strides[0] + h * a.keys_strides[2];
-  const auto logit = [&](int r) {
-    const T* key = keys + r * a.keys_strides[1];
-    A sum =
-        a.bias ? load(a.bias[b * a.bias_strides[0] + r * a.bias_strides[1] + h * a.bias_strides[2]])
-               : A(0);
-    for (int d = 0; d < a.dim; ++d)
-      sum += load(q[d * a.q_strides[3]]) * load(key[d * a.keys_strides[3]]);
-    return sum;
-  };
-  A top = -static_cast<A>(INFINITY), total = 0;
-  for (int r = lane; r < a.rank; r += kWarp) {
-    const A x = logit(r), more = x > top ? x : top;
-    total = total * (top == more ? A(1) : exponential(top - more)) + exponential(x - more);
-    top = more;
-  }
-  A most = top;
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const A other = __shfl_xor_sync(0xffffffffu, most, step);
-    most = other > most ? other : most;
-  }
-  total = warp_sum(top == most ? total : total * exponential(top - most));
-  T* out = a.out + row * a.rank;
-  for (int r = lane; r < a.rank; r += kWarp)
-    out[r] = store<T>(exponential(logit(r) - most) / total);
+Candidates read_candidates(const char* op, const ConnectivityShape& s, const Tensor& basis,
+                           const std::optional<Tensor>& columns, const std::optional<Tensor>& keep,
+                           cudaStream_t stream) {
+  if (columns && checks_wanted()) check_columns(op, copy_to_host(*columns), basis.size(1));
+  return {columns ? std::optional<Tensor>(dense(*columns)) : std::nullopt,
+          read_mask(op, keep, s.num_columns, s.num_prefix(), stream)};
 }
 
-Tensor make_coefficients(const char* op, const Tensor& q, const Tensor& keys,
-                         const std::optional<Tensor>& bias, const ConnectivityShape& s,
-                         cudaStream_t stream) {
-  const Tensor result = empty_on(q, {s.batch, s.num_heads, s.num_queries, s.rank}, q.scalar_type());
+// [B, H, D, R] keys, and [B, H, R] what is added to their logits.
+struct Keys {
+  Tensor keys;
+  std::optional<Tensor> bias;
+};
+
+template <typename T>
+Keys make_keys(const char* op, const Tensor& k, const Tensor& down, const Projections& projections,
+               const Candidates& candidates, const ConnectivityShape& s, double scale,
+               cudaStream_t stream) {
+  using A = Acc<T>;
+  const int64_t dim = k.size(3);
+  const int64_t blocks =
+      s.batch * s.num_heads * TilePlace::tiles(s.rank, kTileRows) * TilePlace::tiles(dim, kKeyDims);
+  const auto scratch = [&](const std::vector<int64_t>& sizes) {
+    return empty_on(k, sizes, wide_type(k));
+  };
+  const Tensor sums = scratch({s.batch, s.num_heads, dim, s.rank});
+  std::optional<Tensor> mass;
+  if (projections) mass = scratch({s.batch, s.rank});
+  KeyArgs<T> a{};
+  a.k = data<T>(k);
+  for (int d = 0; d < 4; ++d) a.k_strides[d] = k.stride(d);
+  a.down = data<T>(down);
+  a.down_column = down.stride(0);
+  a.down_rank = down.stride(1);
+  a.num_down = down.size(0);
+  a.columns = candidates.column_data();
+  a.roles = candidates.role_data();
+  a.sums = mutable_data<A>(sums);
+  a.mass = mass ? mutable_data<A>(*mass) : nullptr;
+  a.factor = projections ? A(1) : static_cast<A>(scale);
+  a.tokens = s.num_columns;
+  a.heads = static_cast<int>(s.num_heads);
+  a.dim = static_cast<int>(dim);
+  a.rank = static_cast<int>(s.rank);
+  launch(op, keys_kernel<T>, blocks, kTileThreads, 0, stream, a);
+  if (!projections) return {sums, std::nullopt};
+
+  const Tensor keys = scratch({s.batch, s.num_heads, dim, s.rank});
+  const Tensor bias = scratch({s.batch, s.num_heads, s.rank});
+  ProjectionArgs<T> p{};
+  p.sums = a.sums;
+  p.mass = a.mass;
+  p.query_weight = data<T>(*projections.query_weight);
+  p.query_bias = data<T>(*projections.query_bias);
+  p.key_weight = data<T>(*projections.key_weight);
+  p.key_bias = data<T>(*projections.key_bias);
+  for (int d = 0; d < 2; ++d) {
+    p.query_weight_strides[d] = projections.query_weight->stride(d);
+    p.key_weight_strides[d] = projections.key_weight->stride(d);
+  }
+  p.query_bias_stride = projections.query_bias->stride(0);
+  p.key_bias_stride = projections.key_bias->stride(0);
+  p.keys = mutable_data<A>(keys);
+  p.bias = mutable_data<A>(bias);
+  p.scale = static_cast<A>(scale);
+  p.heads = a.heads;
+  p.dim = a.dim;
+  p.rank = a.rank;
+  p.channels = static_cast<int>(projections.channels());
+  launch(op, projection_kernel<T>, blocks, kTileThreads, 0, stream, p);
+  return {keys, bias};
+}
+
+// [B, H, N-P, R] in the type of sums.
+Tensor make_coefficients(const char* op, const Tensor& q, const Tensor& k, const Tensor& down,
+                         const Projections& projections, const Candidates& candidates,
+                         const ConnectivityShape& s, double scale, cudaStream_t stream) {
+  const Tensor result = empty_on(q, {s.batch, s.num_heads, s.num_queries, s.rank}, wide_type(q));
   if (result.numel() == 0) return result;
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
+    const Keys made = make_keys<T>(op, k, down, projections, candidates, s, scale, stream);
     CoefficientArgs<T> a{};
     a.q = data<T>(q);
-    a.keys = data<T>(keys);
-    a.bias = bias ? data<T>(*bias) : nullptr;
-    for (int d = 0; d < 4; ++d) {
-      a.q_strides[d] = q.stride(d);
-      a.keys_strides[d] = keys.stride(d);
-      if (bias && d < 3) a.bias_strides[d] = bias->stride(d);
-    }
-    a.out = mutable_data<T>(result);
-    a.rows = s.batch * s.num_heads * s.num_queries;
+    for (int d = 0; d < 4; ++d) a.q_strides[d] = q.stride(d);
+    a.keys = data<Acc<T>>(made.keys);
+    a.bias = made.bias ? data<Acc<T>>(*made.bias) : nullptr;
+    a.out = mutable_data<Acc<T>>(result);
     a.heads = static_cast<int>(s.num_heads);
     a.queries = static_cast<int>(s.num_queries);
     a.rank = static_cast<int>(s.rank);
     a.dim = static_cast<int>(q.size(3));
-    launch(op, coefficients_kernel<T>, ceil_div(a.rows, kWarps), kThreads, 0, stream, a);
+    launch(op, coefficients_kernel<T>,
+           s.batch * s.num_heads * TilePlace::tiles(s.num_queries, kTileQueries), kTileThreads, 0,
+           stream, a);
   });
   return result;
 }
 
 // ---- entry points -------------------------------------------------------------------------------
+
+// `coefficients` in the dtype of basis, or in that of sums.
+Tensor choose_columns(const char* op, const ConnectivityShape& s, const Tensor& coefficients,
+                      const Tensor& basis, const Candidates& candidates,
+                      std::optional<double> threshold, cudaStream_t stream) {
+  const Tensor index =
+      empty_on(basis, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
+  if (index.numel() == 0) return index;
+  dispatch(dtype_slot(op, "basis", basis), [&](auto zero) {
+    using T = decltype(zero);
+    ConnectivityArgs<T> a{};
+    a.basis = data<T>(basis);
+    a.basis_row = basis.stride(0);
+    a.basis_column = basis.stride(1);
+    a.basis_columns = basis.size(1);
+    a.columns = candidates.column_data();
+    a.roles = candidates.role_data();
+    a.index = mutable_data<int32_t>(index);
+    a.heads = static_cast<int>(s.num_heads);
+    a.queries = static_cast<int>(s.num_queries);
+    a.rank = static_cast<int>(s.rank);
+    a.num_columns = static_cast<int>(s.num_columns);
+    a.budget = static_cast<int>(s.budget);
+    a.used = static_cast<int>(s.used);
+    a.has_threshold = threshold.has_value();
+    a.threshold = static_cast<Acc<T>>(threshold.value_or(0.0));
+    const auto run = [&](auto zero) {
+      using C = decltype(zero);
+      const Coefficients<C> c{data<C>(coefficients), coefficients.stride(0), coefficients.stride(1),
+                              coefficients.stride(2), coefficients.stride(3)};
+      launch_connectivity(op, basis, a, c, s.batch, stream);
+    };
+    if (coefficients.scalar_type() == basis.scalar_type())
+      run(T{});
+    else
+      run(Acc<T>{});
+  });
+  return index;
+}
 
 Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t budget,
                     std::optional<Tensor> columns, std::optional<Tensor> keep,
@@ -367,55 +451,32 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
              "coefficients may have at most 2^31 - 1 rows per image, and columns");
   const DeviceGuard guard(coefficients.get_device_index());
   const cudaStream_t stream = current_stream(coefficients);
-  const Tensor index =
-      empty_on(coefficients, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
-  const std::optional<Tensor> dense_columns =
-      columns ? std::optional<Tensor>(dense(*columns)) : std::nullopt;
-  if (columns && checks_wanted()) check_columns(op, copy_to_host(*columns), basis.size(1));
-  const Mask mask = read_mask(op, keep, s.num_columns, s.num_prefix(), stream);
-  if (index.numel() == 0) return index;
-  dispatch(dtype_slot(op, "coefficients", coefficients), [&](auto zero) {
-    using T = decltype(zero);
-    ConnectivityArgs<T> a{};
-    a.coefficients = data<T>(coefficients);
-    a.image_stride = coefficients.stride(0);
-    a.head_stride = coefficients.stride(1);
-    a.query_stride = coefficients.stride(2);
-    a.rank_stride = coefficients.stride(3);
-    a.basis = data<T>(basis);
-    a.basis_row = basis.stride(0);
-    a.basis_column = basis.stride(1);
-    a.basis_columns = basis.size(1);
-    a.columns = dense_columns ? data<int64_t>(*dense_columns) : nullptr;
-    a.roles = mask.roles ? data<uint8_t>(*mask.roles) : nullptr;
-    a.index = mutable_data<int32_t>(index);
-    a.heads = static_cast<int>(s.num_heads);
-    a.queries = static_cast<int>(s.num_queries);
-    a.rank = static_cast<int>(s.rank);
-    a.num_columns = static_cast<int>(s.num_columns);
-    a.budget = static_cast<int>(s.budget);
-    a.used = static_cast<int>(s.used);
-    a.has_threshold = threshold.has_value();
-    a.threshold = static_cast<Acc<T>>(threshold.value_or(0.0));
-    launch_connectivity<T>(op, coefficients, a, s.batch, stream);
-  });
-  return index;
+  const Candidates candidates = read_candidates(op, s, basis, columns, keep, stream);
+  return choose_columns(op, s, coefficients, basis, candidates, threshold, stream);
 }
 
-// Coefficients are rounded to the dtype of q on the way, which the CPU's are not.
-Tensor predict_connectivity(const Tensor& q, const Tensor& keys, std::optional<Tensor> bias,
+Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down,
+                            std::optional<Tensor> query_weight, std::optional<Tensor> query_bias,
+                            std::optional<Tensor> key_weight, std::optional<Tensor> key_bias,
                             const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
-                            std::optional<Tensor> keep, std::optional<int64_t> coef_topk,
-                            std::optional<double> threshold) {
+                            std::optional<Tensor> keep, std::optional<double> scale,
+                            std::optional<int64_t> coef_topk, std::optional<double> threshold) {
   const char* op = "predict_connectivity";
   check_cuda(op, "q", q);
-  const ConnectivityShape s =
-      check_predict_connectivity(op, q, keys, bias, basis, budget, columns, keep, coef_topk);
-  SPOT_CHECK(s.rank <= INT32_MAX && s.num_heads * s.num_queries <= INT32_MAX, op,
-             "q may have at most 2^31 - 1 rows per image, and keys");
+  const Projections projections{query_weight, query_bias, key_weight, key_bias};
+  const ConnectivityShape s = check_predict_connectivity(op, q, k, down, projections, basis, budget,
+                                                         columns, keep, coef_topk);
+  SPOT_CHECK(s.num_heads * s.num_queries <= INT32_MAX, op,
+             "q may have at most 2^31 - 1 rows per image");
+  constexpr int64_t kMost = INT32_MAX / 2;  // so that the end of a tile is still an int
+  SPOT_CHECK(s.rank <= kMost && q.size(3) <= kMost && projections.channels() <= kMost, op,
+             "the head dim, channels and columns of down may be at most 2^30 - 1");
   const DeviceGuard guard(q.get_device_index());
-  const Tensor coefficients = make_coefficients(op, q, keys, bias, s, current_stream(q));
-  return connectivity(coefficients, basis, budget, columns, keep, coef_topk, threshold);
+  const cudaStream_t stream = current_stream(q);
+  const Candidates candidates = read_candidates(op, s, basis, columns, keep, stream);
+  const Tensor coefficients = make_coefficients(op, q, k, down, projections, candidates, s,
+                                                logit_scale(q, projections, scale), stream);
+  return choose_columns(op, s, coefficients, basis, candidates, threshold, stream);
 }
 
 }  // namespace
