@@ -22,9 +22,9 @@ from helpers import (
     random_index,
     threads,
 )
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from op_table import clear_of_rounding, exact_values, rounding_of_logits
+from op_table import OPS, Prediction, Sample, exact_values, rounding_of_logits
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +33,6 @@ from spot_ext import (
     connectivity,
     connectivity_reference,
     predict_connectivity,
-    predict_connectivity_reference,
 )
 
 # ---- the definition as loops ---------------------------------------------------------------------
@@ -586,6 +585,7 @@ def test_autocast_rounds_what_it_is_given(ambient: torch.dtype, device: torch.de
 # ---- coefficients made inside --------------------------------------------------------------------
 
 
+OP = OPS["predict_connectivity"]
 # Of the last place of the cut: exponentials and sums of a row are off by some.
 UNITS = 16
 # Channels, of 32 a head and 32 coefficients, and so which of the two orders of products is taken.
@@ -666,7 +666,7 @@ def assert_predicted_near_the_cut(
 
 
 def coefficients_by_hand(
-    q: Tensor, k: Tensor, down: Tensor, projections: tuple[Tensor, ...] | None,
+    q: Tensor, k: Tensor, down: Tensor, projections: list[Any],
     columns: Tensor | None, keep: Tensor | None, scale: float | None,
 ) -> Tensor:  # fmt: skip
     """Token by token, in float64."""
@@ -676,7 +676,7 @@ def coefficients_by_hand(
     result = q.new_zeros(batch, heads, queries, down.shape[1])
     for b, h in itertools.product(range(batch), range(heads)):
         query, key = q[b, :, h], k[b, :, h]
-        if projections is not None:
+        if projections[0] is not None:
             to_query, plus_query, to_key, plus_key = (x.double() for x in projections)
             query, key = query @ to_query.mT + plus_query, key @ to_key.mT + plus_key
             width = len(plus_query)
@@ -704,42 +704,54 @@ def test_either_order_of_products_is_tried(device: torch.device) -> None:
         assert counted[8] == 8 * projecting and counted[96] < 96 * projecting
 
 
-@given(
-    cases(), st.sampled_from(FLOATING), st.sampled_from([0, 1, 2, 4, 7, 16, 33]),
-    st.sampled_from([None, None, 0, 1, 3, 8, 17]), st.sampled_from([None, None, 0.3, -1.0]),
-)  # fmt: skip
+def assert_as_by_hand(args: tuple[Any, ...]) -> None:
+    """The op and its definition, whose arguments `args` are."""
+    q, k, down, *projections, basis, budget, columns, keep, scale, coef_topk, threshold = args
+    coefficients = coefficients_by_hand(q, k, down, projections, columns, keep, scale)
+    expected = connectivity(
+        coefficients, basis.double(), budget, columns, keep, coef_topk=coef_topk,
+        threshold=threshold,
+    )  # fmt: skip
+    for number, call in enumerate((OP.call, OP.public, OP.reference)):
+        assert_same_bits(call(*args), expected, ("op", "function", "definition")[number])
+
+
+@pytest.mark.parametrize("sample", OP.samples, ids=lambda sample: sample.name)
 def test_predicted_sets_are_those_of_exact_coefficients(
-    device: torch.device, case: dict[str, Any], dtype: torch.dtype, dim: int,
-    channels: int | None, scale: float | None,
-) -> None:  # fmt: skip
-    """Of the same basis, columns, mask and thresholds, wherever rounding has no say."""
-    values = build(case | {"odd": ""}, dtype, device)
-    del values["coefficients"]
-    sizes, layout = (case["batch"], case["heads"], dim), case["layout"]
+    sample: Sample, device: torch.device
+) -> None:
+    """Of the same basis, columns, mask and thresholds: rounding has no say in samples."""
+    for dtype in FLOATING:
+        assert_as_by_hand(sample.args(device, dtype))
 
-    def normal(name: str, *shape: int) -> Tensor:
-        return random(f"{name} {case['seed']}", shape, dtype, device)
 
-    q = lay_out(normal("q", sizes[0], case["queries"], *sizes[1:]), layout)
-    k = lay_out(normal("k", sizes[0], case["in_play"], *sizes[1:]), layout)
-    down = lay_out(normal("down", values["basis"].shape[1], case["rank"]) / 2, layout)
-    projections = None
-    names = "query_weight", "query_bias", "key_weight", "key_bias"
-    if channels is not None:
-        shapes = ((channels, dim), (channels,)) * 2
-        drawn = (normal(n, *shape) / 2 for n, shape in zip(names, shapes, strict=True))
-        projections = tuple(lay_out(x, layout) for x in drawn)
-    given_weights = dict(zip(names, projections or (None,) * 4, strict=True))
-    rest = {name: values.pop(name) for name in ("coef_topk", "threshold")}
-    options = {"scale": scale, **rest}
-    assume(clear_of_rounding(q, k, down, **given_weights, **values, **options))
-    coefficients = coefficients_by_hand(
-        q, k, down, projections, values["columns"], values["keep"], scale
+@st.composite
+def predictions(draw: Any) -> Prediction:
+    queries, num_prefix = draw(st.integers(1, 20)), draw(st.sampled_from([1, 1, 0, 3]))
+    in_play = queries + num_prefix
+    layouts = {x: draw(st.sampled_from(LAYOUTS[:-1])) for x in ("rows", "down", "weights", "basis")}
+    return Prediction(
+        name=str(draw(st.integers(0, 1 << 30))),
+        batch=draw(st.sampled_from([2, 1, 3])),
+        heads=draw(st.sampled_from([2, 1, 3])),
+        queries=queries,
+        num_prefix=num_prefix,
+        rank=draw(st.integers(2, 12)),
+        budget=draw(st.integers(1, max(in_play - 1, 1))),
+        columns=draw(st.sampled_from([None, in_play + 9])),
+        keep=draw(st.sampled_from(["", "random"])),
+        coef_topk=draw(st.sampled_from([None, None, 1, 2, 3, 8])),
+        threshold=draw(st.sampled_from([None, None, 0.0, -0.5, 0.25])),
+        dim=draw(st.sampled_from([1, 2, 4, 7, 16, 33])),
+        channels=draw(st.sampled_from([None, 1, 2, 5, 8, 17])),
+        scale=draw(st.sampled_from([None, None, 0.3, -1.0])),
+        **{f"{name}_layout": layout for name, layout in layouts.items()},
     )
-    wide = values | {"basis": values["basis"].double()}
-    expected = connectivity(coefficients, **wide, **rest)
-    for function in (predict_connectivity, predict_connectivity_reference):
-        assert_same_bits(function(q, k, down, **given_weights, **values, **options), expected)
+
+
+@given(predictions(), st.sampled_from(FLOATING))
+def test_predicted_by_hand(device: torch.device, sample: Prediction, dtype: torch.dtype) -> None:
+    assert_as_by_hand(sample.args(device, dtype))
 
 
 @by_order
