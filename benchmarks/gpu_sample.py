@@ -426,7 +426,7 @@ def sharp(
     if channels is not None:
         values |= {"query_weight": signs(channels, dim), "query_bias": 4096 * signs(channels),
                    "key_weight": signs(channels, dim), "key_bias": signs(channels)}  # fmt: skip
-    rows = down[which]  # [B, N, R]
+    rows = torch.nn.functional.pad(down, (0, 0, 0, 1))[which]  # [B, N, R]
     if keep is not None:
         dropped = keep == 0
         rows[:, tokens - queries :][dropped] = 0
@@ -446,6 +446,7 @@ def sharp(
     q[left | (torch.rand(left.shape, generator=draw) < 0.01)] = float("nan")
     if keep is not None:
         values["k"][:, tokens - queries :][dropped] = float("nan")
+    values["k"][which == full] = float("nan")
     return {"q": q} | values
 
 
@@ -474,12 +475,18 @@ def connectivity() -> Iterator[tuple[str, bool]]:
             for given in gpu[3:]:
                 got = spot_ext.connectivity(given, gpu[0], budget, gpu[1], gpu[2], **options)
                 yield f"connectivity {what}", torch.equal(got.cpu(), want)
+            up = basis.mT.contiguous()
+            up[::2] *= -1
             for dim, channels in PREDICTOR if columns < 1000 else [(5, None), (5, 2)]:
-                tokens = torch.arange(columns).expand(batch, -1) if which is None else which
+                tokens = torch.arange(columns).expand(batch, -1)
+                if which is not None:  # the last of no token of the grid
+                    tokens = torch.cat([which[:, :-1], torch.full((batch, 1), full)], dim=1)
                 made = sharp(queries, rank, dim, channels, tokens, keep, full, draw)
                 made = {name: x.to(dtype) for name, x in made.items()}
+                named = None if which is None else tokens
+                cut = options | {"basis_threshold": None if dim == 32 else 0.25}
                 want = spot_ext.predict_connectivity_reference(
-                    **made, basis=basis, budget=budget, columns=which, keep=keep, **options
+                    **made, up=up, budget=budget, columns=named, keep=keep, **cut
                 )
                 sent = {name: x.cuda() for name, x in made.items()}
                 if dim != 77:  # strided
@@ -487,8 +494,9 @@ def connectivity() -> Iterator[tuple[str, bool]]:
                         sent[name] = sent[name].transpose(1, 3).contiguous().transpose(1, 3)
                     sent["down"] = sent["down"].mT.contiguous().mT
                 got = spot_ext.predict_connectivity(
-                    **sent, basis=gpu[0], budget=budget, columns=gpu[1], keep=gpu[2], **options
-                )
+                    **sent, up=up.cuda(), budget=budget,
+                    columns=None if named is None else named.cuda(), keep=gpu[2], **cut,
+                )  # fmt: skip
                 yield (
                     f"predict_connectivity {what}, head dim {dim}, channels {channels}",
                     torch.equal(got.cpu(), want),
@@ -502,7 +510,7 @@ def connectivity() -> Iterator[tuple[str, bool]]:
         torch.rand(*shape, generator=draw) for shape in ((1, 4, 2, 8), (1, 6, 2, 8), (9, 3))
     )
     got = spot_ext.predict_connectivity(
-        q.cuda(), k.cuda(), down.cuda(), basis.cuda(), 3, which.cuda()
+        q.cuda(), k.cuda(), down.cuda(), basis.mT.cuda(), 3, which.cuda()
     )
     yield "predict_connectivity with columns out of range", bool((got.cpu() == first).all())
 

@@ -680,8 +680,8 @@ _CONNECTIVITY = (
 
 # In the order of the op.
 _PREDICTION_NAMES = (
-    "q", "k", "down", "query_weight", "query_bias", "key_weight", "key_bias", "basis", "budget",
-    "columns", "keep", "scale", "coef_topk", "threshold",
+    "q", "k", "down", "query_weight", "query_bias", "key_weight", "key_bias", "up", "budget",
+    "columns", "keep", "scale", "coef_topk", "basis_threshold", "threshold",
 )  # fmt: skip
 
 
@@ -692,6 +692,8 @@ class Prediction(_Connectivity):
     dim: int = 4
     channels: int | None = 8  # of the projections; None for none of them
     scale: float | None = None
+    basis_threshold: float | None = None
+    fused: bool = False  # one of the columns is of no token of the grid
     rows_layout: str = "qkv"  # of q and k, by default those of a fused projection
     down_layout: str = "contiguous"
     weights_layout: str = "contiguous"
@@ -722,13 +724,16 @@ class Prediction(_Connectivity):
                 self._weight(normal("key weight", *size, scale=share)),
                 self._weight(normal("key bias", 1, self.channels, scale=0.5))[0],
             )
-        basis = normal("basis", self.rank, self.grid)
+        up = normal("up", self.grid, self.rank)
         seeded = generator(f"{self.name} part {number}")
-        basis = basis * (torch.rand(basis.shape, generator=seeded) < self.part).to(device)
-        budget, columns, keep, *rest = self.choice(device, dtype)
+        up = up * (torch.rand(up.shape, generator=seeded) < self.part).to(device)
+        budget, columns, keep, coef_topk, threshold = self.choice(device, dtype)
+        if self.fused:
+            columns = columns.clone()
+            columns[:, self.num_prefix] = self.grid
         return (
-            q, k, lay_out(down, self.down_layout), *projections, lay_out(basis, self.basis_layout),
-            budget, columns, keep, self.scale, *rest,
+            q, k, lay_out(down, self.down_layout), *projections, lay_out(up, self.basis_layout),
+            budget, columns, keep, self.scale, coef_topk, self.basis_threshold, threshold,
         )  # fmt: skip
 
     def _weight(self, value: Tensor) -> Tensor:
@@ -755,7 +760,8 @@ def prediction_logits(
     seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
     if keep is not None:
         seen[:, k.shape[1] - keep.shape[1] :] = keep > 0.5
-    down = down[tokens].expand(*k.shape[:2], -1) * seen[..., None]
+    seen = seen & (tokens < down.shape[0])
+    down = F.pad(down, (0, 0, 0, 1))[tokens].expand(*k.shape[:2], -1) * seen[..., None]
     k = torch.where(seen[..., None, None], k, 0)
     factor = q.shape[3] ** -0.5 if q.shape[3] else 1.0
     sums = torch.einsum("bnr,bnhd->bhrd", down, k)
@@ -783,11 +789,19 @@ def rounding_of_logits(*args: Any, dtype: torch.dtype) -> tuple[Tensor, float]:
     return exact, max((order - exact).abs().max().item() for order in orders)
 
 
+def basis_of(up: Tensor, threshold: float | None) -> Tensor:
+    """[R, n + 1] in float64: the last column is that of tokens that are not of the grid."""
+    basis = up.double().mT
+    if threshold is not None:
+        basis = torch.where(basis.abs() > threshold, basis.abs(), 0.0)
+    return F.pad(basis, (0, 1))
+
+
 def clear_of_rounding(
     q: Tensor, k: Tensor, down: Tensor, query_weight: Tensor | None, query_bias: Tensor | None,
-    key_weight: Tensor | None, key_bias: Tensor | None, basis: Tensor, budget: int,
+    key_weight: Tensor | None, key_bias: Tensor | None, up: Tensor, budget: int,
     columns: Tensor | None, keep: Tensor | None, scale: float | None, coef_topk: int | None,
-    threshold: float | None,
+    basis_threshold: float | None, threshold: float | None,
 ) -> bool:  # fmt: skip
     """Whether all sets of `predict_connectivity` keep away from ties by far more than float32's
     rounding; ties of sums that are exact do not count."""
@@ -796,7 +810,7 @@ def clear_of_rounding(
         dtype=torch.float32,
     )  # fmt: skip
     margin = max(1e-5, 8 * rounding)
-    coefficients, basis = logits.softmax(dim=-1), basis.double()
+    coefficients, basis = logits.softmax(dim=-1), basis_of(up, basis_threshold)
     used = logits.shape[-1]
     if coef_topk is not None and coef_topk < used:
         used = coef_topk
@@ -807,7 +821,7 @@ def clear_of_rounding(
             return False
         coefficients = coefficients.scatter(-1, order[..., used:], 0.0)
     if columns is None:
-        approx = coefficients @ basis
+        approx = coefficients @ basis[:, :-1]
     else:
         approx = coefficients @ basis.mT[columns].mT[:, None]
     margin *= basis.abs().max().item() if basis.numel() else 1.0
@@ -830,7 +844,14 @@ def clear_of_rounding(
 _PREDICTION = (
     Prediction("plain", traced=True),
     Prediction("everything", columns=16, keep="random", coef_topk=3, threshold=0.1, budget=6,
-                channels=2, scale=0.7, traced=True),
+                channels=2, scale=0.7, basis_threshold=0.5, fused=True, traced=True),
+    Prediction("basis threshold", basis_threshold=0.5, traced=True),
+    Prediction("basis threshold of 0", basis_threshold=0.0, coef_topk=3),
+    Prediction("negative basis threshold", basis_threshold=-1.0),
+    Prediction("basis threshold beyond all", basis_threshold=1e3),
+    Prediction("fused token", columns=13, fused=True, traced=True),
+    Prediction("fused token, projected first", columns=13, fused=True, channels=2, keep="random"),
+    Prediction("fused token, no projections", columns=13, fused=True, channels=None),
     Prediction("projected first", channels=2, traced=True),
     Prediction("projected first, columns", channels=2, columns=23, coef_topk=3),
     Prediction("projected first, masked", channels=2, keep="random", traced=True),
@@ -892,7 +913,9 @@ _PREDICTION = (
     *(Prediction(f"{layout} weights of {channels}", weights_layout=layout, coef_topk=3,
                   channels=channels, traced=layout == "stepped" and channels == 2)
       for layout in LAYOUTS[1:] for channels in (2, 8)),
-    *(Prediction(f"{layout} basis", basis_layout=layout, columns=14) for layout in LAYOUTS[1:-1]),
+    *(Prediction(f"{layout} up", basis_layout=layout, columns=14, fused=layout == "padded",
+                 basis_threshold=(None, 0.5)[number % 2])
+      for number, layout in enumerate(LAYOUTS[1:-2])),
 )  # fmt: skip
 
 
@@ -1525,7 +1548,8 @@ def _sparse_backward_errors() -> tuple[Bad, ...]:
 def _connectivity_errors() -> tuple[Bad, ...]:
     def build(device: Any, **changes: Any) -> tuple[Any, ...]:
         values: dict[str, Any] = {"coefficients": _t(2, 3, 5, 4, device=device)}
-        return tuple((values | _choice(device) | changes).values())
+        values["basis"] = _t(4, 6, device=device)
+        return tuple((values | _choice() | changes).values())
 
     def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
             **more: Any) -> Bad:  # fmt: skip
@@ -1547,20 +1571,27 @@ def _connectivity_errors() -> tuple[Bad, ...]:
         bad("coefficients complex",
             lambda d: {"coefficients": _t(2, 3, 5, 4, dtype=torch.complex64, device=d)}, TypeError,
             ("coefficients", "complex64")),
-        *_choice_errors(build),
+        *_tensor_errors("basis", lambda d, x: build(d, basis=x), (4, 6), "2 dim"),
+        resized("basis", 4, 6, 1, words=("2 dim",)),
+        resized("basis", 3, 6, words=("size 4",)),
+        bad("basis of another dtype", lambda d: {"basis": _t(4, 6, device=d).double()}, TypeError,
+            ("basis", "float32", "float64")),
+        bad("basis on another device", lambda d: {"basis": _t(4, 6, device="meta")}, ValueError,
+            ("basis", "device")),
+        *_choice_errors(build, 6),
     )  # fmt: skip
 
 
 def _prediction_errors() -> tuple[Bad, ...]:
     shapes = {
         "q": (2, 5, 3, 2), "k": (2, 6, 3, 2), "down": (6, 4), "query_weight": (7, 2),
-        "query_bias": (7,), "key_weight": (7, 2), "key_bias": (7,),
+        "query_bias": (7,), "key_weight": (7, 2), "key_bias": (7,), "up": (6, 4),
     }  # fmt: skip
-    projections = tuple(shapes)[3:]
+    projections = tuple(shapes)[3:7]
 
     def build(device: Any, **changes: Any) -> tuple[Any, ...]:
         values: dict[str, Any] = {n: _t(*shape, device=device) for n, shape in shapes.items()}
-        values |= {"scale": None} | _choice(device) | changes
+        values |= {"scale": None, "basis_threshold": None} | _choice() | changes
         return tuple(values[name] for name in _PREDICTION_NAMES)
 
     def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
@@ -1575,16 +1606,19 @@ def _prediction_errors() -> tuple[Bad, ...]:
         *_tensor_errors("q", lambda d, x: build(d, q=x), shapes["q"], "4 dim"),
         *_tensor_errors("k", lambda d, x: build(d, k=x), shapes["k"], "4 dim"),
         *_tensor_errors("down", lambda d, x: build(d, down=x), shapes["down"], "2 dim"),
+        *_tensor_errors("up", lambda d, x: build(d, up=x), shapes["up"], "2 dim"),
         resized("q", 2, 5, 6, words=("4 dim",)),
         resized("k", 2, 6, 6, words=("4 dim",)),
         resized("k", 1, 6, 3, 2, words=("size 2", "batch")),
         resized("k", 2, 6, 1, 2, words=("size 3", "heads")),
         resized("k", 2, 6, 3, 1, words=("size 2", "head dim")),
-        resized("k", 2, 5, 3, 2, words=("size 6", "columns of basis")),
+        resized("k", 2, 5, 3, 2, words=("size 6", "as up has tokens")),
         resized("down", 6, 4, 1, words=("2 dim",)),
-        resized("down", 5, 4, words=("size 6", "columns of basis")),
-        bad("down of another rank", lambda d: {"down": _t(6, 3, device=d)}, ValueError,
-            ("basis", "size 3", "columns of down", "[4, 6]")),
+        bad("down of other tokens", lambda d: {"down": _t(5, 4, device=d)}, ValueError,
+            ("up", "size 5", "as down has", "[6, 4]")),
+        resized("up", 24, words=("2 dim",)),
+        resized("up", 5, 4, words=("size 6", "as down has")),
+        resized("up", 6, 3, words=("size 4", "as down has")),
         bad("k of all tokens beside columns",
             lambda d: {"columns": _i(d, [0, 1, 2, 3, 4], [5, 4, 3, 2, 1])}, ValueError,
             ("k", "size 5", "as columns has", "[2, 6, 3, 2]")),
@@ -1609,7 +1643,7 @@ def _prediction_errors() -> tuple[Bad, ...]:
               op_words=(name,))
           for name in projections),
         bad("more queries than columns", lambda d: {"q": _t(2, 7, 3, 2, device=d)}, ValueError,
-            ("basis", "7", "6")),
+            ("up", "7", "6")),
         bad("q integer", lambda d: {"q": _t(2, 5, 3, 2, dtype=torch.int32, device=d)}, TypeError,
             ("q", "float32", "int32")),
         bad("q complex", lambda d: {"q": _t(2, 5, 3, 2, dtype=torch.complex64, device=d)},
@@ -1617,31 +1651,33 @@ def _prediction_errors() -> tuple[Bad, ...]:
         *(bad(f"{name} of another dtype",
               lambda d, n=name: {n: _t(*shapes[n], device=d).double()}, TypeError,
               (name, "float32", "float64"))
-          for name in ("k", "down", *projections)),
+          for name in ("k", "down", "up", *projections)),
         *(bad(f"{name} on another device", lambda d, n=name: {n: _t(*shapes[n], device="meta")},
               ValueError, (name, "device"))
-          for name in ("k", "down", *projections)),
-        bad("scale is a string", lambda d: {"scale": "1"}, TypeError, ("scale", "str"),
-            op_words=("scale",)),
-        bad("scale is a tensor", lambda d: {"scale": torch.tensor(1.0)}, TypeError,
-            ("scale", "Tensor"), op_accepts=True),
-        bad("scale is a bool", lambda d: {"scale": True}, TypeError, ("scale", "bool"),
-            op_accepts=True),
-        *_choice_errors(build),
+          for name in ("k", "down", "up", *projections)),
+        *(bad(f"{name} is a string", lambda d, n=name: {n: "1"}, TypeError, (name, "str"),
+              op_words=(name,))
+          for name in ("scale", "basis_threshold")),
+        *(bad(f"{name} is a tensor", lambda d, n=name: {n: torch.tensor(1.0)}, TypeError,
+              (name, "Tensor"), op_accepts=True)
+          for name in ("scale", "basis_threshold")),
+        *(bad(f"{name} is a bool", lambda d, n=name: {n: True}, TypeError, (name, "bool"),
+              op_accepts=True)
+          for name in ("scale", "basis_threshold")),
+        *_choice_errors(build, 7),
     )  # fmt: skip
 
 
-def _choice(device: Any) -> dict[str, Any]:
-    """Legal arguments of either op of connectivity from the basis on, for 5 queries of 2 images and
-    4 coefficients."""
+def _choice() -> dict[str, Any]:
+    """Legal arguments of either op of connectivity from the budget on."""
     return {
-        "basis": _t(4, 6, device=device), "budget": 3, "columns": None, "keep": None,
-        "coef_topk": None, "threshold": None,
+        "budget": 3, "columns": None, "keep": None, "coef_topk": None, "threshold": None,
     }  # fmt: skip
 
 
-def _choice_errors(build: Callable[..., tuple[Any, ...]]) -> list[Bad]:
-    """Wrong arguments that both have; `build(device, **changes)` starts from `_choice`."""
+def _choice_errors(build: Callable[..., tuple[Any, ...]], end: int) -> list[Bad]:
+    """Wrong arguments that both have; `build(device, **changes)` starts from `_choice`, for 5
+    queries of 2 images, 4 coefficients and 6 columns; those in play are to be below `end`."""
 
     def bad(label: str, changes: Callable[[Any], dict[str, Any]], raises: Any, words: Any,
             **more: Any) -> Bad:  # fmt: skip
@@ -1668,13 +1704,6 @@ def _choice_errors(build: Callable[..., tuple[Any, ...]]) -> list[Bad]:
         ]  # fmt: skip
 
     return [
-        *_tensor_errors("basis", lambda d, x: build(d, basis=x), (4, 6), "2 dim"),
-        resized("basis", 4, 6, 1, words=("2 dim",)),
-        resized("basis", 3, 6, words=("size 4",)),
-        bad("basis of another dtype", lambda d: {"basis": _t(4, 6, device=d).double()}, TypeError,
-            ("basis", "float32", "float64")),
-        bad("basis on another device", lambda d: {"basis": _t(4, 6, device="meta")}, ValueError,
-            ("basis", "device")),
         *numbers("budget", 7, 2**40),
         bad("budget None", lambda d: {"budget": None}, TypeError, ("budget", "NoneType"),
             op_words=("budget",)),
@@ -1695,12 +1724,12 @@ def _choice_errors(build: Callable[..., tuple[Any, ...]]) -> list[Bad]:
         bad("columns on another device",
             lambda d: {"columns": torch.zeros(2, 6, dtype=torch.int64, device="meta")}, ValueError,
             ("columns", "device")),
-        bad("columns too large", lambda d: named(d, 0, 1, 2, 3, 4, 6), ValueError,
-            ("columns[1, 5]", "in [0, 6)", "got 6"), values=True),
+        bad("columns too large", lambda d: named(d, 0, 1, 2, 3, 4, end), ValueError,
+            ("columns[1, 5]", f"in [0, {end})", f"got {end}"), values=True),
         bad("columns negative", lambda d: named(d, 0, -1, 2, 3, 4, 5), ValueError,
-            ("columns[1, 1]", "in [0, 6)", "got -1"), values=True),
+            ("columns[1, 1]", f"in [0, {end})", "got -1"), values=True),
         bad("columns huge", lambda d: named(d, 2**62, 1, 2, 3, 4, 5), ValueError,
-            ("columns[1, 0]", "in [0, 6)", f"got {2**62}"), values=True),
+            ("columns[1, 0]", f"in [0, {end})", f"got {2**62}"), values=True),
         *_keep_errors(lambda d, keep: build(d, keep=keep)),
         bad("threshold is a string", lambda d: {"threshold": "1"}, TypeError,
             ("threshold", "str"), op_words=("threshold",)),
@@ -1769,8 +1798,8 @@ def _connectivity_flops(
 
 def _prediction_flops(
     q: Tensor, k: Tensor, down: Tensor, query_weight: Tensor | None, query_bias: Any,
-    key_weight: Any, key_bias: Any, basis: Tensor, budget: int, columns: Tensor | None, keep: Any,
-    scale: Any, *args: Any,
+    key_weight: Any, key_bias: Any, up: Tensor, budget: int, columns: Tensor | None, keep: Any,
+    scale: Any, coef_topk: int | None, *args: Any,
 ) -> tuple[int, int]:  # fmt: skip
     """That, and the products of a head, in the order that costs less; softmax may add a few
     operations per entry."""
@@ -1786,7 +1815,7 @@ def _prediction_flops(
     products = 2 * batch * heads * min(sum(map(math.prod, order)) for order in orders)
     entries = batch * heads * queries * rank
     shape = torch.empty(batch, heads, queries, rank, device="meta")
-    least, most = _connectivity_flops(shape, basis, budget, columns, keep, *args)
+    least, most = _connectivity_flops(shape, up.mT, budget, columns, keep, coef_topk)
     return products + least, products + most + 8 * entries
 
 

@@ -305,7 +305,7 @@ CALLS = {
     "attention_stats": "s.attention_stats(*[torch.rand(2, 6, 2, 4)] * 3)",
     "connectivity": "s.connectivity(torch.rand(2, 2, 5, 3), torch.rand(3, 6), 4)",
     "predict_connectivity": "s.predict_connectivity(torch.rand(2, 5, 2, 4), "
-    "torch.rand(2, 6, 2, 4), torch.rand(6, 3), torch.rand(3, 6), 4)",
+    "torch.rand(2, 6, 2, 4), *[torch.rand(6, 3)] * 2, 4)",
     "sparse_attention": "s.sparse_attention(*[torch.rand(2, 6, 2, 4)] * 3, "
     "torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6))",
     "token_relevance": "s.token_relevance(None, torch.rand(2, 5, 3), *[None] * 5, "

@@ -24,7 +24,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from op_table import OPS, Prediction, Sample, exact_values, rounding_of_logits
+from op_table import OPS, Prediction, Sample, basis_of, exact_values, rounding_of_logits
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -607,7 +607,7 @@ def operands(
     values = {
         "q": packed[:, 1:, 0], "k": packed[:, :, 1],
         "down": normal("down", count, rank, scale=2 * count**-0.5),
-        "basis": predicted(count, dtype, device, batch=1, rank=rank)[1],
+        "up": predicted(count, dtype, device, batch=1, rank=rank)[1].mT.contiguous(),
     }  # fmt: skip
     if channels is not None:
         for name in ("query", "key"):
@@ -640,7 +640,7 @@ def assert_predicted_near_the_cut(
     wide = torch.promote_types(values["q"].dtype, torch.float32)
     eps = torch.finfo(wide).eps
     logits, loss = exact_logits(values, columns, keep, dtype=wide)
-    approx = exact_approx(logits.softmax(-1), values["basis"], coef_topk, columns)
+    approx = exact_approx(logits.softmax(-1), values["up"].mT, coef_topk, columns)
     if keep is not None:
         dropped = F.pad(keep == 0, (1, 0))  # after the class token
         approx = approx.masked_fill(dropped[:, None, None], -math.inf)
@@ -683,6 +683,8 @@ def coefficients_by_hand(
         sums = q.new_zeros(down.shape[1], key.shape[1])
         for j in range(tokens):
             patch = j - (tokens - queries)
+            if columns is not None and columns[b, j] == len(down):
+                continue
             if keep is not None and patch >= 0 and keep[b, patch] == 0:
                 continue
             sums += torch.outer(down[j if columns is None else columns[b, j]], key[j])
@@ -706,11 +708,12 @@ def test_either_order_of_products_is_tried(device: torch.device) -> None:
 
 def assert_as_by_hand(args: tuple[Any, ...]) -> None:
     """The op and its definition, whose arguments `args` are."""
-    q, k, down, *projections, basis, budget, columns, keep, scale, coef_topk, threshold = args
+    q, k, down, *projections, up, budget, columns, keep, scale, coef_topk = args[:13]
+    basis_threshold, threshold = args[13:]
+    basis = basis_of(up, basis_threshold)[:, : len(up) + (columns is not None)]
     coefficients = coefficients_by_hand(q, k, down, projections, columns, keep, scale)
     expected = connectivity(
-        coefficients, basis.double(), budget, columns, keep, coef_topk=coef_topk,
-        threshold=threshold,
+        coefficients, basis, budget, columns, keep, coef_topk=coef_topk, threshold=threshold,
     )  # fmt: skip
     for number, call in enumerate((OP.call, OP.public, OP.reference)):
         assert_same_bits(call(*args), expected, ("op", "function", "definition")[number])
@@ -729,6 +732,7 @@ def test_predicted_sets_are_those_of_exact_coefficients(
 def predictions(draw: Any) -> Prediction:
     queries, num_prefix = draw(st.integers(1, 20)), draw(st.sampled_from([1, 1, 0, 3]))
     in_play = queries + num_prefix
+    columns = draw(st.sampled_from([None, in_play + 9]))
     layouts = {x: draw(st.sampled_from(LAYOUTS[:-1])) for x in ("rows", "down", "weights", "basis")}
     return Prediction(
         name=str(draw(st.integers(0, 1 << 30))),
@@ -738,10 +742,12 @@ def predictions(draw: Any) -> Prediction:
         num_prefix=num_prefix,
         rank=draw(st.integers(2, 12)),
         budget=draw(st.integers(1, max(in_play - 1, 1))),
-        columns=draw(st.sampled_from([None, in_play + 9])),
+        columns=columns,
+        fused=columns is not None and queries > 0 and draw(st.booleans()),
         keep=draw(st.sampled_from(["", "random"])),
         coef_topk=draw(st.sampled_from([None, None, 1, 2, 3, 8])),
         threshold=draw(st.sampled_from([None, None, 0.0, -0.5, 0.25])),
+        basis_threshold=draw(st.sampled_from([None, None, 0.0, 0.5])),
         dim=draw(st.sampled_from([1, 2, 4, 7, 16, 33])),
         channels=draw(st.sampled_from([None, 1, 2, 5, 8, 17])),
         scale=draw(st.sampled_from([None, None, 0.3, -1.0])),
@@ -838,7 +844,7 @@ def test_the_default_scale(channels: int | None, device: torch.device) -> None:
             assert torch.equal(other, index) == same
         flat = predict_connectivity(**values, budget=18, scale=0.0, coef_topk=8)
         even = torch.full((2, 6, 69, 32), 1 / 32, dtype=dtype, device=device)
-        assert_same_bits(flat, connectivity(even, values["basis"], 18, coef_topk=8))
+        assert_same_bits(flat, connectivity(even, values["up"].mT, 18, coef_topk=8))
 
 
 @pytest.mark.parametrize("name", ["query_weight", "query_bias", "key_weight", "key_bias"])
@@ -887,12 +893,47 @@ def test_predicted_with_any_number_of_threads(
         assert_same_bits(other, results[0])
 
 
+# ---- the basis -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.0125, 0.02, 1.0, -1.0])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_the_basis_is_up_or_what_exceeds_the_threshold(
+    dtype: torch.dtype, threshold: float | None, device: torch.device
+) -> None:
+    values = operands(70, dtype, device, 8)
+    signs = torch.randint(0, 2, (70, 32), generator=generator("signs")).to(device) * 2 - 1
+    signed = values | {"up": values["up"] * signs}
+    index = predict_connectivity(**signed, budget=18, basis_threshold=threshold)
+    basis = signed["up"] if threshold is None else values["up"].abs()
+    if threshold is not None:
+        basis = torch.where(basis.double() > threshold, basis, torch.zeros_like(basis))
+    made = predict_connectivity(**(values | {"up": basis}), budget=18)
+    assert_same_bits(index, made)
+    assert threshold is None or threshold > 0 or (index.diff(dim=-1) > 1).any()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_an_entry_at_the_threshold_is_zero(threshold: float | None, device: torch.device) -> None:
+    """The comparison is with the threshold as given, in float64 when the inputs are."""
+    for level in (0.02, 0.5):
+        low = torch.tensor(level, dtype=torch.float64)
+        high = torch.nextafter(low, low + 1)
+        up = torch.stack([low, high, -low, -high])[:, None].to(device)
+        q, k = (torch.ones(1, n, 1, 1, dtype=torch.float64, device=device) for n in (3, 4))
+        index = predict_connectivity(
+            q, k, torch.ones_like(up), up, 4, basis_threshold=level, threshold=threshold
+        )
+        expected = [0, 1, 2, 3] if threshold is None else [1, 3, -1, -1]
+        assert index.tolist() == [[[expected] * 3]]
+
+
 # ---- keys: which are added up --------------------------------------------------------------------
 
 
 @by_order
 @pytest.mark.parametrize("kind", ["some", "shuffled", "repeated"])
-def test_predicted_columns_gather_basis_and_down(
+def test_predicted_columns_gather_down_and_up(
     kind: str, channels: int | None, device: torch.device
 ) -> None:
     values = operands(70, torch.float32, device, channels, batch=3)
@@ -905,7 +946,7 @@ def test_predicted_columns_gather_basis_and_down(
     for image in range(3):
         own, one = columns[image], slice(image, image + 1)
         gathered = {"q": values["q"][one], "k": values["k"][one], "down": values["down"][own],
-                    "basis": values["basis"][:, own]}  # fmt: skip
+                    "up": values["up"][own]}  # fmt: skip
         alone = predict_connectivity(**(values | gathered), budget=11, coef_topk=8)
         assert_same_bits(index[one], alone)
         # Rows of down that no token names have no say.
@@ -921,8 +962,8 @@ def test_permuting_tokens_and_columns_permutes_the_sets(
     channels: int | None, device: torch.device
 ) -> None:
     values = operands(70, torch.float64, device, channels)
-    more = random("no ties", (32, 70), torch.float64, device).abs()
-    values["basis"] = values["basis"] + 1e-3 * more
+    more = random("no ties", (70, 32), torch.float64, device).abs()
+    values["up"] = values["up"] + 1e-3 * more
     order = random_index("tokens", 2, 70, 70, "shuffled", device)
     index = predict_connectivity(**values, budget=18, coef_topk=8)
     rows = order[:, :, None, None].expand(values["k"].shape)
@@ -973,6 +1014,32 @@ def test_dropped_keys_have_no_say(
     for kind in FLOATING:
         other = predict_connectivity(**values, budget=12, keep=keep.to(kind), coef_topk=8)
         assert_same_bits(other, index)
+
+
+@by_order
+def test_fused_tokens_are_not_added_up_and_compete_at_zero(
+    channels: int | None, device: torch.device
+) -> None:
+    """Columns beyond the grid: as columns whose rows of `down` and `up` are zero."""
+    values = operands(70, torch.float64, device, channels)
+    columns = torch.arange(70, device=device).repeat(2, 1)
+    columns[0, 5], columns[1, 69] = 70, 70
+    index = predict_connectivity(**values, budget=60, columns=columns, coef_topk=8)
+    for image, place in ((0, 5), (1, 69)):
+        zeroed = {name: values[name].clone() for name in ("down", "up")}
+        for value in zeroed.values():
+            value[place] = 0
+        alone = predict_connectivity(**(values | zeroed), budget=60, coef_topk=8)
+        assert_same_bits(alone[image], index[image])
+        odd = values["k"].clone()
+        odd[image, place] = math.nan
+        again = predict_connectivity(**(values | {"k": odd}), budget=60, columns=columns,
+                                     coef_topk=8)  # fmt: skip
+        assert_same_bits(again, index)
+        every = predict_connectivity(**values, budget=70, columns=columns, threshold=-1e-9)
+        assert (every[image] == place).any(-1).all()
+        above = predict_connectivity(**values, budget=70, columns=columns, threshold=0.0)
+        assert not (above[image] == place).any()
 
 
 # ---- odd numbers ---------------------------------------------------------------------------------
@@ -1041,7 +1108,8 @@ def test_large_logits_leave_one_coefficient(
     clear = best.values[..., 0] - best.values[..., 1] > 1000
     assert clear.double().mean() > 0.1 and logits.max() > 5000 and loss < 1
     index = predict_connectivity(**values, budget=12)
-    alone = connectivity(torch.eye(32, dtype=dtype, device=device)[None, None], values["basis"], 12)
+    eye = torch.eye(32, dtype=dtype, device=device)[None, None]
+    alone = connectivity(eye, values["up"].mT, 12)
     assert_same_bits(index[clear], alone[0, 0, best.indices[..., 0]][clear])
 
 
@@ -1053,13 +1121,13 @@ def test_sums_of_keys_are_kept_in_float32(
     """256 + 1/4 is no number of bfloat16, and 256 * 512 none of float16."""
     q, k = (torch.zeros(1, n, 1, 32, dtype=dtype, device=device) for n in (49, 50))
     down = torch.zeros(50, 32, dtype=dtype, device=device)
-    basis = torch.zeros(32, 50, dtype=dtype, device=device)
+    up = torch.zeros(50, 32, dtype=dtype, device=device)
     q[..., 0], k[:, :4, :, 0] = 1, torch.tensor([256.0, 0.25, 512, -512], device=device)[:, None]
     # Sums of 256 and of 256.25, beside 512 * 512 that cancel, and of far less.
     down[0, :2], down[1, 1], down[2:4, :2] = 1, 1, 512
     down[0, 2:] = -512
-    basis[0, 2], basis[1, 3] = 1, 1
-    values = {"q": q, "k": k, "down": down, "basis": basis}
+    up[2, 0], up[3, 1] = 1, 1
+    values = {"q": q, "k": k, "down": down, "up": up}
     if channels is not None:
         eye = torch.eye(channels, 32, dtype=dtype, device=device)
         values |= {"query_weight": eye, "key_weight": eye, "query_bias": eye[:, -1] * 0,
@@ -1102,9 +1170,9 @@ import spot_ext
 
 torch.set_num_threads(2)
 
-def stored(q, k, down, basis, budget, coef_topk):
+def stored(q, k, down, up, budget, coef_topk):
     keys = torch.einsum("nr,bnhd->bhdr", down, k)
-    return spot_ext.connectivity(q.transpose(1, 2) @ keys, basis, budget, coef_topk=coef_topk)
+    return spot_ext.connectivity(q.transpose(1, 2) @ keys, up.mT, budget, coef_topk=coef_topk)
 
 def inside(channels):
     weight, bias = torch.rand(channels, 32) - 0.5, torch.rand(channels)
@@ -1116,7 +1184,7 @@ for call in (spot_ext.predict_connectivity, inside(16), inside(96), stored,
              spot_ext.predict_connectivity_reference):
     for count in (65, 1025):  # the first call warms up
         packed = torch.rand(8, count, 3, 6, 32)
-        args = packed[:, 1:, 0], packed[:, :, 1], torch.rand(count, 32), torch.rand(32, count), 50
+        args = packed[:, 1:, 0], packed[:, :, 1], *torch.rand(2, count, 32), 50
         most, index = rise(lambda: call(*args, coef_topk=8))
     found.append(most - 4 * index.numel())
 print(json.dumps(found))
@@ -1154,13 +1222,16 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         for dim, channels in ((1, None), (5, None), (16, 3), (5, 2), (3, 17), (16, 16)):
             tokens = queries + prefix
             shapes = (2, queries, 3, dim), (2, tokens, 3, dim), (grid, rank)
+            up = guarded(torch.randn(grid, rank, generator=draw).to(dtype))
+            fused = columns.clone()
+            fused[:, -1] = grid
             if channels is not None:
                 shapes += (channels, dim), (channels,), (channels, dim), (channels,)
             drawn = [guarded(torch.randn(s, generator=draw).to(dtype)) for s in shapes]
             drawn += [None] * (7 - len(drawn))
             named = torch.ops.spot.predict_connectivity(
-                *drawn, basis, tokens, guarded(columns) if tokens < grid else None, keep,
-                coef_topk=2)
+                *drawn, up, tokens, guarded(fused) if tokens < grid else None, keep,
+                coef_topk=2, basis_threshold=0.5 if dim == 5 else None)
             assert named.max() < tokens
         for bad in (grid, -1, 2**31, 2**62, -(2**62)):
             columns[1, -1] = bad
