@@ -1095,6 +1095,23 @@ def test_an_odd_weight_spoils_everything(channels: int, name: str, device: torch
     assert (index == torch.arange(12, device=device)).all()
 
 
+@pytest.mark.parametrize("threshold", [None, 0.02])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_an_odd_entry_of_up_spoils_its_column(
+    dtype: torch.dtype, threshold: float | None, device: torch.device
+) -> None:
+    """NaN exceeds every threshold: its column is the last of all; that of infinity the first."""
+    values = operands(50, dtype, device, 8)
+    odd = values["up"].clone()
+    odd[[0, 7, 49], [1, 3, 31]] = math.nan
+    odd[20, 5] = math.inf
+    values["up"] = odd
+    for named in rows_of(predict_connectivity(**values, budget=47, basis_threshold=threshold)):
+        assert named == set(range(50)) - {0, 7, 49}
+    only = predict_connectivity(**values, budget=1, basis_threshold=threshold)
+    assert (only == 20).all()
+
+
 @by_order
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_large_logits_leave_one_coefficient(
