@@ -96,8 +96,8 @@ def predict_connectivity(
         coefficients[i, r] = softmax over r of scale * q'[i] . sum_j down[t(j), r] k'[j]
         basis[r, j]        = |up[j, r]| where that exceeds basis_threshold, otherwise 0
 
-    for each image and head (METHOD B1). Nothing of this is stored. The sums are those of
-    `connectivity` up to the rounding of the coefficients.
+    for each image and head (Sparsifiner, arXiv 2303.13755). The sums are those of `connectivity` up
+    to the rounding of the coefficients.
 
     Args:
         q: [B, N-P, H, D] queries of the patch tokens; float32, float64, float16 or bfloat16, any
