@@ -95,7 +95,8 @@ struct ConnectivityArgs {
   HeadRows q, k;     // [B, Q, H, D], [B, N, H, D]
   const void* down;  // [columns, R], any strides
   int64_t down_row, down_rank;
-  const void *query_weight, *query_bias, *key_weight, *key_bias;  // [c, D], [c], dense; or null
+  const void *query_weight, *query_bias, *key_weight, *key_bias;  // [c, D], [c], dense
+  bool projected;  // whether those are there; of none of the channels they are null
   int64_t head_dim, channels;
   bool projects_first;  // before keys are added up, rather than behind it
   double scale;

@@ -157,7 +157,7 @@ class Coefficients {
     const Panels panels(kChoiceRows / kL);
     pack_columns(panels, rows, s.input, m_.queries, m_.staged, [&](int64_t r, A* to) {
       stage_row(queries.row(q + r), queries.dim, a_.head_dim, to, s.input_row);
-      if (a_.query_weight) to[a_.head_dim] = 1;
+      if (a_.projected) to[a_.head_dim] = 1;
     });
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t at = panels.start(p) * kL, row = panels.width(p) * kL;

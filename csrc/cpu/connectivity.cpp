@@ -77,6 +77,7 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   args.channels = given.channels();
   args.scale = logit_scale(q, given, scale);
   std::vector<Tensor> weights;
+  args.projected = static_cast<bool>(given);
   if (given) {
     for (const auto* tensor : {&query_weight, &query_bias, &key_weight, &key_bias})
       weights.push_back(dense(**tensor));

@@ -33,7 +33,7 @@ struct KeySizes {
   int64_t depth_row;
   int64_t rank_row;  // R
   explicit KeySizes(const ConnectivityArgs& a)
-      : input(a.head_dim + (a.query_weight ? 1 : 0)),
+      : input(a.head_dim + (a.projected ? 1 : 0)),
         input_row(round_up(input, kLanes<A>)),
         channels(a.channels),
         channel_row(round_up(channels, kLanes<A>)),
@@ -76,7 +76,7 @@ class HeadKeys {
       : a_(args), s_(args), m_(scratch) {
     if (a_.coefficients) return;
     for (int64_t r = 0; r < a_.rank; ++r) m_.rows[r] = m_.keys + r * s_.depth_row;
-    if (!a_.query_weight) return;
+    if (!a_.projected) return;
     for (int64_t c = 0; c < s_.channels; ++c)
       stage_weights(a_.query_weight, a_.query_bias, c, m_.query_weight + c * s_.input_row);
     pack_columns(channel_panels(), s_.channels, s_.input, m_.key_weight, m_.staged,
@@ -89,7 +89,7 @@ class HeadKeys {
   // Of head h of image b: [R, depth_row].
   const A* run(int64_t b, int64_t h) {
     add_up(b, h);
-    if (a_.query_weight && !a_.projects_first) project_sums();
+    if (a_.projected && !a_.projects_first) project_sums();
     const A scale = static_cast<A>(a_.scale);
     for (int64_t i = 0; i < a_.rank * s_.depth_row; i += kL)
       vec_store(m_.keys + i, vec_load(m_.keys + i) * splat(scale));
@@ -161,7 +161,7 @@ class HeadKeys {
       project(m_.tokens, s_.input_row, count);
       right = m_.channels;
       right_row = s_.channel_row;
-    } else if (a_.query_weight) {
+    } else if (a_.projected) {
       for (int64_t t = 0; t < count; ++t)
         for (int64_t r = 0; r < a_.rank; ++r) m_.mass[r] += down[t * down_row + r];
     }

@@ -103,8 +103,7 @@ class ConnectivityPredictor(nn.Module):
     ) -> Tensor:
         """Coefficients of the basis, differentiable in q, k and the parameters.
 
-        The products are associated so that keys are added up before they are projected, and queries
-        need no projection.
+        Keys are added up before they are projected.
 
         Args:
             q: [B, M, H, D] patch queries, all of them or some.
@@ -117,16 +116,6 @@ class ConnectivityPredictor(nn.Module):
         Returns:
             [B, H, M, R], rows sum to 1.
         """
-        keys, bias = self._keys(k, columns, keep, num_patches)
-        logits = q.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
-        if bias is not None:
-            logits = logits + bias.transpose(1, 2)[:, :, None]
-        return logits.softmax(dim=-1)
-
-    def _keys(
-        self, k: Tensor, columns: Tensor | None, keep: Tensor | None, num_patches: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What queries meet, scaled: R keys [B, R, H, D], and what is added to that [B, R, H]."""
         down, _ = self.weights(self._patches(k, columns, num_patches))
         if columns is not None:
             down = F.pad(down, (0, 0, 0, 1))[columns]  # [B, N, R]
@@ -137,14 +126,12 @@ class ConnectivityPredictor(nn.Module):
         # [B, R, H * D]; not matmul, which would copy keys that are a view of qkv.
         keys = down.mT.expand(k.shape[0], -1, -1).bmm(k.flatten(2))
         keys = keys.unflatten(2, k.shape[2:])
-        if self.proj_c_q is None or self.proj_c_k is None:
-            return keys * self.scale, None
-        weight, bias = self.proj_c_k.weight * self.scale, self.proj_c_k.bias * self.scale
-        # [B, R, H, c]: a bias of every key, added up as the keys are.
-        keys = F.linear(keys, weight) + down.sum(dim=-2)[..., None, None] * bias
-        weight, bias = self.proj_c_q.weight, self.proj_c_q.bias
-        keys = keys @ torch.cat([weight, bias[:, None]], dim=1)  # [B, R, H, D + 1]
-        return keys[..., :-1], keys[..., -1]
+        if self.proj_c_q is not None and self.proj_c_k is not None:
+            # [B, R, H, c]: the bias of every key is added up as the keys are.
+            bias = down.sum(dim=-2)[..., None, None] * self.proj_c_k.bias
+            keys = F.linear(keys, self.proj_c_k.weight) + bias
+            q = self.proj_c_q(q)
+        return (q.transpose(1, 2) @ (keys * self.scale).permute(0, 2, 3, 1)).softmax(dim=-1)
 
     def _projections(self) -> dict[str, Tensor]:
         if self.proj_c_q is None or self.proj_c_k is None:
