@@ -1,6 +1,7 @@
 // Kernels that make the coefficients of predict_connectivity: R keys a head from those of the
-// tokens, then the softmax over them of what each query gives. Every product is a tile of 32 rows
-// in shared memory, 4 rows a thread in registers, without tensor cores: operands are not rounded.
+// tokens, then the softmax over them of what each query gives; and one that makes its basis. Every
+// product is a tile of 32 rows in shared memory, 4 rows a thread in registers, without tensor
+// cores: operands are not rounded.
 //
 // - keys_kernel adds keys up: sums[r] = sum over tokens j of down[column of j, r] k[j], and the
 //   mass of each sum, that of the rows of down. A block per 32 sums and 64 dims of a head. Tokens
@@ -11,13 +12,15 @@
 //   32 keys and 64 dims of a head. Cost: 2 R c D a head; the first half again for each 64 dims.
 // - coefficients_kernel: a block per 64 queries of a head. Logits are written, and made
 //   coefficients by the block that wrote them. Cost: (N-P) R D a head; q is read once for 32 keys.
+// - basis_kernel: up, or 0 and its magnitudes above a threshold, transposed, and behind it a column
+//   of zeros. A block per 32 coefficients and 32 columns. Cost: up read once, the basis written.
 //
 // All that is in between is float32 (float64 for float64), and sums, keys and biases have the R
 // numbers of a head and dim side by side: [B, H, D, R] and [B, H, R]; mass [B, R]; coefficients
-// [B, H, N-P, R].
+// [B, H, N-P, R]. The basis is in the dtype of up, columns side by side.
 //
-// A dropped token, and one whose column is out of range, takes no part: neither its key nor a row
-// of down is read for it.
+// A dropped token, and one whose column is no row of down, takes no part: neither its key nor a row
+// of down is read for it. That is column n, which means none, and any out of range.
 #pragma once
 
 #include "mask.cuh"
@@ -118,8 +121,8 @@ template <typename T>
 struct KeyArgs {
   const T* k;  // [B, N, H, D], strides
   int64_t k_strides[4];
-  const T* down;  // [columns, R], strides
-  int64_t down_column, down_rank, num_down;
+  const T* down;  // [n, R], strides
+  int64_t down_token, down_rank, num_down;
   const int64_t* columns;  // [B, N] dense, or null
   const uint8_t* roles;    // [B, N], or null: all take part
   Acc<T>* sums;            // [B, H, D, R]
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kTileThreads) keys_kernel(const KeyArgs<T> a) 
     fill<false, 8>(down, [&](int i, int m) {
       const int64_t row = rows[now][i];
       const int r = place.rows + m;
-      return row >= 0 && r < a.rank ? load(a.down[row * a.down_column + r * a.down_rank]) : A(0);
+      return row >= 0 && r < a.rank ? load(a.down[row * a.down_token + r * a.down_rank]) : A(0);
     });
     fill<false, 8>(keys, [&](int i, int n) {
       const int d = place.wide + n;
@@ -346,6 +349,44 @@ __global__ void __launch_bounds__(kTileThreads) coefficients_kernel(const Coeffi
   __syncthreads();
   for (int row = static_cast<int>(threadIdx.x) / kWarp; row < count; row += kTileThreads / kWarp)
     softmax_row(out + row * rank, a.rank);
+}
+
+// ---- the basis ----------------------------------------------------------------------------------
+
+template <typename T>
+struct BasisArgs {
+  const T* up;  // [n, R], strides
+  int64_t up_token, up_rank, num_up;
+  T* basis;         // [R, columns]
+  int64_t columns;  // n, or n + 1: the last is of zeros
+  int rank;
+  bool magnitudes;  // |up| where that exceeds `least`, else 0
+  Acc<T> least;
+};
+
+// Reads along the coefficients, writes along the columns.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads) basis_kernel(const BasisArgs<T> a) {
+  using A = Acc<T>;
+  __shared__ Operand<A, kTileRows> tile;
+  const unsigned down = TilePlace::tiles(a.rank, kTileDepth);
+  const int first_rank = static_cast<int>(blockIdx.x % down) * kTileDepth;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x / down) * kTileRows;
+  fill<true, 8>(tile, [&](int i, int n) {
+    const int r = first_rank + i;
+    const int64_t column = first_column + n;
+    if (r >= a.rank || column >= a.num_up) return A(0);
+    const A x = load(a.up[column * a.up_token + r * a.up_rank]);
+    if (!a.magnitudes) return x;
+    const A size = x < 0 ? -x : x;
+    return size <= a.least ? A(0) : size;  // NaN stays
+  });
+  __syncthreads();
+  for (int e = static_cast<int>(threadIdx.x); e < kTileDepth * kTileRows; e += kTileThreads) {
+    const int i = e / kTileRows, n = e % kTileRows, r = first_rank + i;
+    const int64_t column = first_column + n;
+    if (r < a.rank && column < a.columns) a.basis[r * a.columns + column] = store<T>(tile.at[i][n]);
+  }
 }
 
 }  // namespace spot

@@ -11,13 +11,15 @@
 //
 // predict_connectivity makes coefficients first, by the kernels of coefficients.cuh, and stores
 // them unrounded. Keys are always added up before they are projected: that order never projects
-// queries, and needs no projected keys of all tokens.
+// queries, and needs no projected keys of all tokens. Its basis is `up`, read in place, or made of
+// it once a call where there are columns or a threshold on it.
 //
 // Sums run over the coefficients that count, in ascending order, in float32 (float64 for float64).
 // Scratch: a byte per token with `keep`; for predict_connectivity, in the type of sums, also
-// H R (N-P + D) numbers an image, and H R (D + 1) + R more with projections. A column out of range
-// is never dereferenced: its sum is NaN, so it ranks last, and its key takes no part in the
-// coefficients; SPOT_CHECK=1 names it, at the price of a sync.
+// H R (N-P + D) numbers an image, and H R (D + 1) + R more with projections; and, in the dtype of
+// up, R (n + 1) numbers of the basis where that is made. A column out of range is never
+// dereferenced: its sum is NaN, so it ranks last, and its key takes no part in the coefficients;
+// SPOT_CHECK=1 names it, at the price of a sync.
 #include "../common/connectivity.h"
 #include "coefficients.cuh"
 #include "device.h"
@@ -300,10 +302,13 @@ struct Candidates {
   const uint8_t* role_data() const { return mask.roles ? data<uint8_t>(*mask.roles) : nullptr; }
 };
 
-Candidates read_candidates(const char* op, const ConnectivityShape& s, const Tensor& basis,
-                           const std::optional<Tensor>& columns, const std::optional<Tensor>& keep,
+// Columns are in [0, columns_end).
+Candidates read_candidates(const char* op, const ConnectivityShape& s,
+                           const std::optional<Tensor>& columns, int64_t columns_end,
+                           const char* columns_meaning, const std::optional<Tensor>& keep,
                            cudaStream_t stream) {
-  if (columns && checks_wanted()) check_columns(op, copy_to_host(*columns), basis.size(1));
+  if (columns && checks_wanted())
+    check_columns(op, copy_to_host(*columns), columns_end, columns_meaning);
   return {columns ? std::optional<Tensor>(dense(*columns)) : std::nullopt,
           read_mask(op, keep, s.num_columns, s.num_prefix(), stream)};
 }
@@ -332,7 +337,7 @@ Keys make_keys(const char* op, const Tensor& k, const Tensor& down, const Projec
   a.k = data<T>(k);
   for (int d = 0; d < 4; ++d) a.k_strides[d] = k.stride(d);
   a.down = data<T>(down);
-  a.down_column = down.stride(0);
+  a.down_token = down.stride(0);
   a.down_rank = down.stride(1);
   a.num_down = down.size(0);
   a.columns = candidates.column_data();
@@ -399,6 +404,30 @@ Tensor make_coefficients(const char* op, const Tensor& q, const Tensor& k, const
   return result;
 }
 
+// [R, n], and a column of zeros where columns may be n.
+Tensor make_basis(const char* op, const Tensor& up, const std::optional<Tensor>& columns,
+                  std::optional<double> basis_threshold, cudaStream_t stream) {
+  if (!columns && !basis_threshold) return torch::stable::transpose(up, 0, 1);
+  const int64_t rank = up.size(1), width = up.size(0) + (columns ? 1 : 0);
+  const Tensor basis = empty_on(up, {rank, width}, up.scalar_type());
+  dispatch(dtype_slot(op, "up", up), [&](auto zero) {
+    using T = decltype(zero);
+    BasisArgs<T> a{};
+    a.up = data<T>(up);
+    a.up_token = up.stride(0);
+    a.up_rank = up.stride(1);
+    a.num_up = up.size(0);
+    a.basis = mutable_data<T>(basis);
+    a.columns = width;
+    a.rank = static_cast<int>(rank);
+    a.magnitudes = basis_threshold.has_value();
+    a.least = static_cast<Acc<T>>(basis_threshold.value_or(0.0));
+    launch(op, basis_kernel<T>, ceil_div(rank, kTileDepth) * ceil_div(width, kTileRows),
+           kTileThreads, 0, stream, a);
+  });
+  return basis;
+}
+
 // ---- entry points -------------------------------------------------------------------------------
 
 // `coefficients` in the dtype of basis, or in that of sums.
@@ -451,21 +480,23 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
              "coefficients may have at most 2^31 - 1 rows per image, and columns");
   const DeviceGuard guard(coefficients.get_device_index());
   const cudaStream_t stream = current_stream(coefficients);
-  const Candidates candidates = read_candidates(op, s, basis, columns, keep, stream);
+  const Candidates candidates =
+      read_candidates(op, s, columns, basis.size(1), "the columns of basis", keep, stream);
   return choose_columns(op, s, coefficients, basis, candidates, threshold, stream);
 }
 
 Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down,
                             std::optional<Tensor> query_weight, std::optional<Tensor> query_bias,
                             std::optional<Tensor> key_weight, std::optional<Tensor> key_bias,
-                            const Tensor& basis, int64_t budget, std::optional<Tensor> columns,
+                            const Tensor& up, int64_t budget, std::optional<Tensor> columns,
                             std::optional<Tensor> keep, std::optional<double> scale,
-                            std::optional<int64_t> coef_topk, std::optional<double> threshold) {
+                            std::optional<int64_t> coef_topk, std::optional<double> basis_threshold,
+                            std::optional<double> threshold) {
   const char* op = "predict_connectivity";
   check_cuda(op, "q", q);
   const Projections projections{query_weight, query_bias, key_weight, key_bias};
-  const ConnectivityShape s = check_predict_connectivity(op, q, k, down, projections, basis, budget,
-                                                         columns, keep, coef_topk);
+  const ConnectivityShape s =
+      check_predict_connectivity(op, q, k, down, projections, up, budget, columns, keep, coef_topk);
   SPOT_CHECK(s.num_heads * s.num_queries <= INT32_MAX, op,
              "q may have at most 2^31 - 1 rows per image");
   constexpr int64_t kMost = INT32_MAX / 2;  // so that the end of a tile is still an int
@@ -473,9 +504,11 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
              "the head dim, channels and columns of down may be at most 2^30 - 1");
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  const Candidates candidates = read_candidates(op, s, basis, columns, keep, stream);
+  const Candidates candidates = read_candidates(
+      op, s, columns, up.size(0) + 1, "the tokens of up, and behind them none", keep, stream);
   const Tensor coefficients = make_coefficients(op, q, k, down, projections, candidates, s,
                                                 logit_scale(q, projections, scale), stream);
+  const Tensor basis = make_basis(op, up, columns, basis_threshold, stream);
   return choose_columns(op, s, coefficients, basis, candidates, threshold, stream);
 }
 
