@@ -221,6 +221,7 @@ def predict_connectivity_reference(
         absent = dropped if absent is None else absent | dropped
     if absent is not None:
         k = k.masked_fill(absent[:, :, None, None], 0)
+        down = down.masked_fill(absent[:, :, None], 0)
     keys = torch.einsum("bnr,bnhc->brhc", down, k)
     logits = torch.einsum("bihc,brhc->bhir", q, keys)
     if scale is None:
@@ -251,7 +252,8 @@ def _check_connectivity(coefficients: Tensor, basis: Tensor, *choice: Any) -> No
     _check.device("basis", basis, "coefficients", coefficients)
     _check.size("basis", basis, 0, coefficients.shape[3], "the coefficients of a row")
     queries = coefficients.shape[2]
-    _check_choice("coefficients", coefficients, queries, "basis", basis.shape[1], *choice)
+    grid = "basis", "columns", basis.shape[1]
+    _check_choice("coefficients", coefficients, queries, grid, *choice)
 
 
 def _check_prediction(
@@ -298,7 +300,7 @@ def _check_prediction(
         _check.same_dtype(name, value, "q", q)
         _check.device(name, value, "q", q)
     choice = budget, columns, keep, coef_topk, threshold
-    in_play = _check_choice("q", q, q.shape[1], "up", up.shape[0], *choice)
+    in_play = _check_choice("q", q, q.shape[1], ("up", "rows", up.shape[0]), *choice)
     _check.size("k", k, 1, in_play, "as up has tokens" if columns is None else "as columns has")
     for name, number in (("scale", scale), ("basis_threshold", basis_threshold)):
         if number is not None:
@@ -309,28 +311,30 @@ def _check_choice(
     like_name: str,
     like: Tensor,
     queries: int,
-    grid_name: str,
-    grid: int,
+    grid: tuple[str, str, int],
     budget: int,
     columns: Tensor | None,
     keep: Tensor | None,
     coef_topk: int | None,
     threshold: float | None,
 ) -> int:
-    """What both ops check besides where coefficients come from, with `grid` columns in all.
+    """What both ops check besides where coefficients come from.
 
+    `grid` says which sizes of what are the columns of the full grid, and how many there are.
     Returns how many are in play.
     """
-    in_play, name = grid, grid_name
+    name, sizes, in_play = grid
+    if isinstance(in_play, int) and in_play >= 2**31 - 1:
+        raise ValueError(f"{name} must have less than 2^31 - 1 {sizes}, got {in_play}")
     if columns is not None:
         _check.tensor("columns", columns, 2)
         _check.dtype("columns", columns, torch.int64)
         _check.device("columns", columns, like_name, like)
         _check.size("columns", columns, 0, like.shape[0], "the batch")
-        in_play, name = columns.shape[1], "columns"
+        name, sizes, in_play = "columns", "columns", columns.shape[1]
     if isinstance(queries, int) and isinstance(in_play, int) and queries > in_play:
         raise ValueError(
-            f"{name} must have at least {queries} columns, as {like_name} has queries, "
+            f"{name} must have at least {queries} {sizes}, as {like_name} has queries, "
             f"got {in_play}"
         )
     _check.count("budget", budget, 1, in_play, " (the columns)")

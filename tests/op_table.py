@@ -1578,6 +1578,10 @@ def _connectivity_errors() -> tuple[Bad, ...]:
             ("basis", "float32", "float64")),
         bad("basis on another device", lambda d: {"basis": _t(4, 6, device="meta")}, ValueError,
             ("basis", "device")),
+        bad("basis of too many columns", lambda d: {
+            "basis": _t(4, 1, device=d).expand(4, 2**31 - 1),
+            "columns": _i(d, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])}, ValueError,
+            ("basis", "2^31", "columns", f"{2**31 - 1}")),
         *_choice_errors(build, 6),
     )  # fmt: skip
 
@@ -1618,6 +1622,10 @@ def _prediction_errors() -> tuple[Bad, ...]:
             ("up", "size 5", "as down has", "[6, 4]")),
         resized("up", 24, words=("2 dim",)),
         resized("up", 5, 4, words=("size 6", "as down has")),
+        bad("up of too many tokens", lambda d: {
+            **{name: _t(1, 4, device=d).expand(2**31 - 1, 4) for name in ("down", "up")},
+            "columns": _i(d, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])}, ValueError,
+            ("up", "2^31", "rows", f"{2**31 - 1}")),
         resized("up", 6, 3, words=("size 4", "as down has")),
         bad("k of all tokens beside columns",
             lambda d: {"columns": _i(d, [0, 1, 2, 3, 4], [5, 4, 3, 2, 1])}, ValueError,

@@ -19,12 +19,16 @@ struct ConnectivityShape {
 };
 
 // What both ops check besides where coefficients come from; B, H, Q and R are in `s`, and the
-// columns of the full grid, which is a size of `grid_name`.
+// columns of the full grid: the `grid_sizes` of `grid_name`.
 inline ConnectivityShape check_choice(const char* op, ConnectivityShape s, const char* like_name,
-                                      const Tensor& like, const char* grid_name, int64_t budget,
+                                      const Tensor& like, const char* grid_name,
+                                      const char* grid_sizes, int64_t budget,
                                       const std::optional<Tensor>& columns,
                                       const std::optional<Tensor>& keep,
                                       std::optional<int64_t> coef_topk) {
+  // One more, for none of the grid, is still an int32.
+  SPOT_CHECK(s.num_columns < INT32_MAX, op, grid_name, " must have less than 2^31 - 1 ", grid_sizes,
+             ", got ", s.num_columns);
   if (columns) {
     check_rank(op, "columns", *columns, 2);
     check_dtype(op, "columns", *columns, ScalarType::Long);
@@ -32,11 +36,11 @@ inline ConnectivityShape check_choice(const char* op, ConnectivityShape s, const
     check_size(op, "columns", *columns, 0, s.batch, "the batch");
     s.num_columns = columns->size(1);
   }
-  SPOT_CHECK(s.num_columns <= INT32_MAX, op, grid_name, " may have at most 2^31 - 1 columns, got ",
+  SPOT_CHECK(s.num_columns < INT32_MAX, op, "columns must have less than 2^31 - 1 columns, got ",
              s.num_columns);
   SPOT_CHECK(s.num_queries <= s.num_columns, op, columns ? "columns" : grid_name,
-             " must have at least ", s.num_queries, " columns, as ", like_name,
-             " has queries, got ", s.num_columns);
+             " must have at least ", s.num_queries, " ", columns ? "columns" : grid_sizes, ", as ",
+             like_name, " has queries, got ", s.num_columns);
   SPOT_CHECK(budget >= 1 && budget <= s.num_columns, op, "budget must be between 1 and ",
              s.num_columns, " (the columns), got ", budget);
   SPOT_CHECK(!coef_topk || *coef_topk >= 1, op, "coef_topk must be an int64 of at least 1, got ",
@@ -71,8 +75,8 @@ inline ConnectivityShape check_connectivity(const char* op, const Tensor& coeffi
                             basis.size(1),
                             0,
                             0};
-  return check_choice(op, s, "coefficients", coefficients, "basis", budget, columns, keep,
-                      coef_topk);
+  return check_choice(op, s, "coefficients", coefficients, "basis", "columns", budget, columns,
+                      keep, coef_topk);
 }
 
 // Both projections, to as many channels; or none.
@@ -130,7 +134,7 @@ inline ConnectivityShape check_predict_connectivity(const char* op, const Tensor
   projections.check(op, q);
   const ConnectivityShape s =
       check_choice(op, {q.size(0), q.size(2), q.size(1), up.size(1), up.size(0), 0, 0}, "q", q,
-                   "up", budget, columns, keep, coef_topk);
+                   "up", "rows", budget, columns, keep, coef_topk);
   check_size(op, "k", k, 1, s.num_columns, columns ? "as columns has" : "as up has tokens");
   return s;
 }
@@ -140,14 +144,6 @@ inline double logit_scale(const Tensor& q, const Projections& projections,
                           std::optional<double> scale) {
   const int64_t width = projections ? projections.channels() : q.size(3);
   return scale.value_or(std::pow(static_cast<double>(std::max<int64_t>(width, 1)), -0.5));
-}
-
-// Whether it costs less to project keys and queries before keys are added up, than to add keys up
-// and to project the sums, there and back. Per head, in multiply-accumulates.
-inline bool projects_first(const ConnectivityShape& s, int64_t head_dim, int64_t channels) {
-  const int64_t both = s.num_queries + s.num_columns;
-  return both * channels * (head_dim + s.rank) <
-         both * s.rank * head_dim + s.rank * channels * (2 * head_dim + 1);
 }
 
 // Names the first of `columns`, dense and in host memory, that is out of range: [0, end).

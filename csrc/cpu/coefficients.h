@@ -8,7 +8,7 @@
 //
 // Cost per row of R coefficients: R D multiply-accumulates to make them, or c (D + R) where queries
 // are projected to c channels; 9 operations on a lane for each to find the 8 largest, 2 C for the C
-// largest. Scratch per thread: kChoiceRows (R + D) numbers, and that of the keys.
+// largest. Scratch per thread: kChoiceRows (R + D + c) numbers, and that of the keys.
 #pragma once
 
 #include "choose.h"
@@ -67,11 +67,11 @@ inline int64_t append_bits(uint64_t set, int32_t first, int32_t* out) {
 template <typename A>
 struct CoefficientScratch {
   using Key = decltype(order_key(A{}));
-  A* lanes;                  // [R, kChoiceRows] coefficients or logits
-  A *queries, *projected;    // [input, kChoiceRows] and [c, kChoiceRows] in panels
-  A *staged, *row;           // kLanes rows, one row
-  uint16_t* reaching;        // [R], which of kLanes rows reach their least that counts
-  A* weights;                // [used, kChoiceRows], those that count
+  A* lanes;                        // [R, kChoiceRows] coefficients or logits
+  A *queries, *projected_queries;  // [input, kChoiceRows] and [c, kChoiceRows] in panels
+  A *staged, *row;                 // kLanes rows, one row
+  uint16_t* reaching;              // [R], which of kLanes rows reach their least that counts
+  A* weights;                      // [used, kChoiceRows], those that count
   A *size, *total, *square;  // per row: sums of their magnitudes, of them and of their squares
   int32_t *used, *chosen;    // [kChoiceRows, used]; one row, a vector behind it
   Key* order;                // of one row
@@ -80,7 +80,7 @@ struct CoefficientScratch {
   CoefficientScratch(Pieces& memory, const ConnectivityArgs& a, const KeySizes<A>& s)
       : lanes(memory.take<A>(a.rank * kChoiceRows)),
         queries(memory.take<A>(s.input * kChoiceRows)),
-        projected(memory.take<A>(a.projects_first ? s.channels * kChoiceRows : 0)),
+        projected_queries(memory.take<A>(a.projects_first ? s.channels * kChoiceRows : 0)),
         staged(memory.take<A>(kLanes<A> * (s.input_row > s.rank_row ? s.input_row : s.rank_row))),
         row(memory.take<A>(round_up(a.rank, kLanes<A>))),
         reaching(memory.take<uint16_t>(round_up(a.rank, 64))),
@@ -163,7 +163,7 @@ class Coefficients {
       const int64_t at = panels.start(p) * kL, row = panels.width(p) * kL;
       const A* panel = m_.queries + at * s.input;
       if (a_.projects_first) {
-        A* projected = m_.projected + at * s.channels;
+        A* projected = m_.projected_queries + at * s.channels;
         multiply(head_keys_.query_weight(), s.input_row, s.channels, panel, row, s.input,
                  panels.width(p), projected, row);
         panel = projected;

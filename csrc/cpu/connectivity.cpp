@@ -9,6 +9,14 @@ namespace {
 
 using torch::stable::parallel_for;
 
+// Whether it costs less to project keys and queries before keys are added up, than to add keys up
+// and to project the sums, there and back. Per head, in multiply-accumulates.
+bool projects_first(const ConnectivityShape& s, int64_t head_dim, int64_t channels) {
+  const int64_t both = s.num_queries + s.num_columns;
+  return both * channels * (head_dim + s.rank) <
+         both * s.rank * head_dim + s.rank * channels * (2 * head_dim + 1);
+}
+
 // What both ops share; `args` says where coefficients and basis come from.
 Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args, const Tensor& like,
               const std::optional<Tensor>& columns, const char* columns_meaning,
@@ -64,9 +72,9 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
                             std::optional<int64_t> coef_topk, std::optional<double> basis_threshold,
                             std::optional<double> threshold) {
   const char* op = "predict_connectivity";
-  const Projections given{query_weight, query_bias, key_weight, key_bias};
+  const Projections projections{query_weight, query_bias, key_weight, key_bias};
   const ConnectivityShape s =
-      check_predict_connectivity(op, q, k, down, given, up, budget, columns, keep, coef_topk);
+      check_predict_connectivity(op, q, k, down, projections, up, budget, columns, keep, coef_topk);
   ConnectivityArgs args{};
   args.q = head_rows(q);
   args.k = head_rows(k);
@@ -74,11 +82,11 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   args.down_row = down.stride(0);
   args.down_rank = down.stride(1);
   args.head_dim = q.size(3);
-  args.channels = given.channels();
-  args.scale = logit_scale(q, given, scale);
+  args.channels = projections.channels();
+  args.scale = logit_scale(q, projections, scale);
   std::vector<Tensor> weights;
-  args.projected = static_cast<bool>(given);
-  if (given) {
+  args.projected = static_cast<bool>(projections);
+  if (projections) {
     for (const auto* tensor : {&query_weight, &query_bias, &key_weight, &key_bias})
       weights.push_back(dense(**tensor));
     args.query_weight = weights[0].const_data_ptr();
@@ -93,8 +101,8 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   args.magnitudes = basis_threshold.has_value();
   args.basis_threshold = basis_threshold.value_or(0);
   args.num_places = up.size(0);
-  return choose(op, s, args, q, columns, "the tokens of up, and behind them none",
-                args.num_places + 1, keep, threshold);
+  return choose(op, s, args, q, columns, "a row of up, or one more for none", args.num_places + 1,
+                keep, threshold);
 }
 
 }  // namespace

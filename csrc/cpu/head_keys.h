@@ -3,15 +3,15 @@
 //
 // With W_k, W_q, b_k, b_q the projections, out[r] = scale * sum_j down[j, r] (W_k k[j] + b_k), for
 // queries that are projected too; or, where that costs less (projects_first in
-// ../common/connectivity.h), sums are projected instead, there and back, so that queries meet
+// connectivity.cpp), sums are projected instead, there and back, so that queries meet
 // W_q^T out[r], and a last number b_q . out[r]. Without projections scale * sum_j down[j, r] k[j].
 // Tokens are taken in blocks: their keys are copied next to each other, whatever the strides, and
 // so are rows of `down`, unless all tokens are there and these can be read in place. Products stay
 // in registers.
 //
 // Cost per head of N tokens, R sums, D channels of which c are left: N c (D + R), or N R D +
-// 2 R D c multiply-accumulates, which bound it. Scratch per thread: R D numbers for the result, and
-// kTokenBlock (R + D).
+// 2 R D c multiply-accumulates, which bound it. Scratch per thread: R D numbers for the result,
+// R c for its channels, 2 c D for the projections and kTokenBlock (R + D).
 #pragma once
 
 #include "attention_rows.h"

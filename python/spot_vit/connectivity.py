@@ -103,7 +103,7 @@ class ConnectivityPredictor(nn.Module):
     ) -> Tensor:
         """Coefficients of the basis, differentiable in q, k and the parameters.
 
-        Keys are added up before they are projected.
+        What training reads, and `coef_threshold` needs; `forward` makes them inside an op.
 
         Args:
             q: [B, M, H, D] patch queries, all of them or some.
@@ -230,7 +230,7 @@ class ConnectivityPredictor(nn.Module):
         _, up = self.weights()
         if up.is_meta:
             return math.erfc(self.config.basis_threshold / (STD * math.sqrt(2)))
-        return (up.detach().abs() > self.config.basis_threshold).double().mean().item()
+        return (up.detach().float().abs() > self.config.basis_threshold).double().mean().item()
 
     def weights(self, num_patches: int | None = None) -> tuple[Tensor, Tensor]:
         """W_down and W_up [n, R] for a grid of `num_patches`.

@@ -178,10 +178,10 @@ class _Watch:
     def _predict_connectivity(self, formula: Any) -> Any:
         """The same behind the coefficients."""
 
-        def count(q: Tensor, k: Tensor, down: Tensor, *args: Any, **kwargs: Any) -> int:
-            channels = None if args[0] is None else args[0].shape[0]
+        def count(q: Any, k: Any, down: Any, query_weight: Any, *args: Any, **kwargs: Any) -> int:
+            channels = None if query_weight is None else query_weight.shape[0]
             made = coefficient_flops(q.shape, k.shape[1], down.shape[1], channels)
-            combination = formula(q, k, down, *args, **kwargs) - made
+            combination = formula(q, k, down, query_weight, *args, **kwargs) - made
             return made + 2 * round(combination * self.running / 2)
 
         return _of_tensors(count)

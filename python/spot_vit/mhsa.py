@@ -63,7 +63,8 @@ def mhsa_constant(
 
         + (2 n - 1) (D + R H) c     channels of keys and queries, keys to R, coefficients
 
-    p is what initialisation gives. The published code projects first, whatever the sizes.
+    p is what initialisation gives. All this is without `coef_threshold`. The published code
+    projects first, whatever the sizes.
     """
     config = config or SparsifinerConfig()
     head_dim, rank = dim // num_heads, num_tokens // config.reduce_n

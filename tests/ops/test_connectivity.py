@@ -33,6 +33,7 @@ from spot_ext import (
     connectivity,
     connectivity_reference,
     predict_connectivity,
+    predict_connectivity_reference,
 )
 
 # ---- the definition as loops ---------------------------------------------------------------------
@@ -1014,6 +1015,14 @@ def test_dropped_keys_have_no_say(
     for kind in FLOATING:
         other = predict_connectivity(**values, budget=12, keep=keep.to(kind), coef_topk=8)
         assert_same_bits(other, index)
+    gone = 1 + (keep.sum(0) == 0).nonzero().flatten()  # of both images
+    assert len(gone) > 3
+    down = values["down"].clone()
+    down[gone] = math.nan
+    for call in (predict_connectivity, predict_connectivity_reference):
+        clean = call(**values, budget=12, keep=keep, coef_topk=8)
+        odd = call(**(values | {"down": down}), budget=12, keep=keep, coef_topk=8)
+        assert_same_bits(odd, clean)
 
 
 @by_order
