@@ -439,8 +439,9 @@ def _(
     **kwargs: Any,
 ) -> int:
     """The combination of basis rows, as if the basis were dense."""
+    batch, heads, queries, rank = coefficients
     in_play = basis[1] if columns is None else columns[1]
-    return _combination(*coefficients, in_play, coef_topk)
+    return _combination(batch, heads, queries, rank, in_play, coef_topk)
 
 
 @_register.flops("predict_connectivity")
