@@ -324,14 +324,14 @@ def _check_choice(
     Returns how many are in play.
     """
     name, sizes, in_play = grid
-    if isinstance(in_play, int) and in_play >= 2**31 - 1:
-        raise ValueError(f"{name} must have less than 2^31 - 1 {sizes}, got {in_play}")
+    _check_fits(name, sizes, in_play)
     if columns is not None:
         _check.tensor("columns", columns, 2)
         _check.dtype("columns", columns, torch.int64)
         _check.device("columns", columns, like_name, like)
         _check.size("columns", columns, 0, like.shape[0], "the batch")
         name, sizes, in_play = "columns", "columns", columns.shape[1]
+        _check_fits(name, sizes, in_play)
     if isinstance(queries, int) and isinstance(in_play, int) and queries > in_play:
         raise ValueError(
             f"{name} must have at least {queries} {sizes}, as {like_name} has queries, "
@@ -349,6 +349,12 @@ def _check_choice(
         _check.size("keep", keep, 0, like.shape[0], "the batch")
         _check.size("keep", keep, 1, queries, "the patch tokens")
     return in_play
+
+
+def _check_fits(name: str, sizes: str, count: int) -> None:
+    """One more than `count` is an int32."""
+    if isinstance(count, int) and count >= 2**31 - 1:
+        raise ValueError(f"{name} must have less than 2^31 - 1 {sizes}, got {count}")
 
 
 # ---- fake ----------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ inline ConnectivityShape check_choice(const char* op, ConnectivityShape s, const
     check_same_device(op, "columns", *columns, like_name, like);
     check_size(op, "columns", *columns, 0, s.batch, "the batch");
     s.num_columns = columns->size(1);
+    SPOT_CHECK(s.num_columns < INT32_MAX, op, "columns must have less than 2^31 - 1 columns, got ",
+               s.num_columns);
   }
-  SPOT_CHECK(s.num_columns < INT32_MAX, op, "columns must have less than 2^31 - 1 columns, got ",
-             s.num_columns);
   SPOT_CHECK(s.num_queries <= s.num_columns, op, columns ? "columns" : grid_name,
              " must have at least ", s.num_queries, " ", columns ? "columns" : grid_sizes, ", as ",
              like_name, " has queries, got ", s.num_columns);
@@ -145,6 +145,10 @@ inline double logit_scale(const Tensor& q, const Projections& projections,
   const int64_t width = projections ? projections.channels() : q.size(3);
   return scale.value_or(std::pow(static_cast<double>(std::max<int64_t>(width, 1)), -0.5));
 }
+
+// What `columns` of either op may be.
+constexpr const char* kColumnsOfBasis = "the columns of basis";
+constexpr const char* kRowsOfUp = "a row of up, or one more for none";
 
 // Names the first of `columns`, dense and in host memory, that is out of range: [0, end).
 inline void check_columns(const char* op, const Tensor& columns, int64_t end, const char* meaning) {

@@ -60,7 +60,7 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   args.basis_row = basis.stride(0);
   args.basis_column = basis.stride(1);
   args.num_places = basis.size(1);
-  return choose(op, s, args, coefficients, columns, "the columns of basis", args.num_places, keep,
+  return choose(op, s, args, coefficients, columns, kColumnsOfBasis, args.num_places, keep,
                 threshold);
 }
 
@@ -101,8 +101,7 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   args.magnitudes = basis_threshold.has_value();
   args.basis_threshold = basis_threshold.value_or(0);
   args.num_places = up.size(0);
-  return choose(op, s, args, q, columns, "a row of up, or one more for none", args.num_places + 1,
-                keep, threshold);
+  return choose(op, s, args, q, columns, kRowsOfUp, args.num_places + 1, keep, threshold);
 }
 
 }  // namespace

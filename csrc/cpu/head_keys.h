@@ -141,7 +141,7 @@ class HeadKeys {
       add_block(m_.down, s_.rank_row, count);
       count = 0;
     }
-    add_block(m_.down, s_.rank_row, count);
+    if (count > 0) add_block(m_.down, s_.rank_row, count);
   }
 
   // Key t as the `slot`-th of the block; one of the next block is fetched meanwhile.

@@ -481,7 +481,7 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   const DeviceGuard guard(coefficients.get_device_index());
   const cudaStream_t stream = current_stream(coefficients);
   const Candidates candidates =
-      read_candidates(op, s, columns, basis.size(1), "the columns of basis", keep, stream);
+      read_candidates(op, s, columns, basis.size(1), kColumnsOfBasis, keep, stream);
   return choose_columns(op, s, coefficients, basis, candidates, threshold, stream);
 }
 
@@ -504,8 +504,8 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
              "the head dim, channels and columns of down may be at most 2^30 - 1");
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  const Candidates candidates = read_candidates(
-      op, s, columns, up.size(0) + 1, "the tokens of up, and behind them none", keep, stream);
+  const Candidates candidates =
+      read_candidates(op, s, columns, up.size(0) + 1, kRowsOfUp, keep, stream);
   const Tensor coefficients = make_coefficients(op, q, k, down, projections, candidates, s,
                                                 logit_scale(q, projections, scale), stream);
   const Tensor basis = make_basis(op, up, columns, basis_threshold, stream);

@@ -230,7 +230,8 @@ class ConnectivityPredictor(nn.Module):
         _, up = self.weights()
         if up.is_meta:
             return math.erfc(self.config.basis_threshold / (STD * math.sqrt(2)))
-        return (up.detach().float().abs() > self.config.basis_threshold).double().mean().item()
+        wide = up.detach().to(torch.promote_types(up.dtype, torch.float32))  # as the op compares
+        return (wide.abs() > self.config.basis_threshold).double().mean().item()
 
     def weights(self, num_patches: int | None = None) -> tuple[Tensor, Tensor]:
         """W_down and W_up [n, R] for a grid of `num_patches`.
