@@ -9,7 +9,7 @@
 #include "compact.h"
 #include "vector.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -43,6 +43,19 @@ inline int64_t count_reach(const Vec<A> (&x)[kVecs], A t) {
   return count_lanes<A>(count);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The bits of a byte, ascending.
+struct SetBits {
+  uint8_t of[256][8] = {};
+  constexpr SetBits() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0, count = 0; bit < 8; ++bit)
+        if (byte >> bit & 1) of[byte][count++] = static_cast<uint8_t>(bit);
+  }
+};
+inline constexpr SetBits kSetBits;
+#endif
+
 // Appends first + l for the lanes l in `mask`; may write a whole vector behind them.
 template <typename A>
 inline int64_t append_lanes(Bits<A> mask, int32_t first, int32_t* out) {
@@ -53,6 +66,14 @@ inline int64_t append_lanes(Bits<A> mask, int32_t first, int32_t* out) {
     const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(set, at));
     return __builtin_popcount(set);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    const int set = _mm256_movemask_ps((__m256)mask);
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of[set]));
+    const __m256i at = _mm256_add_epi32(_mm256_cvtepu8_epi32(lanes), _mm256_set1_epi32(first));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), at);
+    return __builtin_popcount(static_cast<unsigned>(set));
   }
 #endif
   int64_t count = 0;

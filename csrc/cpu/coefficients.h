@@ -51,18 +51,13 @@ inline void merge_eight(V (&top)[8], const V (&x)[8]) {
       if ((i & step) == 0) order(top[i], top[i + step]);
 }
 
-// Appends first + the positions of set bits; may write some more.
-inline int64_t append_bits(uint64_t set, int32_t first, int32_t* out) {
-  const int64_t count = __builtin_popcountll(set);
-  constexpr int kMostly = 4;  // without a branch
-#pragma GCC unroll 4
-  for (int i = 0; i < kMostly; ++i, set &= set - 1)
-    out[i] = first + __builtin_ctzll(set | uint64_t{1} << 63);
-  for (int64_t i = kMostly; i < count; ++i, set &= set - 1) out[i] = first + __builtin_ctzll(set);
-  return count;
-}
-
 // ---- a block of rows ---------------------------------------------------------------------------
+
+// Bits, one for each coefficient.
+template <typename A>
+using Word = std::make_unsigned_t<typename VectorOf<A>::Int>;
+template <typename A>
+constexpr int64_t kWordBits = 8 * sizeof(A);
 
 template <typename A>
 struct CoefficientScratch {
@@ -70,10 +65,10 @@ struct CoefficientScratch {
   A* lanes;                        // [R, kChoiceRows] coefficients or logits
   A *queries, *projected_queries;  // [input, kChoiceRows] and [c, kChoiceRows] in panels
   A *staged, *row;                 // kLanes rows, one row
-  uint16_t* reaching;              // [R], which of kLanes rows reach their least that counts
-  A* weights;                      // [used, kChoiceRows], those that count
+  Word<A>* reaching;         // [.., kLanes], coefficients that reach a row's least that counts
+  A* weights;                // [used, kChoiceRows], those that count
   A *size, *total, *square;  // per row: sums of their magnitudes, of them and of their squares
-  int32_t *used, *chosen;    // [kChoiceRows, used]; one row, a vector behind it
+  int32_t* used;             // [kChoiceRows, used]
   Key* order;                // of one row
   int64_t* positions;
   KeyScratch<A> keys;
@@ -83,13 +78,12 @@ struct CoefficientScratch {
         projected_queries(memory.take<A>(a.projects_first ? s.channels * kChoiceRows : 0)),
         staged(memory.take<A>(kLanes<A> * (s.input_row > s.rank_row ? s.input_row : s.rank_row))),
         row(memory.take<A>(round_up(a.rank, kLanes<A>))),
-        reaching(memory.take<uint16_t>(round_up(a.rank, 64))),
+        reaching(memory.take<Word<A>>(round_up(a.rank, 64) / kWordBits<A> * kLanes<A>)),
         weights(memory.take<A>(a.used * kChoiceRows)),
         size(memory.take<A>(kChoiceRows)),
         total(memory.take<A>(kChoiceRows)),
         square(memory.take<A>(kChoiceRows)),
         used(memory.take<int32_t>(kChoiceRows * a.used + kLanes<A>)),
-        chosen(memory.take<int32_t>(a.rank + kLanes<A>)),
         order(memory.take<Key>(round_up(a.rank, kKeyLanes))),
         positions(memory.take<int64_t>(a.rank)),
         keys(memory, a, s) {}
@@ -192,9 +186,7 @@ class Coefficients {
       int32_t* used = m_.used + (first + l) * a_.used;
       if (all)
         for (int64_t c = 0; c < a_.used; ++c) used[c] = static_cast<int32_t>(c);
-      else if (by_lanes && !odd[l] && list_reaching(x, l, least[l]) == a_.used)
-        std::memcpy(used, m_.chosen, static_cast<std::size_t>(a_.used) * sizeof(int32_t));
-      else
+      else if (!by_lanes || odd[l] || !list_reaching(l, used))
         choose_used(x + l, by_lanes && !odd[l], least[l], used);
       for (int64_t u = 0; u < a_.used; ++u)
         m_.weights[u * kChoiceRows + first + l] = x[used[u] * kChoiceRows + l];
@@ -202,37 +194,32 @@ class Coefficients {
     weigh(first, odd, most);
   }
 
-  // Which rows reach `least` at each coefficient, as bits, where the instruction set has them.
-  void mark_reaching([[maybe_unused]] const A* x, [[maybe_unused]] Vec<A> least) {
-#ifdef __AVX512F__
-    if constexpr (sizeof(A) == 4) {
-      for (int64_t c = 0; c < a_.rank; ++c)
-        m_.reaching[c] = static_cast<uint16_t>(
-            _mm512_cmp_ps_mask(_mm512_loadu_ps(x + c * kChoiceRows), (__m512)least, _CMP_GE_OQ));
-      for (int64_t c = a_.rank; c < round_up(a_.rank, 64); ++c) m_.reaching[c] = 0;
+  // Which coefficients of kL rows reach `least`.
+  void mark_reaching(const A* x, Vec<A> least) {
+    Word<A>* words = m_.reaching;
+    for (int64_t c = 0; c < round_up(a_.rank, 64); c += kWordBits<A>, words += kL) {
+      const int64_t end = c + kWordBits<A> < a_.rank ? c + kWordBits<A> : a_.rank;
+      Bits<A> set = {}, bit = Bits<A>{} + 1;
+      for (int64_t i = c; i < end; ++i, bit <<= 1)
+        set |= (vec_load(x + i * kChoiceRows) >= least) & bit;
+      std::memcpy(words, &set, sizeof(set));
     }
-#endif
   }
-  // Row l of those: where it reaches `least`, in m_.chosen; returns how often.
-  int64_t list_reaching(const A* x, int64_t l, A least) {
+  // Those of row l, ascending; false where they are not as many as count.
+  bool list_reaching(int64_t l, int32_t* used) {
     int64_t count = 0;
-#ifdef __AVX512F__
-    if constexpr (sizeof(A) == 4) {
-      const __m512i bit = _mm512_set1_epi16(static_cast<int16_t>(1 << l));
-      const auto bits = [&](int64_t c) -> uint64_t {
-        return _mm512_test_epi16_mask(_mm512_loadu_si512(m_.reaching + c), bit);
-      };
-      for (int64_t c = 0; c < a_.rank; c += 64)
-        count +=
-            append_bits(bits(c) | bits(c + 32) << 32, static_cast<int32_t>(c), m_.chosen + count);
-      return count;
-    }
-#endif
-    for (int64_t c = 0; c < a_.rank; ++c) {
-      m_.chosen[count] = static_cast<int32_t>(c);
-      count += x[c * kChoiceRows + l] >= least;
-    }
-    return count;
+    for (int64_t c = 0; c < a_.rank; c += 64) count += __builtin_popcountll(reaching(l, c));
+    if (count != a_.used) return false;
+    for (int64_t c = 0; count > 0; c += 64)
+      for (uint64_t set = reaching(l, c); set != 0; set &= set - 1, --count)
+        *used++ = static_cast<int32_t>(c + __builtin_ctzll(set));
+    return true;
+  }
+  // Coefficients c to c + 63 of row l.
+  uint64_t reaching(int64_t l, int64_t c) const {
+    const Word<A>* at = m_.reaching + c / kWordBits<A> * kL + l;
+    if constexpr (sizeof(A) == 8) return *at;
+    return at[0] | uint64_t{at[kL]} << 32;
   }
 
   // One row where numbers tie or are NaN; `known` says that its least that counts is.

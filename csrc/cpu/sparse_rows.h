@@ -2,9 +2,9 @@
 // of rows names, dot products with them and sums of them. Torch-free; one copy per ISA.
 //
 // Keys and values lie packed, a padded row of numbers each. All rows of a block take their first
-// group of keys, then all the second, and so on (for sums two at a time): lists ascend, so the rows
-// that a group touches stay in first-level cache, whatever each query names. A pair of query and
-// key costs a load and a multiply-accumulate per vector for the dot product, and again for the sum.
+// few keys, then all the next, and so on: lists ascend, so what these touch stays in first-level
+// cache, whatever each query names. A pair of query and key costs a load and a multiply-accumulate
+// per vector for the dot product, and again for the sum.
 #pragma once
 
 #include "attention_rows.h"
@@ -14,7 +14,9 @@ namespace SPOT_ISA {
 
 constexpr int64_t kListRows = 128;         // rows of a block
 constexpr int64_t kListEntries = 1 << 15;  // entries of a block, unless a single row has more
-constexpr int kSumGroups = 2;              // groups of keys between loads and stores of a row's sum
+// Keys between loads of a query, and between loads and stores of a row's sum: the more the shorter
+// vectors are, of which a row has more.
+constexpr int kDotKeys = kVectorBytes == 64 ? 16 : 32, kSumKeys = 32;
 
 inline int64_t list_rows(int64_t row) {
   const int64_t fit = kListEntries / (row > 0 ? row : 1);
@@ -138,25 +140,29 @@ struct Row {
   }
 };
 
-// Rows [r, end): out[r, t] (+)= x[r] . table[keys[r][t]] for the whole group of keys from g on.
-// A function of its own: with a call in its loop, registers are short and it is slower by a tenth.
+// Rows [r, end): out[r, t] (+)= x[r] . table[keys[r][t]] for whole vectors of t, of the kDotKeys
+// from g on. A function of its own: with a call in its loop, registers are short and it is slower
+// by a tenth.
 template <int kVecs, bool kAdd, typename A>
-SPOT_NOINLINE void dot_group(const A* x, const A* table, int64_t width, const Lists& lists,
-                             int64_t g, int64_t r, int64_t end, A* out) {
+SPOT_NOINLINE void dot_keys(const A* x, const A* table, int64_t width, const Lists& lists,
+                            int64_t g, int64_t r, int64_t end, A* out) {
   constexpr int kL = kLanes<A>;
   for (; r < end; ++r) {
-    if (lists.all[r] - g < kL) continue;
+    int64_t left = lists.all[r] - g;
+    if (left < kL) continue;
     const int32_t* keys = lists.keys[r] + g;
-    const Row<kVecs, A> own(x + r * width);
-    const Vec<A> dots = sum_each<A>([&](int l) __attribute__((always_inline)) {
-      return own.multiply(table + keys[l] * width);
-    });
     A* to = out + r * lists.row + g;
-    vec_store(to, kAdd ? vec_load(to) + dots : dots);
+    const Row<kVecs, A> own(x + r * width);
+    for (int v = 0; v < kDotKeys / kL && left >= kL; ++v, left -= kL, keys += kL, to += kL) {
+      const Vec<A> dots = sum_each<A>([&](int l) __attribute__((always_inline)) {
+        return own.multiply(table + keys[l] * width);
+      });
+      vec_store(to, kAdd ? vec_load(to) + dots : dots);
+    }
   }
 }
 
-// The same for what is left behind whole groups.
+// The same for what is left behind whole vectors.
 template <int kVecs, bool kAdd, typename A>
 SPOT_NOINLINE void dot_rest(const A* x, const A* table, int64_t width, const Lists& lists,
                             int64_t rows, A* out) {
@@ -175,9 +181,9 @@ SPOT_NOINLINE void dot_rest(const A* x, const A* table, int64_t width, const Lis
 template <int kVecs, bool kAdd, typename A>
 inline void dot_named_vecs(const A* x, const A* table, int64_t width, const Lists& lists,
                            int64_t rows, A* out, Fetch& fetch) {
-  for (int64_t g = 0; g + kLanes<A> <= lists.row; g += kLanes<A>)
+  for (int64_t g = 0; g < lists.row; g += kDotKeys)
     fetch.between(rows, [&](int64_t r, int64_t end) {
-      dot_group<kVecs, kAdd>(x, table, width, lists, g, r, end, out);
+      dot_keys<kVecs, kAdd>(x, table, width, lists, g, r, end, out);
     });
   dot_rest<kVecs, kAdd>(x, table, width, lists, rows, out);
 }
@@ -220,17 +226,16 @@ __attribute__((always_inline)) inline void for_weights(const A* weights, F&& f,
   }
 }
 
-// Rows [r, end): out[r] = sum of weights[r, t] table[keys[r][t]] over some groups of the keys from
-// g on that r sees; added to what is there, but for the first.
+// Rows [r, end): out[r] = sum of weights[r, t] table[keys[r][t]] over the kSumKeys from g on that r
+// sees; added to what is there, but for the first.
 template <int kVecs, typename A>
-SPOT_NOINLINE void sum_groups(const A* weights, const A* table, int64_t width, const Lists& lists,
-                              int64_t g, int64_t r, int64_t end, A* out) {
+SPOT_NOINLINE void sum_keys(const A* weights, const A* table, int64_t width, const Lists& lists,
+                            int64_t g, int64_t r, int64_t end, A* out) {
   constexpr int kL = kLanes<A>;
-  constexpr int64_t kVisit = kSumGroups * kL;
   for (; r < end; ++r) {
     int64_t left = lists.seen[r] - g;
-    if (left < kVisit && g > 0) continue;
-    if (left >= 2 * kVisit) left = kVisit;  // less goes with the last
+    if (left < kSumKeys && g > 0) continue;
+    if (left >= 2 * kSumKeys) left = kSumKeys;  // less goes with the last
     const int32_t* keys = lists.keys[r] + g;
     const A* weight = weights + r * lists.row + g;
     A* to = out + r * width;
@@ -255,9 +260,9 @@ SPOT_NOINLINE void sum_groups(const A* weights, const A* table, int64_t width, c
 template <int kVecs, typename A>
 inline void sum_named_vecs(const A* weights, const A* table, int64_t width, const Lists& lists,
                            int64_t rows, A* out, Fetch& fetch) {
-  for (int64_t g = 0; g == 0 || g < lists.row; g += kSumGroups * kLanes<A>)
+  for (int64_t g = 0; g == 0 || g < lists.row; g += kSumKeys)
     fetch.between(rows, [&](int64_t r, int64_t end) {
-      sum_groups<kVecs>(weights, table, width, lists, g, r, end, out);
+      sum_keys<kVecs>(weights, table, width, lists, g, r, end, out);
     });
 }
 
