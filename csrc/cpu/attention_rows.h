@@ -98,6 +98,18 @@ struct Head {
   int64_t at(int64_t token) const { return (b * a.num_tokens + token) * a.num_heads + h; }
 };
 
+// Spans [begin, end) of all heads of all images, counted together, by head: f(head, its first span,
+// one behind its last).
+template <typename F>
+inline void for_heads(const AttentionArgs& a, int64_t begin, int64_t end, F&& f) {
+  while (begin < end) {
+    const int64_t head = begin / a.num_spans, first = head * a.num_spans;
+    const int64_t stop = end < first + a.num_spans ? end : first + a.num_spans;
+    f(head, begin - first, stop - first);
+    begin = stop;
+  }
+}
+
 // How many of the rows [begin, end) have statistics: kept patches come first.
 inline int64_t counted_rows(const Head& head, int64_t begin, int64_t end) {
   return head.n < begin ? 0 : head.n < end ? head.n - begin : end - begin;

@@ -1,9 +1,10 @@
 // Attention with SPOT's statistics, forward. Torch-free; one copy per ISA.
 //
 // A work item is a span of the queries of one head of one image. Keys are packed into panels
-// (tiles.h); a block of queries gets its complete rows of scores, which stay in cache for softmax,
-// statistics and the product with the values. Dropped columns are not packed, so they cost nothing;
-// the row of a dropped token sees itself besides (the self-loop), which is added by hand.
+// (tiles.h), once for the spans of a head that a thread does; a block of queries gets its complete
+// rows of scores, which stay in cache for softmax, statistics and the product with the values.
+// Dropped columns are not packed, so they cost nothing; the row of a dropped token sees itself
+// besides (the self-loop), which is added by hand.
 //
 // Cost per head, with S columns seen by N rows: 2 N S D multiply-accumulates, N S exponentials and
 // 4 N S for the statistics. Scratch per thread: 2 S D + R S numbers, R = kBlockRows. Sums run in
@@ -165,7 +166,7 @@ class Forward {
   static constexpr int kL = kLanes<A>;
 
  public:
-  // `next` is the head that this thread does after this one.
+  // Packs keys and values. `next` is the head that this thread does after this one.
   Forward(const AttentionArgs& args, const Head& head, const Head& next)
       : a_(args),
         head_(head),
@@ -184,17 +185,17 @@ class Forward {
         scale_(static_cast<A>(args.scale < 0 ? -args.scale : args.scale)),
         inv_(inverse<A>(head.n)),
         out_(static_cast<T*>(args.out)),
-        stats_(static_cast<A*>(args.stats)) {}
+        stats_(static_cast<A*>(args.stats)) {
+    pack_keys<T, E, A>(head_, k_, 0, seen_, panels_, depth_, m_.keys, m_.staged);
+    pack_values<T, E>(head_, v_, m_.values);
+    if constexpr (kStats) mark_patches(head_, panels_.vecs, m_.live);
+  }
 
   void run(int64_t span) {
     const int64_t begin = span * a_.span_rows;
     const int64_t end = begin + a_.span_rows < a_.num_tokens ? begin + a_.span_rows : a_.num_tokens;
-    pack_keys<T, E, A>(head_, k_, 0, seen_, panels_, depth_, m_.keys, m_.staged);
-    pack_values<T, E>(head_, v_, m_.values);
-    if constexpr (kStats) {
-      mark_patches(head_, panels_.vecs, m_.live);
+    if constexpr (kStats)
       for (int64_t c = 0; c < row_; ++c) m_.col[c] = m_.col_square[c] = 0;
-    }
     for (first_ = begin; first_ < end; first_ += kBlockRows) {
       rows_ = end - first_ < kBlockRows ? end - first_ : kBlockRows;
       dropped_ = seen_ - first_ < 0 ? 0 : seen_ - first_;
@@ -328,17 +329,19 @@ class Forward {
 // Spans [begin, end) of all heads of all images, counted together.
 template <typename T>
 void attention_stats(const AttentionArgs& a, int64_t begin, int64_t end) {
-  const auto head_of = [&a](int64_t item) {
-    const int64_t head = item / a.num_spans;
+  const auto head_at = [&a](int64_t head) {
     return Head(a, head / a.num_heads, head % a.num_heads);
   };
-  for (int64_t item = begin; item < end; ++item) {
-    const Head head = head_of(item), next = head_of(item + 1 < end ? item + 1 : item);
+  for_heads(a, begin, end, [&](int64_t at, int64_t first, int64_t last) {
+    const Head head = head_at(at), next = head_at((at + 1) * a.num_spans < end ? at + 1 : at);
+    const auto run = [&](auto&& forward) {
+      for (int64_t span = first; span < last; ++span) forward.run(span);
+    };
     if (a.need_stats)
-      Forward<T, true>(a, head, next).run(item % a.num_spans);
+      run(Forward<T, true>(a, head, next));
     else
-      Forward<T, false>(a, head, next).run(item % a.num_spans);
-  }
+      run(Forward<T, false>(a, head, next));
+  });
 }
 
 // Column statistics of heads [begin, end) from those of their spans (the pairwise update of Chan,

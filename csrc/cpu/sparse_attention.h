@@ -1,8 +1,9 @@
 // Attention of each query to the keys that an index names, forward. Torch-free; one copy per ISA.
 //
 // A work item is a span of the queries of one head of one image. Keys and values are packed as
-// rows; a block of queries lists its keys (sparse_rows.h), and its scores, one per key, stay in
-// cache for softmax, statistics and the sum of values.
+// rows, once for the spans of a head that a thread does; a block of queries lists its keys
+// (sparse_rows.h), and its scores, one per key, stay in cache for softmax, statistics and the sum
+// of values.
 //
 // Cost per head, with K keys named by each of N queries: 2 N K D multiply-accumulates and N K
 // exponentials; for statistics, sums by column in double precision. Scratch per thread: 2 N D
@@ -123,14 +124,15 @@ class SparseForward {
         scale_(static_cast<A>(a_.scale < 0 ? -a_.scale : a_.scale)),
         inv_(inverse<A>(head.n)),
         out_(static_cast<T*>(a_.out)),
-        stats_(static_cast<A*>(a_.stats)) {}
+        stats_(static_cast<A*>(a_.stats)) {
+    pack_rows(Rows<T>(a_.k, head_.b, head_.h), a_.num_tokens, dim_, width_, m_.keys);
+    pack_rows(Rows<T>(a_.v, head_.b, head_.h), a_.num_tokens, dim_, width_, m_.values);
+  }
 
   // False when the index is bad.
   bool run(int64_t span) {
     const int64_t begin = span * a_.span_rows;
     const int64_t end = begin + a_.span_rows < a_.num_tokens ? begin + a_.span_rows : a_.num_tokens;
-    pack_rows(Rows<T>(a_.k, head_.b, head_.h), a_.num_tokens, dim_, width_, m_.keys);
-    pack_rows(Rows<T>(a_.v, head_.b, head_.h), a_.num_tokens, dim_, width_, m_.values);
     if constexpr (kStats)
       for (int64_t t = 0; t < a_.num_tokens; ++t) m_.columns[t] = {0, 0};
     for (int64_t first = begin; first < end;) {
@@ -251,14 +253,18 @@ class SparseForward {
 template <typename T>
 bool sparse_attention(const SparseArgs& args, int64_t begin, int64_t end) {
   const AttentionArgs& a = args.attention;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t at = item / a.num_spans, span = item % a.num_spans;
+  bool fine = true;
+  for_heads(a, begin, end, [&](int64_t at, int64_t first, int64_t last) {
     const Head head(a, at / a.num_heads, at % a.num_heads);
-    if (!(a.need_stats ? SparseForward<T, true>(args, head).run(span)
-                       : SparseForward<T, false>(args, head).run(span)))
-      return false;
-  }
-  return true;
+    const auto run = [&](auto&& forward) {
+      for (int64_t span = first; fine && span < last; ++span) fine = forward.run(span);
+    };
+    if (a.need_stats)
+      run(SparseForward<T, true>(args, head));
+    else
+      run(SparseForward<T, false>(args, head));
+  });
+  return fine;
 }
 
 // Column statistics of heads [begin, end) from the sums of their spans.
