@@ -30,6 +30,36 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("spot")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate-cuda",
+        action="store_true",
+        help="run tests of both devices with the CUDA kernels on the CPU (tests/emulator)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulate-cuda"):
+        import emulator
+
+        import spot_ext  # noqa: F401  (whose kernels are replaced)
+
+        emulator.load()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Emulated, only tests of both devices mean something, and large sizes take too long."""
+    if not config.getoption("--emulate-cuda"):
+        return
+    chosen, others = [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        large = any(isinstance(x, int) and x > 300 for x in params.values())
+        (chosen if params.get("device") == "cpu" and not large else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device the ops have kernels for; the only skip of the suite is a missing GPU."""

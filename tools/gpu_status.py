@@ -24,7 +24,7 @@ HEAD = """# GPU status
 Written by `python tools/gpu_status.py`; do not edit. A row is filled only by a committed result of
 `python benchmarks/gpu_check.py` (`benchmarks/results/gpu-*.json`) whose CUDA tests passed with none
 skipped. "Changed since" compares the CUDA source of the op, and the headers it may include, with
-what was tested.
+what was tested. `pytest tests/ops --emulate-cuda` runs the kernels on a CPU; that fills no row.
 """
 
 

@@ -204,8 +204,7 @@ __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a,
   using A = Acc<T>;
   const Lane lane = this_lane();
   const A scale = static_cast<A>(a.scale) * kLogitUnit<T>;
-  const bool diagonal = a.roles != nullptr && column0 < row0 + 16 && row0 < column0 + 8 * kTiles;
-  if (!diagonal) {
+  if (a.roles == nullptr) {  // what is hidden is padding, zeros
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
@@ -217,15 +216,13 @@ __device__ inline void to_logits(Acc<T> (&s)[kTiles][4], const AttentionArgs& a,
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const Pair<A> add = *reinterpret_cast<const Pair<A>*>(hide + 8 * n + 2 * lane.t);
-    A own[4] = {add.first, add.second, add.first, add.second};
-    const int from_diagonal = column0 + 8 * n - row0;
-    if (from_diagonal == 0 || from_diagonal == 8) {
+    const int from_diagonal = column0 + 8 * n - row0 + 2 * lane.t;
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (from_diagonal + 2 * lane.t + e % 2 == lane.g + 8 * (e / 2)) own[e] = A(0);
+    for (int e = 0; e < 4; ++e) {
+      const bool own = from_diagonal + e % 2 == lane.g + 8 * (e / 2);
+      // Chosen, not added: a dropped key may hold anything.
+      s[n][e] = own || (e % 2 ? add.second : add.first) == A(0) ? s[n][e] * scale : -infinity<A>();
     }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * scale + own[e];
   }
 }
 

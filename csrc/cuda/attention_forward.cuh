@@ -118,7 +118,9 @@ __device__ inline A pair_statistics(const A (&even)[4], const A (&odd)[4], RowTe
       const int r = i / 2;
       const A across = (e[i] * rows.per_row[r] - rows.mean[r]) * (i % 2 ? w.second : w.first);
       rows.square[r] += across * across;
-      c[i] = e[i] * rows.per_row[r] - rows.counted[r] * (i % 2 ? from.second : from.first);
+      // Chosen, not multiplied: rows that do not count may hold NaN.
+      c[i] = rows.counted[r] != A(0) ? e[i] * rows.per_row[r] - (i % 2 ? from.second : from.first)
+                                     : A(0);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -249,6 +251,50 @@ __device__ inline void to_named_logits(float (&s)[kTiles][4], const ForwardArgs<
   }
 }
 
+// A row without a softmax: the columns that it sees have no moments. Out of line, as what follows:
+// it is rare, and registers are short.
+__device__ __noinline__ inline void spoil_columns(const uint32_t* seen, int tokens, float* sums) {
+  __syncwarp();
+  for (int j = this_lane().index; j < tokens; j += kWarp)
+    if (seen[j / 32] >> j % 32 & 1u) sums[column_slot(j)] = not_a_number<float>();
+  __syncwarp();
+}
+
+// Values that are not finite must not meet the zeros of rows that do not see them: makes them zero
+// in the tile of v, and marks their tokens. Whether this thread found some.
+template <int kKeys, typename T>
+__device__ inline bool set_odd_aside(T* tile, float* marks, int depth, int thread, int threads) {
+  bool found = false;
+#pragma unroll 1
+  for (int i = thread; i < kKeys * depth; i += threads) {
+    const int row = i / kPanel % kKeys;
+    T* at = tile + (i / kPanel / kKeys * kKeys + row) * kStride<T> + i % kPanel;
+    const float value = load(*at);
+    if (value - value == 0.0f) continue;
+    *at = store<T>(0);
+    marks[row] = 1.0f;
+    found = true;
+  }
+  return found;
+}
+// Adds them to what was stored for the 16 rows from row0 on, where these see them.
+template <typename T>
+__device__ __noinline__ void add_odd(const ForwardArgs<T>& a, Slice slice, int row0,
+                                     const float* marks, int words) {
+  const T* source = origin<T>(a.v, slice);
+  const uint32_t* seen = a.seen + slice_index(a, slice) * a.tokens * words;
+  __syncwarp();
+  for (int row = row0; row < min(row0 + 16, a.tokens); ++row)
+    for (int j = 0; j < a.tokens; ++j) {
+      if (marks[j] == 0.0f || (seen[row * words + j / 32] >> j % 32 & 1u) == 0) continue;
+      T* out = a.out + token_index(a, slice, row) * a.dim;
+      for (int c = this_lane().index; c < a.dim; c += kWarp) {
+        const float value = load(source[j * a.v.token + c * a.v.dim]);
+        if (value - value != 0.0f) out[c] = store<T>(load(out[c]) + value);
+      }
+    }
+}
+
 // ---- all keys in one block ----------------------------------------------------------------------
 
 // Shared memory: tiles of k and v, one of q per warp, hide and weight [kKeys], column sums [warps,
@@ -295,7 +341,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
   load_tile<kKeys>(v_tile, a, a.v, slice, 0, 0, a.depth, thread, threads);
   for (int j = thread; j < kKeys; j += threads) {
     const int role = role_of(a, slice, j);
-    hide[j] = hiding<float>(role);
+    hide[j] = kNamed ? 0.0f : hiding<float>(role);  // with kNamed: marks of odd values
     weight[j] = role == kPatch ? 1.0f : 0.0f;
   }
   for (int j = thread; kStats && j < warps * 3 * kKeys; j += threads) sums[j] = 0.0f;
@@ -303,6 +349,9 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
   bool has_origin = false;
   copy_async_wait();
   __syncthreads();
+  bool odd = false;
+  if constexpr (kNamed)
+    odd = __syncthreads_or(set_odd_aside<kKeys>(v_tile, hide, a.depth, thread, threads));
 
   for (int row0 = 16 * warp; row0 < a.tokens; row0 += 16 * warps) {
     copy_async_wait();
@@ -314,6 +363,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
     if (row0 + 16 * warps < a.tokens)
       load_tile<16>(q_tile, a, a.q, slice, row0 + 16 * warps, 0, a.depth, lane.index, kWarp);
     uint32_t states[2] = {kSees, kSees};
+    bool sees_class[2] = {true, true};
     if constexpr (kNamed) {
       const uint32_t* seen[2];
 #pragma unroll
@@ -321,6 +371,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
         const int64_t row = slice_index(a, slice) * a.tokens;
         seen[r] = a.seen + (row + min(row0 + lane.g + 8 * r, a.tokens - 1)) * (kWords + 1);
         states[r] = seen[r][kWords];
+        sees_class[r] = (seen[r][0] & 1u) != 0;
       }
       to_named_logits<kKeys>(s, a, seen);
     } else {
@@ -354,6 +405,8 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
         const int row = row0 + lane.g + 8 * r;
         rows.set(r, row < a.tokens && weight[row] != 0.0f, sum[r], row_sum(prefix[r]),
                  inverse_sum[r], inverse);
+        // What it does not see is not to become NaN; what it does, see below.
+        if (kNamed && isnan(sum[r])) rows.per_row[r] = 0.0f;
       }
       if (!has_origin) {
         const int first = rows.first();
@@ -364,7 +417,20 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
       for (int n = 0; n < kTiles; n += 2)
         own_sums[8 * n * 2 + statistic_slot()] +=
             pair_statistics(s[n], s[n + 1], rows, weight + 8 * n, own_origin + 8 * n);
-      const float cls_in[2] = {s[0][0] * inverse_sum[0], s[0][2] * inverse_sum[1]};  // where t == 0
+      if constexpr (kNamed) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const bool odd_row = rows.counted[r] != 0.0f && isnan(sum[r]);
+          unsigned odd_rows = __ballot_sync(0xffffffffu, odd_row && lane.t == 0);
+          for (; odd_rows != 0; odd_rows &= odd_rows - 1) {
+            const int64_t row = row0 + 8 * r + (__ffs(odd_rows) - 1) / 4;
+            spoil_columns(a.seen + (slice_index(a, slice) * a.tokens + row) * (kWords + 1),
+                          a.tokens, own_sums);
+          }
+        }
+      }
+      const float cls_in[2] = {sees_class[0] ? s[0][0] * inverse_sum[0] : 0.0f,  // where t == 0
+                               sees_class[1] ? s[0][2] * inverse_sum[1] : 0.0f};
       write_row_statistics(a, slice, row0, rows, cls_in, inverse);
       if (row0 == 0) write_cls_out<T>(a, slice, 0, s, inverse_sum[0], weight);
     }
@@ -378,6 +444,7 @@ __global__ void __launch_bounds__(kRowsThreads<kKeys>)
                                 a.depth - column);
       write_rows(a.out, a, slice, row0, column, o, inverse_sum);
     }
+    if (odd) add_odd<T>(a, slice, row0, hide, kWords + 1);
   }
 
   if constexpr (!kStats) return;

@@ -16,7 +16,7 @@ namespace spot {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxGridX = 0x7fffffff;
+constexpr int kRowsPerBlock = kThreads / kWarp;  // where a warp has one
 
 // ---- select ------------------------------------------------------------------------------------
 
@@ -89,11 +89,11 @@ __device__ inline void copy_row(Vector* out, const Vector* source, int64_t count
 // One warp per output row, Vector-wide accesses (as wide as every address allows).
 template <typename Vector, bool kScatter>
 __global__ void __launch_bounds__(kThreads) row_kernel(RowCopy a) {
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   const int lane = threadIdx.x % kWarp;
   Vector poison_value;
   memcpy(&poison_value, &a.poison, sizeof(Vector));
-  for (int64_t row = blockIdx.x * static_cast<int64_t>(kThreads / kWarp) + threadIdx.x / kWarp;
+  for (int64_t row = blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + threadIdx.x / kWarp;
        row < a.total_rows; row += warps) {
     const int64_t b = row / a.rows;
     bool poison = false;
@@ -154,13 +154,14 @@ __device__ inline bool bad_index(const int32_t* origin, int64_t num_tokens) {
   return __syncthreads_or(bad);
 }
 
-// Block (image, tile of kThreads channels); thread = channel, tokens in order.
+// Block = tile of kThreads channels of an image; thread = channel, tokens in order.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     fuse_kernel(const T* __restrict__ tokens, const T* __restrict__ weights,
                 const int32_t* __restrict__ origin, T* __restrict__ out, FuseSizes s) {
   __shared__ Acc<T> partial[kWarp];
-  const int64_t b = blockIdx.x, c = blockIdx.y * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t tiles = (s.channels + kThreads - 1) / kThreads, b = blockIdx.x / tiles,
+                c = blockIdx.x % tiles * kThreads + threadIdx.x;
   weights += b * s.num_tokens;
   origin += b * (s.num_tokens + 1);
   const bool bad = bad_index(origin, s.num_tokens);
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(kThreads)
                       const int32_t* __restrict__ origin, Acc<T>* __restrict__ along, int64_t batch,
                       FuseSizes s) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-  for (int64_t item = blockIdx.x * static_cast<int64_t>(kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+  for (int64_t item = blockIdx.x * static_cast<int64_t>(kRowsPerBlock) + threadIdx.x / kWarp;
        item < batch * s.num_tokens; item += warps) {
     const int64_t b = item / s.num_tokens, n = item - b * s.num_tokens;
     if (origin[b * (s.num_tokens + 1) + n] != -1) continue;
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
                              : store<T>(0);
   }
   const int lane = threadIdx.x % kWarp;
-  for (int64_t r = threadIdx.x / kWarp; r < s.num_prefix + s.num_tokens; r += kThreads / kWarp) {
+  for (int64_t r = threadIdx.x / kWarp; r < s.num_prefix + s.num_tokens; r += kRowsPerBlock) {
     const int64_t n = r - s.num_prefix;
     const bool live = n >= 0 && origin[n] == -1 && mass != 0;
     const Acc<T> w = live ? load(weights[n]) / mass : Acc<T>(0);
@@ -245,17 +246,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- entry points ------------------------------------------------------------------------------
-
-unsigned warp_grid(int64_t items) {
-  const int64_t blocks = (items + kThreads / kWarp - 1) / (kThreads / kWarp);
-  return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(blocks, 1), kMaxGridX));
-}
-
-// One block per image.
-unsigned image_grid(const char* op, int64_t batch) {
-  SPOT_CHECK(batch <= kMaxGridX, op, "at most 2^31 - 1 images, got ", batch);
-  return static_cast<unsigned>(batch);
-}
 
 void check_values(const char* op, const Tensor& index, const TokenShape& shape) {
   if (checks_wanted()) explain_index(op, data<int64_t>(copy_to_host(index)), shape);
@@ -268,15 +258,12 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
   const DeviceGuard guard(scores.get_device_index());
   Tensor index = empty_on(scores, {scores.size(0), num_keep}, ScalarType::Long);
   if (index.numel() == 0) return index;
-  const unsigned grid = image_grid(op, scores.size(0));
-  const cudaStream_t stream = current_stream(scores);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    select_kernel<T><<<grid, kThreads, 0, stream>>>(data<T>(scores), scores.stride(0),
-                                                    scores.stride(1), scores.size(1), num_keep,
-                                                    mutable_data<int64_t>(index));
+    launch(op, select_kernel<T>, scores.size(0), kThreads, 0, current_stream(scores),
+           data<T>(scores), scores.stride(0), scores.stride(1), scores.size(1), num_keep,
+           mutable_data<int64_t>(index));
   });
-  SPOT_LAUNCH_CHECK();
   return index;
 }
 
@@ -296,24 +283,25 @@ uint4 poison_of(ScalarType type) {
 }
 
 template <bool kScatter>
-void launch_rows(const RowCopy& a, cudaStream_t stream) {
+void launch_rows(const char* op, const RowCopy& a, cudaStream_t stream) {
   if (a.total_rows == 0 || a.row_bytes == 0) return;
   const uint64_t mix = reinterpret_cast<uint64_t>(a.source) | reinterpret_cast<uint64_t>(a.second) |
                        reinterpret_cast<uint64_t>(a.out) |
                        static_cast<uint64_t>(a.source_batch | a.source_row | a.second_batch |
                                              a.second_row | a.row_bytes);
-  const unsigned grid = warp_grid(a.total_rows);
+  const auto copy = [&](auto* kernel) {
+    launch(op, kernel, grid_for(a.total_rows, kRowsPerBlock), kThreads, 0, stream, a);
+  };
   if (mix % 16 == 0)
-    row_kernel<uint4, kScatter><<<grid, kThreads, 0, stream>>>(a);
+    copy(row_kernel<uint4, kScatter>);
   else if (mix % 8 == 0)
-    row_kernel<uint2, kScatter><<<grid, kThreads, 0, stream>>>(a);
+    copy(row_kernel<uint2, kScatter>);
   else if (mix % 4 == 0)
-    row_kernel<unsigned, kScatter><<<grid, kThreads, 0, stream>>>(a);
+    copy(row_kernel<unsigned, kScatter>);
   else if (mix % 2 == 0)
-    row_kernel<unsigned short, kScatter><<<grid, kThreads, 0, stream>>>(a);
+    copy(row_kernel<unsigned short, kScatter>);
   else
-    row_kernel<unsigned char, kScatter><<<grid, kThreads, 0, stream>>>(a);
-  SPOT_LAUNCH_CHECK();
+    copy(row_kernel<unsigned char, kScatter>);
 }
 
 RowCopy row_copy(const Rows& source, const std::optional<Rows>& second, const Tensor& out,
@@ -348,9 +336,8 @@ Tensor invert(const char* op, const Tensor& index, const TokenShape& s, cudaStre
   const Tensor dense_index = dense(index);
   Tensor origin = empty_on(index, {s.batch, s.num_tokens + 1}, ScalarType::Int);
   if (s.batch == 0) return origin;
-  invert_kernel<<<image_grid(op, s.batch), kThreads, 0, stream>>>(
-      data<int64_t>(dense_index), mutable_data<int32_t>(origin), s.num_tokens, s.num_kept);
-  SPOT_LAUNCH_CHECK();
+  launch(op, invert_kernel, s.batch, kThreads, 0, stream, data<int64_t>(dense_index),
+         mutable_data<int32_t>(origin), s.num_tokens, s.num_kept);
   return origin;
 }
 
@@ -367,7 +354,7 @@ Tensor compact_tokens(const Tensor& tokens, const Tensor& index, int64_t num_pre
   const auto second = extra ? std::optional<Rows>(rows_of(*extra)) : std::nullopt;
   RowCopy args = row_copy(source, second, out, shape, shape.kept_rows());
   args.index = data<int64_t>(dense_index);
-  launch_rows<false>(args, current_stream(tokens));
+  launch_rows<false>(op, args, current_stream(tokens));
   return out;
 }
 
@@ -386,7 +373,7 @@ Tensor scatter(const char* op, const char* name, const Tensor& compacted, const 
   const Tensor origin = invert(op, index, shape, stream);
   RowCopy args = row_copy(source, second, out, shape, shape.full_rows());
   args.origin = data<int32_t>(origin);
-  launch_rows<true>(args, stream);
+  launch_rows<true>(op, args, stream);
   return out;
 }
 
@@ -421,14 +408,12 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
   if (out.numel() == 0) return out;
   const Tensor origin = invert(op, index, shape, stream);
   const FuseSizes sizes = fuse_sizes(rows, shape, normalize);
-  const dim3 grid(image_grid(op, shape.batch),
-                  static_cast<unsigned>((sizes.channels + kThreads - 1) / kThreads));
+  const int64_t blocks = shape.batch * ceil_div(sizes.channels, kThreads);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    fuse_kernel<T><<<grid, kThreads, 0, stream>>>(
-        data<T>(rows), data<T>(dense_weights), data<int32_t>(origin), mutable_data<T>(out), sizes);
+    launch(op, fuse_kernel<T>, blocks, kThreads, 0, stream, data<T>(rows), data<T>(dense_weights),
+           data<int32_t>(origin), mutable_data<T>(out), sizes);
   });
-  SPOT_LAUNCH_CHECK();
   return out;
 }
 
@@ -454,15 +439,13 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
                                 dtype == kFloat64 ? ScalarType::Double : ScalarType::Float);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    fuse_along_kernel<T><<<warp_grid(shape.batch * shape.num_tokens), kThreads, 0, stream>>>(
-        data<T>(dense_grad), data<T>(rows), data<int32_t>(origin), mutable_data<Acc<T>>(along),
-        shape.batch, sizes);
-    SPOT_LAUNCH_CHECK();
-    fuse_backward_kernel<T><<<image_grid(op, shape.batch), kThreads, 0, stream>>>(
-        data<T>(dense_grad), data<T>(dense_weights), data<int32_t>(origin), data<Acc<T>>(along),
-        mutable_data<T>(tokens_grad), mutable_data<T>(weights_grad), sizes);
+    launch(op, fuse_along_kernel<T>, grid_for(shape.batch * shape.num_tokens, kRowsPerBlock),
+           kThreads, 0, stream, data<T>(dense_grad), data<T>(rows), data<int32_t>(origin),
+           mutable_data<Acc<T>>(along), shape.batch, sizes);
+    launch(op, fuse_backward_kernel<T>, shape.batch, kThreads, 0, stream, data<T>(dense_grad),
+           data<T>(dense_weights), data<int32_t>(origin), data<Acc<T>>(along),
+           mutable_data<T>(tokens_grad), mutable_data<T>(weights_grad), sizes);
   });
-  SPOT_LAUNCH_CHECK();
   return {tokens_grad, weights_grad};
 }
 
