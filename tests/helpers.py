@@ -51,9 +51,14 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> 
     assert not len(differ), f"{what}: {len(differ)} bytes differ, first at {differ[0].tolist()}"
 
 
+def emulated() -> bool:
+    """Whether CUDA kernels stand in for the CPU's, thousands of times as slow (tests/emulator)."""
+    return "emulator" in sys.modules
+
+
 def cuda_kernels(device: torch.device) -> bool:
-    """Whether ops run CUDA kernels there, emulated ones included."""
-    return device.type == "cuda" or "emulator" in sys.modules
+    """Whether ops run CUDA kernels there."""
+    return device.type == "cuda" or emulated()
 
 
 def error_bound(

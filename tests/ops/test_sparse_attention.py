@@ -20,6 +20,7 @@ from helpers import (
     assert_same_bits,
     cotangents,
     crash_free,
+    emulated,
     generator,
     gradients,
     lay_out,
@@ -823,7 +824,7 @@ def test_a_thousand_repeats_give_the_same_bits(dtype: torch.dtype, device: torch
     values = build(case_of(count=35, heads=5, masked=True, named=9), dtype, device)
     expected = torch.cat([value.double().flatten() for value in _everything(values)])
     assert expected.isfinite().all() and expected.any()
-    for _ in range(1000):
+    for _ in range(20 if emulated() else 1000):
         actual = torch.cat([value.double().flatten() for value in _everything(values)])
         assert torch.equal(actual.view(torch.int64), expected.view(torch.int64))
 
