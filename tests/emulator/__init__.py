@@ -1,11 +1,11 @@
 """CUDA kernels on the CPU: `pytest tests/ops --emulate-cuda`.
 
-Compiles the sources of csrc/cuda as they are, but for two headers that stand in for the device, and
-registers what comes out as the CPU kernels of the ops. Threads of a block are fibers that change
-places at barriers and exchanges of a warp, in random order; matrix and copy instructions are
-written out. That finds wrong indices, missing barriers, lanes that do not agree and shared memory
-that is too small. It says nothing about speed, nor about what only a device does: its memory model
-within a warp, its rounding of fast functions, its limits of registers.
+Compiles the sources of csrc/cuda as they are, but for two headers that stand in for the device and
+two kinds of lines (CHANGES), and registers what comes out as the CPU kernels of the ops. Threads of
+a block are fibers that change places at barriers and exchanges of a warp, in random order; matrix
+and copy instructions are written out. That finds wrong indices, missing barriers, lanes that do not
+agree and shared memory that is too small. It says nothing about speed, nor about what only a device
+does: its memory model within a warp, its rounding of fast functions, its limits of registers.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def build(folder: Path) -> Path:
         path.write_text(text)
     units = sorted((sources / "cuda").glob("*.cu"))
     objects = [folder / f"{unit.stem}.o" for unit in units]
+    includes = _includes()
     jobs = [
-        ["g++", *FLAGS, f"-DTORCH_TARGET_VERSION={_torch_target()}", *_includes(),
+        ["g++", *FLAGS, f"-DTORCH_TARGET_VERSION={_torch_target()}", *includes,
          "-x", "c++", "-include", str(sources / "cuda" / "device.h"),
          "-c", str(unit), "-o", str(out)]
         for unit, out in zip(units, objects, strict=True)
@@ -91,10 +92,10 @@ def _torch_target() -> str:
 
 
 def _includes() -> list[str]:
-    if not available():
+    toolkit = _toolkit_headers()
+    if toolkit is None:
         raise RuntimeError("the emulator needs the headers of a CUDA toolkit; set CUDA_HOME")
-    return ["-isystem", str(Path(torch.__file__).parent / "include"),
-            "-isystem", str(_toolkit_headers())]  # fmt: skip
+    return ["-isystem", str(Path(torch.__file__).parent / "include"), "-isystem", str(toolkit)]
 
 
 def _toolkit_headers() -> Path | None:
