@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from spot_vit.utils.timing import Case, Side, input_sets
 from torch import Tensor
 
-from benchmarks.timing import Case, Side, input_sets
 from spot_ext import attention_stats
 
 SDPA, EAGER = "scaled_dot_product_attention, no statistics", "eager attention and statistics"

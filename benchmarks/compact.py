@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from spot_vit.utils.timing import Case, Side, input_sets
 from torch import Tensor
 
-from benchmarks.timing import Case, Side, input_sets
 from spot_ext import compact_tokens, fuse_tokens, scatter_tokens, select_tokens
 
 KEEP, PATCHES = 137, 196

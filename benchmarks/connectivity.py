@@ -15,9 +15,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 from spot_vit import SparsifinerConfig
-from spot_vit.connectivity import ConnectivityPredictor
+from spot_vit.nn.connectivity import ConnectivityPredictor
+from spot_vit.utils.timing import Case, Side, input_sets
 
-from benchmarks.timing import Case, Side, input_sets
 from spot_ext import connectivity
 
 EAGER = "dense map and topk"

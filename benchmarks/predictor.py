@@ -13,8 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import spot_vit
-
-from benchmarks.timing import Case
+from spot_vit.utils.timing import Case
 
 GIVEN = "the same decisions, given"
 DENSE = "dense DeiT-S"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from spot_vit.utils.timing import Case, Side, input_sets
 from torch import Tensor
 
-from benchmarks.timing import Case, Side, input_sets
 from spot_ext import token_relevance
 
 EAGER = "the same in plain PyTorch"

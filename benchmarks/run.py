@@ -23,9 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
-from spot_vit.machine import processor  # noqa: E402
-
-from benchmarks.timing import keep_memory, measure  # noqa: E402
+from spot_vit.utils.machine import processor  # noqa: E402
+from spot_vit.utils.timing import keep_memory, measure  # noqa: E402
 
 OPS = (
     "compact",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from spot_vit.utils.timing import Case, Side, input_sets
 from torch import Tensor
 
 from benchmarks.attention_stats import sdpa
 from benchmarks.connectivity import DIM, HEADS, SHARE, budget_of, untrained
-from benchmarks.timing import Case, Side, input_sets
 from spot_ext import sparse_attention
 from spot_ext.sparse_attention import named_keys
 

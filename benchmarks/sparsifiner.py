@@ -17,10 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import spot_vit
-from spot_vit.large_canvas import build
-from spot_vit.sparsifiner_demo import BATCH_SIZES, Setting, sparse_model, with_tokens_removed
-
-from benchmarks.timing import Case
+from spot_vit.demos.large_canvas import build
+from spot_vit.demos.sparsifiner import BATCH_SIZES, Setting, sparse_model, with_tokens_removed
+from spot_vit.utils.timing import Case
 
 DENSE, DENSE_DIGITS = "dense DeiT-S", "its dense model"
 SIZE, BATCH, KEEP_RATE = 512, 2, 0.25

@@ -3,7 +3,7 @@
 import spot_vit
 import timm
 import torch
-from spot_vit.losses import spot_loss
+from spot_vit.training.losses import spot_loss
 from torch.nn import functional as F
 
 # A small one with random weights, so that this runs in seconds; pretrained=True for a real one.

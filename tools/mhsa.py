@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 import spot_vit  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
-from spot_vit.mhsa import mhsa_flops  # noqa: E402
+from spot_vit.measure.attention_flops import mhsa_flops  # noqa: E402
 
 MODELS = ("deit_small_patch16_224", "lvvit_small", "lvvit_medium")
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1, 0.05, 0.01)

@@ -14,49 +14,120 @@ from spot_vit._register import register_with_timm
 
 if TYPE_CHECKING:
     from spot_ext import __version__
-    from spot_vit.adapters.find import UnsupportedModelError
-    from spot_vit.checkpoints import convert_checkpoint
-    from spot_vit.config import SpotConfig
-    from spot_vit.convert import restore, set_keep, sparsify, supported
-    from spot_vit.flops import count_flops
-    from spot_vit.loop import SpotOutput
-    from spot_vit.optim import param_groups
-    from spot_vit.sampling import SampledKeep
-    from spot_vit.sparsifiner import sparsify_attention
-    from spot_vit.sparsifiner_config import SparsifinerConfig
+    from spot_vit.config.sparsifiner import SparsifinerConfig
+    from spot_vit.config.spot import SpotConfig
+    from spot_vit.data.corruptions import CorruptedDigits
+    from spot_vit.data.digits import ClutteredDigits
+    from spot_vit.evaluation.accuracy import evaluate
+    from spot_vit.evaluation.foreground import foreground_kept
+    from spot_vit.evaluation.pictures import save_kept
+    from spot_vit.evaluation.statistics import paired_difference
+    from spot_vit.measure.attention_flops import mhsa_flops
+    from spot_vit.measure.flops import count_flops
+    from spot_vit.measure.latency import compare_latency, compare_training
+    from spot_vit.models.adapters.find import UnsupportedModelError
+    from spot_vit.models.convert import restore, set_keep, sparsify, supported
+    from spot_vit.models.loop import SpotOutput
+    from spot_vit.models.published import convert_checkpoint
+    from spot_vit.models.sparsifiner import (
+        dense_attention,
+        record_operands,
+        set_grid,
+        sparsify_attention,
+    )
+    from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
+    from spot_vit.training.connectivity_init import start_from_regions
+    from spot_vit.training.fit import fit
+    from spot_vit.training.keep_sampling import SampledKeep
+    from spot_vit.training.losses import LossWeights, Teacher, spot_loss
+    from spot_vit.training.objectives import SpotObjective, dense_objective
+    from spot_vit.training.param_groups import param_groups
+    from spot_vit.training.reconstruction import attention_seen
+    from spot_vit.training.sparsifiner import SparsifinerObjective, finetune, train_connectivity
 
 _HOME = {
-    "SampledKeep": "spot_vit.sampling",
-    "SparsifinerConfig": "spot_vit.sparsifiner_config",
-    "SpotConfig": "spot_vit.config",
-    "SpotOutput": "spot_vit.loop",
-    "UnsupportedModelError": "spot_vit.adapters.find",
+    "ClutteredDigits": "spot_vit.data.digits",
+    "CorruptedDigits": "spot_vit.data.corruptions",
+    "LossWeights": "spot_vit.training.losses",
+    "SampledKeep": "spot_vit.training.keep_sampling",
+    "SparsifinerConfig": "spot_vit.config.sparsifiner",
+    "SparsifinerObjective": "spot_vit.training.sparsifiner",
+    "SpotConfig": "spot_vit.config.spot",
+    "SpotObjective": "spot_vit.training.objectives",
+    "SpotOutput": "spot_vit.models.loop",
+    "Teacher": "spot_vit.training.losses",
+    "UnsupportedModelError": "spot_vit.models.adapters.find",
     "__version__": "spot_ext",
-    "convert_checkpoint": "spot_vit.checkpoints",
-    "count_flops": "spot_vit.flops",
-    "param_groups": "spot_vit.optim",
-    "restore": "spot_vit.convert",
-    "set_keep": "spot_vit.convert",
-    "sparsify": "spot_vit.convert",
-    "sparsify_attention": "spot_vit.sparsifiner",
-    "supported": "spot_vit.convert",
+    "attention_seen": "spot_vit.training.reconstruction",
+    "compare_latency": "spot_vit.measure.latency",
+    "compare_training": "spot_vit.measure.latency",
+    "convert_checkpoint": "spot_vit.models.published",
+    "count_flops": "spot_vit.measure.flops",
+    "dense_attention": "spot_vit.models.sparsifiner",
+    "dense_objective": "spot_vit.training.objectives",
+    "evaluate": "spot_vit.evaluation.accuracy",
+    "finetune": "spot_vit.training.sparsifiner",
+    "fit": "spot_vit.training.fit",
+    "foreground_kept": "spot_vit.evaluation.foreground",
+    "load_checkpoint": "spot_vit.training.checkpoint",
+    "mhsa_flops": "spot_vit.measure.attention_flops",
+    "paired_difference": "spot_vit.evaluation.statistics",
+    "param_groups": "spot_vit.training.param_groups",
+    "record_operands": "spot_vit.models.sparsifiner",
+    "restore": "spot_vit.models.convert",
+    "save_checkpoint": "spot_vit.training.checkpoint",
+    "save_kept": "spot_vit.evaluation.pictures",
+    "set_grid": "spot_vit.models.sparsifiner",
+    "set_keep": "spot_vit.models.convert",
+    "sparsify": "spot_vit.models.convert",
+    "sparsify_attention": "spot_vit.models.sparsifiner",
+    "spot_loss": "spot_vit.training.losses",
+    "start_from_regions": "spot_vit.training.connectivity_init",
+    "supported": "spot_vit.models.convert",
+    "train_connectivity": "spot_vit.training.sparsifiner",
 }
+"""The public names, and the module that each comes from."""
 
 __all__ = [
+    "ClutteredDigits",
+    "CorruptedDigits",
+    "LossWeights",
     "SampledKeep",
     "SparsifinerConfig",
+    "SparsifinerObjective",
     "SpotConfig",
+    "SpotObjective",
     "SpotOutput",
+    "Teacher",
     "UnsupportedModelError",
     "__version__",
+    "attention_seen",
+    "compare_latency",
+    "compare_training",
     "convert_checkpoint",
     "count_flops",
+    "dense_attention",
+    "dense_objective",
+    "evaluate",
+    "finetune",
+    "fit",
+    "foreground_kept",
+    "load_checkpoint",
+    "mhsa_flops",
+    "paired_difference",
     "param_groups",
+    "record_operands",
     "restore",
+    "save_checkpoint",
+    "save_kept",
+    "set_grid",
     "set_keep",
     "sparsify",
     "sparsify_attention",
+    "spot_loss",
+    "start_from_regions",
     "supported",
+    "train_connectivity",
 ]
 
 

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_MODULES = ("spot_vit.lvvit", "spot_vit.named")  # they import timm, and register when imported
+_MODULES = (
+    "spot_vit.models.lvvit",
+    "spot_vit.models.named",
+)  # they import timm, and register when imported
 
 
 def register_with_timm() -> None:

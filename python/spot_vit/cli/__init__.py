@@ -1,0 +1,1 @@
+"""The command `spot`: one file per subcommand."""

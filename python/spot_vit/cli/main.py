@@ -1,0 +1,31 @@
+"""The command `spot`: what it is made of, and where it starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from spot_vit.cli import bench, demo, info
+
+COMMANDS = (demo, bench, info)
+"""Modules with `add_parser(commands)`; importing them imports neither torch nor timm."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; what it parses has `run(arguments)`."""
+    made = argparse.ArgumentParser(prog="spot", description="Vision Transformers made sparse.")
+    commands = made.add_subparsers(required=True, metavar="command")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

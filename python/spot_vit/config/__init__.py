@@ -1,0 +1,1 @@
+"""Configurations as plain data; nothing here imports torch."""

@@ -1,0 +1,176 @@
+"""What to drop, where, and on what evidence: the configuration of a SPOT model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+
+from spot_vit.config.fields import Fields, exact, one_of
+from spot_vit.config.methods import FEATURES, METHODS, STATISTICS, Method
+
+SCALINGS = ("log1p", "n", "raw")
+HEADS = ("concat", "mean")
+TRAIN_DECISIONS = ("gumbel", "topk")
+SOFT = ("none", "fuse")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpotConfig(Fields):
+    """Configuration of a SPOT model; frozen, and a round trip through JSON loses nothing.
+
+    Attributes:
+        method: how tokens are scored. "spot" (arXiv 2511.10488): a predictor on embeddings and
+            attention statistics. "dynamicvit" (arXiv 2106.02034): the same predictor on embeddings
+            alone, which is DynamicViT's. "evit" (arXiv 2202.07800): attention of the class token,
+            averaged over the heads of the block that cuts; nothing is learned, and training cuts
+            as inference does. "random": the baseline below all of them, a new draw per pass.
+        keep: ρ, so that stage k keeps ⌊N ρ^k⌋ of N patch tokens (published; with "evit" ⌈ρ n⌉ of
+            the n that reach the stage, as published there), or one cumulative ratio per stage,
+            never rising.
+        at: blocks before which a decision is taken ("evit": inside of which, between attention and
+            MLP), ascending; None for L//4, L//2, 3L//4 (DynamicViT's choice; that of SPOT's paper
+            is not known to us).
+        features: evidence given to SPOT's predictor, a subset of "embed" (token embeddings), "cls"
+            (attention to and from the class token), "rowcol" (row and column mean and variance),
+            both of the preceding block, and "moments" (mean and variance of all six over the
+            history).
+        history: blocks that enter the moments: "all" so far, "since_last" decision, or the last m
+            (our choice; the window is not published).
+        heads: "concat" keeps the heads apart, "mean" averages them (our choice).
+        d_remap: width of the remapped embedding, None for the model's width (our choice).
+        scaling: "n" multiplies means by n and variances by n², "log1p" takes the logarithm of that,
+            "raw" leaves them (our choice).
+        detach_stats: stop gradients at the statistics.
+        soft: "fuse" adds one token per stage, the mean of what the stage removes weighted by the
+            keep probability (our choice of a soft form, near SPViT's package token); "none" adds
+            nothing; None is the method's published form: "evit" fuses its removed tokens, weighted
+            by the class token's attention, into a token that competes in later stages.
+        train_decision: "gumbel" draws each token (published); "topk" keeps exactly the budget of
+            noisy scores with a sigmoid straight-through at the cut (our choice).
+        tau: temperature of the Gumbel softmax (DynamicViT's 1).
+    """
+
+    method: str = "spot"
+    keep: float | tuple[float, ...] = 0.7
+    at: tuple[int, ...] | None = None
+    features: tuple[str, ...] = FEATURES
+    history: str | int = "all"
+    heads: str = "concat"
+    d_remap: int | None = None
+    scaling: str = "log1p"
+    detach_stats: bool = False
+    soft: str | None = None
+    train_decision: str = "gumbel"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("at", "features", "keep"):  # JSON and users give lists
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        one_of("method", self.method, tuple(METHODS))
+        one_of("heads", self.heads, HEADS)
+        one_of("scaling", self.scaling, SCALINGS)
+        one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
+        if self.soft is not None:
+            one_of("soft", self.soft, SOFT)
+        if isinstance(self.features, str) or not self.features:
+            raise ValueError(f"features must be a non-empty list of {list(FEATURES)}")
+        for feature in self.features:
+            one_of("features", feature, FEATURES)
+        if not self.row.chooses_evidence and set(self.features) != set(FEATURES):
+            raise ValueError(f"features are SPOT's; method {self.method!r} has its own evidence")
+        whole = isinstance(self.history, int) and not isinstance(self.history, bool)
+        if self.history not in ("all", "since_last") and not (whole and int(self.history) > 0):
+            raise ValueError(
+                f"history must be 'all', 'since_last' or a positive int, got {self.history!r}"
+            )
+        if self.d_remap is not None and (self.d_remap < 2 or self.d_remap % 2):
+            raise ValueError(f"d_remap must be even and at least 2, got {self.d_remap}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, got {self.tau}")
+        self._check_keep()
+        self._check_blocks()
+
+    def _check_keep(self) -> None:
+        ratios = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        for ratio in ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+                raise ValueError(f"keep must be in (0, 1], got {self.keep!r}")
+        if any(later > sooner for sooner, later in itertools.pairwise(ratios)):
+            raise ValueError(f"keep must not rise from stage to stage, got {list(ratios)}")
+
+    def _check_blocks(self) -> None:
+        if self.at is None:
+            return
+        if not self.at or any(isinstance(b, bool) or not isinstance(b, int) for b in self.at):
+            raise ValueError(f"at must be a non-empty list of block indices, got {self.at!r}")
+        if list(self.at) != sorted(set(self.at)) or self.at[0] < 0:
+            raise ValueError(f"at must ascend from 0 or more, got {list(self.at)}")
+        if self.at[0] == 0 and self.uses_statistics:
+            raise ValueError(
+                "at must not contain 0: no block comes before it, so there are no attention "
+                f"statistics for features {list(self.evidence)}"
+            )
+        if isinstance(self.keep, tuple) and len(self.keep) != len(self.at):
+            raise ValueError(f"keep names {len(self.keep)} stages, at names {len(self.at)}")
+
+    @property
+    def row(self) -> Method:
+        """The method's row in the table of methods."""
+        return METHODS[self.method]
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """What the predictors see, in the order of FEATURES; empty where there are none."""
+        own = self.features if self.row.chooses_evidence else self.row.evidence
+        return tuple(feature for feature in FEATURES if feature in own)
+
+    @property
+    def learned(self) -> bool:
+        """Whether predictors decide: then training masks tokens, otherwise it removes them."""
+        return bool(self.evidence)
+
+    @property
+    def cuts_inside(self) -> bool:
+        """Whether a stage cuts inside its block, between attention and MLP."""
+        return self.row.cuts_inside
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a stage leaves a token in place of those it removes."""
+        return self.row.fuses if self.soft is None else self.soft == "fuse"
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether predictors see any attention statistics."""
+        return any(feature in STATISTICS for feature in self.evidence)
+
+    def decision_blocks(self, depth: int) -> tuple[int, ...]:
+        """Block indices of the decisions in a model of `depth` blocks."""
+        at = self.at
+        if at is None:
+            at = tuple(sorted({max(1, depth * k // 4) for k in (1, 2, 3)}))
+        if at[-1] >= depth:
+            raise ValueError(f"at names block {at[-1]}, the model has {depth}")
+        return at
+
+    def ratios(self, stages: int) -> tuple[Fraction, ...]:
+        """Exact cumulative keep ratio of each stage."""
+        if isinstance(self.keep, tuple):
+            if len(self.keep) != stages:
+                raise ValueError(f"keep names {len(self.keep)} stages, the model has {stages}")
+            return tuple(exact(ratio) for ratio in self.keep)
+        return tuple(exact(self.keep) ** k for k in range(1, stages + 1))
+
+    def keep_ratios(self) -> list[float]:
+        """Cumulative keep ratios of the stages of a converted model (whose `at` is filled in)."""
+        return [float(ratio) for ratio in self.ratios(len(self.at or ()))]
+
+    def num_features(self, num_heads: int) -> int:
+        """F, the statistics columns per token: [latest | mean | variance], each [H, 6] or less."""
+        width = 1 if self.heads == "mean" else num_heads
+        latest = 2 * ("cls" in self.evidence) + 4 * ("rowcol" in self.evidence)
+        return width * (latest + 12 * ("moments" in self.evidence))

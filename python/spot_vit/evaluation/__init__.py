@@ -1,0 +1,1 @@
+"""Accuracy, foreground, pictures and statistics of models that it is given."""

@@ -1,0 +1,190 @@
+"""Keep ratios from budgets: so many GMACs, or so many milliseconds on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spot_vit.measure.flops import count_flops
+from spot_vit.utils.modes import eval_mode
+from spot_vit.utils.sizes import input_size
+from spot_vit.utils.timing import take_turns
+
+GMACS_STEPS = 1000  # ratios tried are multiples of 1/1000
+LATENCY_STEPS = 100  # finer steps drown in the noise
+ROUNDS, WARMUP = 9, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What one forward pass may cost, in one of two units.
+
+    Attributes:
+        gmacs: billions of multiply-accumulates per image, as `count_flops` gives them.
+        latency_ms: median milliseconds per batch, measured on the model's device when it is set.
+        batch: images per batch, for `latency_ms`.
+        threads: CPU threads, for `latency_ms`; None for torch's current number.
+        input_size: (channels, height, width); None for what the model was built for.
+    """
+
+    gmacs: float | None = None
+    latency_ms: float | None = None
+    batch: int = 1
+    threads: int | None = None
+    input_size: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.gmacs is None) == (self.latency_ms is None):
+            raise ValueError("a budget names either gmacs or latency_ms")
+        if self.latency_ms is None and (self.batch != 1 or self.threads is not None):
+            raise ValueError("batch and threads belong to a budget of latency_ms")
+        for name in ("gmacs", "latency_ms", "batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} of a budget must be positive, got {value!r}")
+
+    @classmethod
+    def from_mapping(cls, budget: Mapping[str, Any]) -> Budget:
+        """From `keep={"gmacs": 2.8}` or `keep={"latency_ms": 20, "batch": 8}`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(budget) - set(names)):
+            raise ValueError(f"a budget has no {unknown}; it has {names}")
+        return cls(**budget)
+
+
+def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
+    """The largest ρ at which a SPOT model stays within the budget; the model is left as it was.
+
+    Args:
+        model: a SPOT model; the blocks where it decides and its method stay as they are.
+        budget: fields of `Budget`.
+
+    Returns:
+        ρ as `SpotConfig.keep` takes it: an exact multiple of 1/1000 for `gmacs`, of 1/100 for
+        `latency_ms`. At least one patch survives the last stage.
+
+    Raises:
+        ValueError: a malformed budget, or one out of reach; the reachable range is named.
+    """
+    wanted = Budget.from_mapping(budget)
+    channels, height, width = wanted.input_size or input_size(model)
+    size = (channels, height, width)
+    config = model.spot_config
+
+    def at(ratio: float) -> Any:
+        model._configure(config.replace(keep=ratio))
+        return model
+
+    try:
+        patches = count_flops(at(1.0), size).layers[-1].tokens - model.num_prefix_tokens
+        least = _smallest_ratio(patches, stages=len(config.at))
+        if wanted.gmacs is not None:
+            return largest_ratio(
+                lambda ratio: count_flops(at(ratio), size).total / 1e9,
+                wanted.gmacs,
+                steps=GMACS_STEPS,
+                least=least,
+                unit="GMACs",
+            )
+        assert wanted.latency_ms is not None
+        parameter = next(model.parameters())
+        if parameter.is_meta:
+            raise ValueError("a budget of latency_ms needs a model with weights, not a meta device")
+        images = torch.randn(wanted.batch, *size, device=parameter.device, dtype=parameter.dtype)
+        with _threads(wanted.threads):
+            return largest_ratio(
+                lambda ratio: median_latency(at(ratio), images),
+                wanted.latency_ms,
+                steps=LATENCY_STEPS,
+                least=least,
+                unit="ms",
+            )
+    finally:
+        model._configure(config)
+
+
+def largest_ratio(
+    cost: Callable[[float], float],
+    target: float,
+    *,
+    steps: int,
+    least: Fraction = Fraction(0),
+    unit: str = "",
+) -> float:
+    """Bisection for the largest ratio whose cost does not exceed the target.
+
+    Args:
+        cost: does not fall as the ratio rises from `least`; the ratio 1 is a case of its own,
+            since there nothing is scored.
+        target: in the unit of `cost`.
+        steps: ratios tried are multiples of 1 / steps.
+        least: the smallest ratio allowed.
+        unit: of `cost`, for the message.
+
+    Raises:
+        ValueError: the target lies outside what `least` and 1 cost.
+    """
+    low, high = max(1, math.ceil(least * steps)), steps
+    cheapest, dense = cost(low / steps), cost(1.0)
+    if not cheapest <= target <= dense:
+        raise ValueError(
+            f"a budget of {target:g} {unit} is out of reach: keep from {low / steps:g} to 1 costs "
+            f"{_outwards(cheapest, up=True)} to {_outwards(dense, up=False)} {unit}"
+        )
+    if target == dense:
+        return 1.0
+    while high - low > 1:  # low is within the target, high is not
+        middle = (low + high) // 2
+        if cost(middle / steps) <= target:
+            low = middle
+        else:
+            high = middle
+    return low / steps
+
+
+def _outwards(value: float, up: bool) -> str:
+    """Three digits, rounded so that the printed bound can itself be reached."""
+    scale = 10 ** (2 - math.floor(math.log10(value))) if value > 0 else 1
+    return f"{(math.ceil if up else math.floor)(value * scale) / scale:g}"
+
+
+def _smallest_ratio(patches: int, stages: int) -> Fraction:
+    """The least multiple of 1/1000 that leaves one of `patches` after the last stage."""
+    for step in range(1, GMACS_STEPS):
+        ratio = Fraction(step, GMACS_STEPS)
+        if patches * ratio**stages >= 1:
+            return ratio
+    return Fraction(1)
+
+
+@torch.inference_mode()
+def median_latency(model: Any, images: Tensor, rounds: int = ROUNDS) -> float:
+    """Median milliseconds of a forward pass in eval mode.
+
+    Args:
+        model: any model.
+        images: [B, C, H, W] on the model's device.
+        rounds: timed passes, after a few untimed ones.
+    """
+    with eval_mode(model):
+        times = take_turns(
+            {"model": lambda _: model(images)}, images.device, rounds=rounds, warmup=WARMUP
+        )
+    return times["model"].median_ms
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Sparse models: conversion of timm models, the block loop, LV-ViT, published weights."""

@@ -1,0 +1,62 @@
+"""The search for the adapter of a module, and the error that says why there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from spot_vit.models.adapters import beit, eva, lvvit, naflex, vit
+from spot_vit.models.adapters.base import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, AdapterEntry
+
+FAMILIES = (vit, eva, beit, naflex, lvvit)
+"""Modules that register their adapters when imported; a new family is named here."""
+
+
+class UnsupportedModelError(TypeError):
+    """The model cannot be converted; the text says which part and why."""
+
+
+def model_adapter(model: nn.Module) -> AdapterEntry:
+    """The adapter of a model, itself converted or not."""
+    return _find(MODELS, model, "model")
+
+
+def block_adapters(model: Any) -> list[AdapterEntry]:
+    """The adapters of its blocks, in order."""
+    return [_find(BLOCKS, block, f"blocks.{b}") for b, block in enumerate(model.blocks)]
+
+
+def attention_adapters(model: Any) -> list[AdapterEntry]:
+    """The adapters of the attention of its blocks, in order."""
+    return [
+        _find(ATTENTIONS, block.attn, f"blocks.{b}.attn") for b, block in enumerate(model.blocks)
+    ]
+
+
+def refused(where: str, module: nn.Module, reason: str, known: list[str]) -> UnsupportedModelError:
+    """The error that says what was not converted, and why."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return UnsupportedModelError(
+        f"cannot convert {where}: {name} (timm {timm.__version__}): {reason}. "
+        f"Supported here: {', '.join(sorted(known))}"
+    )
+
+
+def _find(
+    table: dict[type[nn.Module], AdapterEntry], module: nn.Module, where: str
+) -> AdapterEntry:
+    """The adapter of the exact class; a subclass may do anything, so it does not count."""
+    for entry in table.values():
+        if type(module) is entry.adapter:
+            return entry
+    entry_or_none = table.get(type(module))
+    if entry_or_none is None:
+        reason = UNSUPPORTED.get(type(module).__name__, "there is no adapter for this class")
+    else:
+        found = entry_or_none.mismatch(module)
+        if found is None:
+            return entry_or_none
+        reason = found
+    raise refused(where, module, reason, [target.__name__ for target in table])

@@ -1,0 +1,194 @@
+"""Turns a timm model into a SPOT model, in place, and back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from spot_vit.config.spot import SpotConfig
+from spot_vit.measure.budget import solve_keep
+from spot_vit.models import sparsifiner
+from spot_vit.models.adapters.find import (
+    ATTENTIONS,
+    BLOCKS,
+    MODELS,
+    attention_adapters,
+    block_adapters,
+    model_adapter,
+)
+from spot_vit.models.loop import SpotLoop
+from spot_vit.nn.relevance import TokenRelevance
+from spot_vit.utils.modes import unwrap
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
+    """Converts a timm Vision Transformer in place and returns it.
+
+    The model keeps its parameters, their names, and its hooks; where predictors decide, each
+    deciding block gets a child `relevance`. At keep = 1.0 in eval its outputs are bit-exact with
+    the original's.
+
+    Args:
+        model: a timm model of a supported class (see `supported`).
+        config: configuration; the default one when None.
+        **overrides: fields of `SpotConfig` to change, e.g. `keep=0.7, at=[3, 6, 9]`; `keep` may
+            name a budget instead, `{"gmacs": 2.8}` or `{"latency_ms": 20, "batch": 8}`, see
+            `spot_vit.measure.budget.Budget`. The configuration holds the ratio it comes to.
+
+    Returns:
+        The same object, now a `SpotLoop`.
+
+    Raises:
+        UnsupportedModelError: the model, or one of its blocks, has no adapter or does not fit it.
+        ValueError: the configuration does not fit the model, or the budget is out of reach.
+        TypeError: an unknown field, or a model that is already converted.
+    """
+    if isinstance(model, SpotLoop):
+        raise TypeError(
+            "the model is a SPOT model already; set_keep changes its budget, restore undoes it"
+        )
+    _sparsify(model, config or SpotConfig(), overrides)
+    return model
+
+
+def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None:
+    budget = overrides.get("keep")
+    if isinstance(budget, Mapping):
+        del overrides["keep"]
+    config = config.replace(**overrides)
+    entry, block_entries = model_adapter(model), block_adapters(model)
+    attention_entries = attention_adapters(model)
+    blocks = list(model.blocks)
+    config = config.replace(at=config.decision_blocks(len(blocks)))
+    assert config.at is not None
+    config.ratios(len(config.at))  # a list of ratios must name every stage
+    stages = [config.at.index(b) if b in config.at else None for b in range(len(blocks))]
+    new = [
+        _relevance_for(block, config) if config.learned and stage is not None else None
+        for block, stage in zip(blocks, stages, strict=True)
+    ]
+
+    original = type(model)
+    model.__class__ = entry.adapter
+    if config.cuts_inside and not model.has_class_token:
+        model.__class__ = original
+        raise ValueError(
+            f"method {config.method!r} scores by the class token's attention, and this "
+            f"{original.__name__} has no class token"
+        )
+    for b, block in enumerate(blocks):
+        block.__class__ = block_entries[b].adapter
+        block.attn.__class__ = attention_entries[b].adapter
+        block.stage, block.relevance = stages[b], new[b]
+    model._configure(config)
+    model.train(model.training)
+    if isinstance(budget, Mapping):
+        try:
+            set_keep(model, budget)
+        except BaseException:
+            restore(model)
+            raise
+
+
+def restore(model: M) -> M:
+    """Undoes `sparsify` and `sparsify_attention` in place: original classes, no predictors.
+
+    Trained weights stay.
+    """
+    if not sparsifiner.is_sparse(model):
+        _require_spot(model)
+    _restore(model)
+    return model
+
+
+def _restore(model: Any) -> None:
+    original = {
+        entry.adapter: entry.target
+        for entry in itertools.chain(MODELS.values(), BLOCKS.values(), ATTENTIONS.values())
+    }
+    if sparsifiner.is_sparse(model):
+        sparsifiner.remove(model)
+    spot = isinstance(model, SpotLoop)
+    for block in model.blocks:
+        block.attn.__class__ = original.get(type(block.attn), type(block.attn))
+        if spot:
+            block.__class__ = original[type(block)]
+            del block.stage, block.relevance
+    if spot:
+        del model.spot_config, model._spot_ratios
+        model.__class__ = original[type(model)]
+
+
+Keep = float | list[float] | tuple[float, ...] | Mapping[str, Any]
+
+
+def set_keep(
+    model: M,
+    keep: Keep | None = None,
+    *,
+    tokens: Keep | None = None,
+    attention: float | None = None,
+) -> M:
+    """Changes how much a sparse model keeps, at run time.
+
+    Args:
+        model: a SPOT model, or one with sparse attention, or both; wrapped or not.
+        keep: another name of `tokens`.
+        tokens: as `SpotConfig.keep`, or a budget as in `sparsify`.
+        attention: as `SparsifinerConfig.keep_rate`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: ratios that do not fit the model, or a budget out of reach; the model keeps what
+            it kept.
+        TypeError: the model removes no tokens, or its attention is not sparse; nothing to change.
+    """
+    if (keep is None) + (tokens is None) + (attention is None) == 3:
+        raise TypeError("set_keep needs tokens=... or attention=...")
+    if keep is not None and tokens is not None:
+        raise TypeError("keep and tokens are two names of one thing; set_keep takes one of them")
+    _set_keep(unwrap(model), keep if tokens is None else tokens, attention)
+    return model
+
+
+def _set_keep(model: Any, tokens: Keep | None, attention: float | None) -> None:
+    before = getattr(model, "sparsifiner_config", None)
+    if tokens is not None:
+        _require_spot(model)
+    if attention is not None:
+        if before is None:
+            raise TypeError("attention of this model is not sparse (see sparsify_attention)")
+        sparsifiner.configure(model, before.replace(keep_rate=attention))
+    if tokens is not None:
+        try:
+            ratios = solve_keep(model, tokens) if isinstance(tokens, Mapping) else tokens
+            model._configure(model.spot_config.replace(keep=ratios))
+        except BaseException:
+            if before is not None:
+                sparsifiner.configure(model, before)
+            raise
+
+
+def supported() -> list[str]:
+    """Full names of the timm model classes that `sparsify` takes."""
+    return sorted(f"{target.__module__}.{target.__qualname__}" for target in MODELS)
+
+
+def _require_spot(model: nn.Module) -> None:
+    if not isinstance(model, SpotLoop):
+        raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
+
+
+def _relevance_for(block: Any, config: SpotConfig) -> TokenRelevance:
+    weight = block.attn.proj.weight
+    dim = weight.shape[0]
+    d_remap = (config.d_remap or dim) if "embed" in config.evidence else 0
+    relevance = TokenRelevance(dim, config.num_features(block.attn.num_heads), d_remap)
+    return relevance.to(device=weight.device, dtype=weight.dtype)

@@ -1,0 +1,166 @@
+"""Turns attention of a timm model, SPOT or not, into Sparsifiner's, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from spot_vit.config.sparsifiner import SparsifinerConfig
+from spot_vit.models.adapters.find import ATTENTIONS, attention_adapters, model_adapter, refused
+from spot_vit.nn.connectivity import ConnectivityPredictor
+from spot_vit.nn.operands import Operands, Recorder
+from spot_vit.utils.modes import unwrap
+from spot_vit.utils.sizes import grid_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sparsify_attention(
+    model: M,
+    keep_rate: float | None = None,
+    config: SparsifinerConfig | None = None,
+    **overrides: Any,
+) -> M:
+    """Makes attention sparse, in place, and returns the model.
+
+    Every patch query sees a share of the keys, chosen for each image, head and query by a predictor
+    that has to be trained; prefix queries see all. Parameters keep their names; the attention of
+    each sparse block gets a child `connectivity`. At keep_rate = 1.0 outputs are bit-exact with
+    the original's, and predictors are not asked.
+
+    Works on timm models and on those of `sparsify`, in either order. `set_keep(model,
+    attention=...)` changes the rate, `restore` undoes it.
+
+    Args:
+        model: a timm model of a supported class, or a SPOT model.
+        keep_rate: share of the full grid's tokens that a query sees; 0.25 by default.
+        config: configuration; the default one when None.
+        **overrides: fields of `SparsifinerConfig` to change.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: the model or its attention has no adapter, does not fit it, or adds
+            a bias to its logits.
+        ValueError: the configuration does not fit the model.
+        TypeError: an unknown field, or attention that is sparse already.
+    """
+    if is_sparse(model):
+        raise TypeError(
+            "attention of this model is sparse already; set_keep changes its rate, restore undoes "
+            "it"
+        )
+    if keep_rate is not None:
+        overrides["keep_rate"] = keep_rate
+    _sparsify(model, (config or SparsifinerConfig()).replace(**overrides))
+    return model
+
+
+def _sparsify(model: Any, config: SparsifinerConfig) -> None:
+    model_adapter(model)
+    entries = attention_adapters(model)
+    blocks = config.sparse_blocks(len(entries))
+    config = config.replace(blocks=blocks)
+    fitting = [target.__name__ for target, e in ATTENTIONS.items() if e.refuse_sparse is None]
+    for b in blocks:
+        if reason := entries[b].refuse_sparse:
+            raise refused(f"blocks.{b}.attn", model.blocks[b].attn, reason, fitting)
+    grid = grid_of(model)
+    new = {
+        b: _predictor(model.blocks[b].attn, model.num_prefix_tokens, grid, config) for b in blocks
+    }
+    for b, predictor in new.items():
+        attention = model.blocks[b].attn
+        attention.__class__ = entries[b].adapter
+        attention.connectivity = predictor.train(attention.training)
+    model.sparsifiner_config = config
+
+
+def is_sparse(model: Any) -> bool:
+    """Whether `sparsify_attention` is on."""
+    return hasattr(model, "sparsifiner_config")
+
+
+def configure(model: Any, config: SparsifinerConfig) -> None:
+    """Sets what may change at run time."""
+    for predictor in predictors(model).values():
+        predictor.configure(config)
+    model.sparsifiner_config = config
+
+
+def predictors(model: Any) -> dict[int, ConnectivityPredictor]:
+    """The connectivity predictors by block, of a model that may be wrapped."""
+    attentions = {b: block.attn for b, block in enumerate(unwrap(model).blocks)}
+    return {b: a.connectivity for b, a in attentions.items() if getattr(a, "sparse", False)}
+
+
+def set_grid(model: M, grid: tuple[int, int]) -> M:
+    """Says how the patches stand where their number leaves a doubt, e.g. 14 x 28 or 28 x 14."""
+    for predictor in predictors(model).values():
+        predictor.shown_grid = grid
+    return model
+
+
+def remove(model: Any) -> None:
+    """Takes the predictors away; classes stay."""
+    for b in predictors(model):
+        del model.blocks[b].attn.connectivity
+    del model.sparsifiner_config
+
+
+def _predictor(
+    attention: Any, num_prefix: int, grid: tuple[int, int], config: SparsifinerConfig
+) -> ConnectivityPredictor:
+    weight: nn.Parameter = attention.proj.weight
+    sizes = attention.head_dim, attention.num_heads, num_prefix, grid
+    predictor = ConnectivityPredictor(*sizes, config)
+    return predictor.to(device=weight.device, dtype=weight.dtype)
+
+
+# ---- for training --------------------------------------------------------------------------------
+
+
+@contextmanager
+def dense_attention(model: Any) -> Iterator[Any]:
+    """Within it, attention of `model` is dense: predictors are not asked.
+
+    Token removal goes on. Gives the model.
+    """
+    before = {predictor: predictor.enabled for predictor in predictors(model).values()}
+    for predictor in before:
+        predictor.enabled = False
+    try:
+        yield model
+    finally:
+        for predictor, enabled in before.items():
+            predictor.enabled = enabled
+
+
+@contextmanager
+def record_operands(model: Any) -> Iterator[dict[int, Operands]]:
+    """Within it, forward passes note q and k of every block, by its index.
+
+    Works on a timm model too, such as a dense teacher. Memory is linear in the number of tokens:
+    q and k as they are, with their graph outside `torch.no_grad()`. Not for compiled models.
+
+    Args:
+        model: a timm model of a supported class, converted or not, wrapped or not.
+    """
+    model = unwrap(model)
+    operands: dict[int, Operands] = {}
+    modules = [block.attn for block in model.blocks]
+    classes = [type(module) for module in modules]
+    adapters = attention_adapters(model)
+    try:
+        for b, (module, entry) in enumerate(zip(modules, adapters, strict=True)):
+            module.__class__ = entry.adapter
+            module.recorder = Recorder(b, model.num_prefix_tokens, operands)
+        yield operands
+    finally:
+        for module, original in zip(modules, classes, strict=True):
+            module.__class__ = original
+            vars(module).pop("recorder", None)

@@ -1,0 +1,70 @@
+"""One checkpoint for many budgets: a keep ratio drawn anew at every training step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from spot_vit.models.convert import set_keep
+from spot_vit.models.loop import SpotLoop
+from spot_vit.utils.modes import unwrap
+
+
+class SampledKeep:
+    """Draws ρ at every step, so that the model learns to be right at any of them (our choice).
+
+    `with draw(model) as ratios:` around the training forward pass is all it takes; afterwards the
+    model has its own budget again. Every rank of a distributed run draws the same ones.
+
+    Args:
+        low: smallest ρ.
+        high: largest ρ.
+        seed: of the sequence of draws.
+        power: how the draws crowd near `low`: ρ is low + (high - low) u^power, u uniform, rounded
+            to thousandths. A small budget needs more training than a large one: on ClutteredDigits
+            uniform draws cost points at the low end, and these nothing at the high one.
+
+    Raises:
+        ValueError: unless 0 < low <= high <= 1 and power is positive.
+    """
+
+    def __init__(
+        self, low: float = 0.3, high: float = 1.0, seed: int = 0, power: float = 3.0
+    ) -> None:
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"expected 0 < low <= high <= 1, got low={low}, high={high}")
+        if not power > 0:
+            raise ValueError(f"power: expected more than 0, got {power}")
+        self.low, self.high, self.power = low, high, power
+        self._random = random.Random(seed)
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[list[float]]:
+        """Sets the drawn budget while the block runs; gives the keep ratio of every stage.
+
+        Args:
+            model: a SPOT model, wrapped or not (DistributedDataParallel, torch.compile, …).
+
+        Raises:
+            TypeError: there is no SPOT model in it.
+            ValueError: it draws tokens one by one (`train_decision="gumbel"`): nothing would tell
+                its predictors which budget they are to meet.
+        """
+        spot = unwrap(model)
+        if not isinstance(spot, SpotLoop):
+            raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
+        config = spot.spot_config
+        if config.learned and config.train_decision != "topk":
+            raise ValueError(
+                "a sampled budget needs train_decision='topk', which meets it exactly; "
+                f"got {config.train_decision!r}"
+            )
+        share = self._random.random() ** self.power
+        set_keep(spot, round(self.low + (self.high - self.low) * share, 3))
+        try:
+            yield spot.spot_config.keep_ratios()
+        finally:
+            set_keep(spot, config.keep)

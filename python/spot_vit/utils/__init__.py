@@ -1,0 +1,1 @@
+"""Files, modes, timing, tables: what every other package may use."""

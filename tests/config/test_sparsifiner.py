@@ -1,0 +1,48 @@
+"""The configuration of Sparsifiner attention."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from spot_vit.config.sparsifiner import SparsifinerConfig
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"keep_rate": 0}, "keep_rate must be in"),
+        ({"keep_rate": True}, "keep_rate must be in"),
+        ({"keep_rate": float("nan")}, "keep_rate must be in"),
+        ({"reduce_n": 0}, "reduce_n must be a positive int"),
+        ({"reduce_c": 1.5}, "reduce_c must be a positive int"),
+        ({"coef_topk": 0}, "coef_topk must be a positive int"),
+        ({"coef_threshold": 0.05}, "set coef_topk=None"),
+        ({"basis_threshold": -1.0}, "basis_threshold must not be negative"),
+        ({"mask_threshold": float("nan")}, "mask_threshold must not be negative"),
+        ({"scale": "sqrt"}, "scale must be one of"),
+        ({"mask": "best"}, "mask must be one of"),
+        ({"backend": "gpu"}, "backend must be one of"),
+        ({"blocks": []}, "non-empty"),
+        ({"blocks": [2, 1]}, "ascend"),
+        ({"blocks": [1.0]}, "block indices"),
+    ],
+)
+def test_configurations_are_checked(wrong: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        SparsifinerConfig().replace(**wrong)
+
+
+def test_configurations_go_through_json():
+    config = SparsifinerConfig(
+        keep_rate=0.1, reduce_n=4, reduce_c=1, share_inout_proj=True, scale="channels",
+        coef_topk=None, coef_threshold=0.05, basis_threshold=0.0, mask="threshold",
+        mask_threshold=0.5, blocks=[1, 4], backend="dense",
+    )  # fmt: skip
+    assert config.blocks == (1, 4)
+    assert SparsifinerConfig.from_json(config.to_json()) == config
+    assert SparsifinerConfig.from_dict(json.loads(config.to_json())) == config
+    assert SparsifinerConfig.from_json("{}") == SparsifinerConfig()
+    with pytest.raises(TypeError, match=r"SparsifinerConfig has no \['rate'\]"):
+        SparsifinerConfig.from_dict({"rate": 1})

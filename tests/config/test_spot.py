@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from spot_vit import SpotConfig
+from spot_vit.config.spot import FEATURES, exact
+
+configs = st.builds(
+    SpotConfig,
+    keep=st.sampled_from([1.0, 0.7, 0.655, (0.9, 0.5, 0.1)]),
+    at=st.sampled_from([None, (3, 6, 9), [1, 2, 3]]),
+    features=st.lists(st.sampled_from(FEATURES), min_size=1, unique=True),
+    history=st.sampled_from(["all", "since_last", 1, 4]),
+    heads=st.sampled_from(["concat", "mean"]),
+    d_remap=st.sampled_from([None, 64]),
+    scaling=st.sampled_from(["log1p", "n", "raw"]),
+    detach_stats=st.booleans(),
+    train_decision=st.sampled_from(["gumbel", "topk"]),
+    tau=st.sampled_from([1.0, 0.5]),
+)
+
+
+@given(configs)
+def test_json_round_trip(config: SpotConfig):
+    assert SpotConfig.from_json(config.to_json()) == config
+    assert hash(SpotConfig.from_json(config.to_json())) == hash(config)
+
+
+def test_counts_are_exact_where_floats_are_not():
+    assert int(100 * 0.7**2) == 48  # what binary floats give
+    ratio = SpotConfig(keep=0.7).ratios(2)[1]
+    assert 100 * ratio.numerator // ratio.denominator == 49
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"), [(0.7, [137, 96, 67]), (0.5, [98, 49, 24]), (1.0, [196, 196, 196])]
+)
+def test_published_schedule_at_196_tokens(keep: float, expected: list[int]):
+    ratios = SpotConfig(keep=keep).ratios(3)
+    assert [196 * r.numerator // r.denominator for r in ratios] == expected
+
+
+@given(st.decimals(min_value="0.01", max_value=1, places=2))
+def test_exact_is_the_written_decimal(value):
+    assert exact(float(value)) == Fraction(value)
+
+
+def test_default_places_are_quarters():
+    assert SpotConfig().decision_blocks(12) == (3, 6, 9)
+    assert SpotConfig().decision_blocks(16) == (4, 8, 12)
+    assert SpotConfig().decision_blocks(2) == (1,)
+    with pytest.raises(ValueError, match="block 12, the model has 12"):
+        SpotConfig(at=(12,)).decision_blocks(12)
+
+
+def test_feature_columns():
+    assert SpotConfig().num_features(6) == 108
+    assert SpotConfig(features=("embed",)).num_features(6) == 0
+    assert SpotConfig(features=("embed", "cls"), heads="mean").num_features(6) == 2
+    assert SpotConfig(features=("rowcol", "moments")).num_features(3) == 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "magic"}, "method must be one of"),
+        ({"keep": 0.0}, "keep must be in"),
+        ({"keep": 1.5}, "keep must be in"),
+        ({"keep": True}, "keep must be in"),
+        ({"keep": (0.5, 0.7)}, "must not rise"),
+        ({"keep": (0.5, 0.4), "at": (1, 2, 3)}, "keep names 2 stages, at names 3"),
+        ({"at": (0, 3)}, "no block comes before it"),
+        ({"at": (3, 3)}, "ascend"),
+        ({"at": (-1, 3)}, "ascend"),
+        ({"at": ()}, "non-empty"),
+        ({"at": (1.5,)}, "block indices"),
+        ({"features": ()}, "non-empty"),
+        ({"features": "cls"}, "non-empty list"),
+        ({"features": ("pixels",)}, "features must be one of"),
+        ({"history": 0}, "history must be"),
+        ({"history": "some"}, "history must be"),
+        ({"d_remap": 7}, "even"),
+        ({"tau": 0.0}, "tau must be positive"),
+        ({"train_decision": "maybe"}, "train_decision must be one of"),
+    ],
+)
+def test_wrong_fields_say_what_was_expected(fields: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        SpotConfig(**fields)
+
+
+def test_block_0_is_fine_without_statistics():
+    assert SpotConfig(at=(0, 2), features=("embed",)).decision_blocks(4) == (0, 2)
+
+
+def test_unknown_field_is_named():
+    with pytest.raises(TypeError, match="kep"):
+        SpotConfig().replace(kep=0.5)
+    with pytest.raises(TypeError, match="kep"):
+        SpotConfig.from_dict({"kep": 0.5})

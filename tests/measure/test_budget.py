@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import spot_vit
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spot_vit.config.spot import exact
+from spot_vit.measure import budget
+from spot_vit.measure.budget import Budget, largest_ratio, solve_keep
+
+from tools import budgets
+
+SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+
+
+@given(target=st.floats(0.01, 1.0), steps=st.sampled_from([10, 100, 1000]))
+def test_the_largest_ratio_within_the_target(target: float, steps: int):
+    calls = []
+
+    def cost(ratio: float) -> float:
+        calls.append(ratio)
+        return ratio**2 + (0.05 if ratio < 1 else 0)  # scoring is not free
+
+    if not cost(1 / steps) <= target <= 1:
+        with pytest.raises(ValueError, match="out of reach"):
+            largest_ratio(cost, target, steps=steps)
+        return
+    calls.clear()
+    found = largest_ratio(cost, target, steps=steps)
+    assert len(calls) <= 3 + math.log2(steps)
+    assert cost(found) <= target
+    following = round(found * steps) + 1
+    assert following >= steps or cost(following / steps) > target
+    assert exact(found) * steps == round(found * steps)  # the written decimal is exact
+
+
+def test_ends_of_the_range():
+    def cost(ratio: float) -> float:
+        return 1 + 4 * ratio
+
+    assert largest_ratio(cost, 5.0, steps=1000) == 1.0
+    assert largest_ratio(cost, 1.004, steps=1000) == 0.001
+    assert largest_ratio(cost, 3.0, steps=1000, least=Fraction(1, 3)) == 0.5
+    with pytest.raises(ValueError, match=r"2 GMACs .* keep from 0.334 to 1 costs 2.34 to 5 GMACs"):
+        largest_ratio(cost, 2, steps=1000, least=Fraction(1, 3), unit="GMACs")
+    with pytest.raises(ValueError, match=r"5.01 ms is out of reach"):
+        largest_ratio(cost, 5.01, steps=1000, unit="ms")
+
+
+def test_printed_bounds_can_be_reached():
+    costs = {0.1: 1.23456, 1.0: 9.87654}
+
+    def cost(ratio: float) -> float:
+        return costs.get(ratio, 5.0)
+
+    with pytest.raises(ValueError, match=r"costs 1.24 to 9.87"):
+        largest_ratio(cost, 1.0, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({}, "either gmacs or latency_ms"),
+        ({"gmacs": 1, "latency_ms": 1}, "either gmacs or latency_ms"),
+        ({"gmacs": 1, "batch": 8}, "belong to a budget of latency_ms"),
+        ({"gflops": 1}, "no .'gflops'"),
+        ({"gmacs": 0}, "gmacs of a budget must be positive"),
+        ({"latency_ms": math.inf}, "latency_ms of a budget must be positive"),
+        ({"latency_ms": 1, "threads": -1}, "threads of a budget must be positive"),
+    ],
+)
+def test_malformed_budgets(wrong: dict[str, float], words: str):
+    with pytest.raises(ValueError, match=words):
+        Budget.from_mapping(wrong)
+
+
+def test_deit_small_at_the_papers_cost():
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    spot_vit.sparsify(model, keep=0.9)
+    found = solve_keep(model, {"gmacs": 2.8})
+    assert model.spot_config.keep == 0.9  # left as it was
+    spot_vit.set_keep(model, found)
+    total = spot_vit.count_flops(model, (3, 224, 224)).total
+    assert 2.8e9 * 0.99 < total <= 2.8e9
+    spot_vit.set_keep(model, found + 0.001)
+    assert spot_vit.count_flops(model, (3, 224, 224)).total >= total
+
+
+@pytest.mark.parametrize(
+    ("name", "at"), [("deit_tiny_patch16_224", [1, 2]), ("vit_tiny_patch16_224", [1, 2, 3])]
+)
+def test_gmacs_of_any_size(name: str, at: list[int]):
+    model = spot_vit.sparsify(timm.create_model(name, **SMALL), at=at)
+    dense = spot_vit.count_flops(spot_vit.set_keep(model, 1.0), (3, 64, 64)).total / 1e9
+    assert solve_keep(model, {"gmacs": dense}) == 1.0
+    with pytest.raises(ValueError, match="out of reach: keep from") as caught:
+        solve_keep(model, {"gmacs": dense / 10})
+    least = float(str(caught.value).split("keep from ")[1].split(" ")[0])
+    spot_vit.set_keep(model, least)
+    tokens = spot_vit.count_flops(model, (3, 64, 64)).layers[-1].tokens
+    assert tokens == 2  # the class token and one patch
+
+
+def test_gmacs_of_another_image_size():
+    model = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, **SMALL)
+    spot_vit.sparsify(model, keep=0.9)
+    gmacs = spot_vit.count_flops(model, (3, 64, 64)).total / 1e9
+    with pytest.raises(ValueError, match="out of reach"):
+        solve_keep(model, {"gmacs": gmacs, "input_size": (3, 96, 96)})
+    found = solve_keep(model, {"gmacs": 2 * gmacs, "input_size": [3, 96, 96]})
+    spot_vit.set_keep(model, found)
+    assert spot_vit.count_flops(model, (3, 96, 96)).total <= 2e9 * gmacs
+    assert found < 0.9 <= solve_keep(model, {"gmacs": gmacs})
+
+
+def test_sparsify_and_set_keep_take_budgets():
+    model = timm.create_model("deit_tiny_patch16_224", **SMALL)
+    dense = spot_vit.count_flops(model, (3, 64, 64)).total / 1e9
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="out of reach"):
+        spot_vit.sparsify(model, keep={"gmacs": 2 * dense})
+    assert [type(module) for module in model.modules()] == classes  # not half-converted
+    assert not hasattr(model, "spot_config") and not hasattr(model.blocks[1], "relevance")
+
+    spot_vit.sparsify(model, keep={"gmacs": 0.9 * dense}, method="dynamicvit")
+    config = model.spot_config
+    assert spot_vit.count_flops(model, (3, 64, 64)).total <= 0.9e9 * dense
+    assert (
+        isinstance(config.keep, float) and spot_vit.SpotConfig.from_json(config.to_json()) == config
+    )
+    spot_vit.set_keep(model, {"gmacs": 0.8 * dense})
+    assert model.spot_config.keep < config.keep
+    with pytest.raises(ValueError, match="out of reach"):
+        spot_vit.set_keep(model, {"gmacs": 2 * dense})
+    assert model.spot_config.keep < config.keep
+
+
+@pytest.mark.parametrize("method", ["spot", "dynamicvit", "evit", "random"])
+def test_every_method_meets_the_budget(method: str):
+    with torch.device("meta"):
+        model = timm.create_model("spot_lvvit_small", method=method, keep={"gmacs": 5.0})
+    total = spot_vit.count_flops(model, (3, 224, 224)).total
+    assert 5e9 * 0.99 < total <= 5e9
+
+
+def test_latency_of_a_real_model():
+    model = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "img_size": 96})
+    with pytest.raises(ValueError, match=r"keep from 0.31 to 1 costs .* ms"):
+        spot_vit.sparsify(model, keep={"latency_ms": 1e9, "batch": 8})
+    spot_vit.sparsify(model)
+    with pytest.raises(ValueError, match="1e-06 ms is out of reach"):
+        spot_vit.set_keep(model, {"latency_ms": 1e-6})
+    assert model.spot_config.keep == 0.7
+
+
+def test_latency_is_measured_as_asked(monkeypatch: pytest.MonkeyPatch):
+    model = spot_vit.sparsify(timm.create_model("deit_tiny_patch16_224", **SMALL)).train()
+    seen = set()
+
+    def measured(model: torch.nn.Module, images: torch.Tensor) -> float:
+        seen.add((tuple(images.shape), torch.get_num_threads()))
+        return 10 * model.spot_config.keep
+
+    monkeypatch.setattr(budget, "median_latency", measured)
+    assert solve_keep(model, {"latency_ms": 6.05, "batch": 4, "threads": 1}) == 0.6
+    assert seen == {((4, 3, 64, 64), 1)}
+    assert torch.get_num_threads() == 2 and model.spot_config.keep == 0.7
+    with pytest.raises(ValueError, match="12 ms is out of reach"):
+        solve_keep(model, {"latency_ms": 12})
+    with pytest.raises(ValueError, match="meta device"):
+        solve_keep(model.to("meta"), {"latency_ms": 6})
+
+
+def test_median_latency_is_a_median_of_eval_passes():
+    calls = []
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append((self.training, torch.is_grad_enabled()))
+            if len(calls) == 5:  # one disturbed pass
+                for _ in range(50):
+                    x = x @ x
+            return x
+
+    model = Model().train()
+    assert 0 < budget.median_latency(model, torch.ones(64, 64)) < 1e3
+    assert set(calls) == {(False, False)} and len(calls) == budget.ROUNDS + budget.WARMUP
+    assert model.training
+
+
+def test_the_page_agrees_with_the_tool():
+    page = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text()
+    assert budgets.table() in page, "run python tools/budgets.py"
+    with torch.device("meta"):
+        model = spot_vit.sparsify(timm.create_model("deit_small_patch16_224"))
+    assert f"ρ ≈ {solve_keep(model, {'gmacs': 2.8})}." in page

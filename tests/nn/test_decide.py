@@ -1,0 +1,68 @@
+"""Decisions: masks in training."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spot_vit.nn.decide import gumbel_mask, mask_of, topk_mask
+
+
+@given(
+    n=st.integers(1, 12),
+    keep=st.integers(0, 12),
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_topk_mask_hits_the_budget_among_survivors(n, keep, seed, dtype):
+    keep = min(keep, n)
+    torch.manual_seed(seed)
+    logp = torch.randn(3, n, 2, dtype=dtype).log_softmax(-1).requires_grad_()
+    first = topk_mask(logp, None, n - (n - keep) // 2, 1.0)
+    second = topk_mask(logp, first, keep, 1.0)
+    for mask, count in ((first, n - (n - keep) // 2), (second, keep)):
+        assert ((mask == 0) | (mask == 1)).all()
+        assert (mask.sum(1) == count).all()
+    assert (second <= first).all()
+    (second * torch.randn_like(second)).sum().backward()
+    assert logp.grad.isfinite().all()
+
+
+def test_topk_mask_has_no_gradient_towards_more_tokens():
+    """Only the order decides, so raising all scores alike must not seem to help."""
+    logp = torch.randn(3, 10, 2, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    first = topk_mask(logp, None, 7, 1.0)
+    second = topk_mask(logp, first, 4, 1.0)
+    ((first + second) * torch.rand_like(first)).sum().backward()
+    push = logp.grad[..., 0]
+    assert (push.abs().sum(1) > 0.1).all()
+    assert push.sum(1).abs().max() < 1e-12
+
+
+def test_gumbel_mask_draws_with_the_stated_probability():
+    torch.manual_seed(0)
+    p = torch.tensor([0.05, 0.3, 0.5, 0.9])
+    logp = torch.stack([p, 1 - p], -1).log()[None].expand(20_000, -1, -1)
+    mask = gumbel_mask(logp, None, 1.0)
+    assert ((mask == 0) | (mask == 1)).all()
+    torch.testing.assert_close(mask.mean(0), p, atol=0.015, rtol=0)
+    previous = (torch.rand_like(mask) > 0.5).float()
+    assert (gumbel_mask(logp, previous, 1.0) <= previous).all()
+
+
+def test_gumbel_mask_has_the_gradient_of_the_soft_draw():
+    logp = torch.randn(4, 6, 2, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    torch.manual_seed(5)
+    (found,) = torch.autograd.grad((gumbel_mask(logp, None, 0.7) * weight).sum(), logp)
+    torch.manual_seed(5)
+    noise = -torch.empty_like(logp).exponential_().log()
+    soft = ((logp + noise) / 0.7).softmax(-1)[..., 0]
+    (expected,) = torch.autograd.grad((soft * weight).sum(), logp)
+    torch.testing.assert_close(found, expected)
+
+
+def test_mask_of_index():
+    index = torch.tensor([[0, 2], [1, 3]])
+    expected = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
+    assert torch.equal(mask_of(index, 4, torch.float32), expected)

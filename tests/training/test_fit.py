@@ -1,0 +1,83 @@
+"""The training loop, evaluation, and files that are complete or not there."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from spot_vit.evaluation.accuracy import evaluate
+from spot_vit.training.fit import cosine_schedule, fit
+from spot_vit.training.objectives import dense_objective
+from support.training import make_loader, make_model, make_optimizer
+from torch import Tensor, nn
+
+
+def test_fit_learns_and_counts() -> None:
+    model, loader = make_model(), make_loader()
+    before = evaluate(model, loader)
+    report = fit(model, loader, make_optimizer(model), epochs=10, warmup=5, clip_grad=1.0)
+    after = evaluate(model, loader)
+    assert report["steps"] == 80
+    assert report["seconds"] > 0 and report["gradient_norm"] > 0
+    assert after.top1 > 0.95 > before.top1 and after.loss < before.loss
+
+
+def test_fit_repeats_exactly_from_the_same_seed() -> None:
+    states = []
+    for _ in range(2):
+        model = make_model()
+        fit(model, make_loader(), make_optimizer(model), epochs=2)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_schedule_warms_up_then_falls_to_zero_and_keeps_the_groups_apart() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [weights[0]], "lr": 1.0}, {"params": [weights[1]], "lr": 0.2}]
+    optimizer = torch.optim.SGD(groups)
+    schedule = cosine_schedule(optimizer, steps=100, warmup=10)
+    rates = []
+    for _ in range(100):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    first = [rate[0] for rate in rates]
+    assert 0 < first[0] < 0.1 and first[10] == pytest.approx(1.0)
+    assert all(a < b for a, b in pairwise(first[:11]))
+    assert all(a > b for a, b in pairwise(first[10:]))
+    assert first[55] == pytest.approx(0.5) and 0 < first[-1] < 1e-3
+    assert all(second == pytest.approx(0.2 * rate) for rate, second in rates)
+
+
+def test_clip_bounds_the_step() -> None:
+    model = nn.Linear(4, 2)
+    start = model.weight.detach().clone()
+    loader = make_loader(128)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fit(model, loader, optimizer, clip_grad=1e-3)
+    assert report["gradient_norm"] > 1e-2  # reported as it was before clipping
+    assert 0 < (model.weight - start).norm() <= 1e-3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_training_stops_at_the_first_value_that_is_not_finite(where: str) -> None:
+    model = make_model()
+    kept = {}
+
+    def objective(
+        net: nn.Module, images: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        objective.calls += 1  # type: ignore[attr-defined]
+        loss, _ = dense_objective(net, images, target)
+        if objective.calls == 3:  # type: ignore[attr-defined]
+            kept.update({name: p.detach().clone() for name, p in net.named_parameters()})
+            # sqrt(0) is finite, its derivative is not.
+            loss = loss * math.nan if where == "loss" else loss + (net[0].weight * 0).sum().sqrt()
+        return loss, {"term": loss.detach()}
+
+    objective.calls = 0  # type: ignore[attr-defined]
+    with pytest.raises(FloatingPointError, match=r"toy: not finite at step 2: loss .*term"):
+        fit(model, make_loader(), make_optimizer(model), objective, name="toy")
+    assert all(torch.equal(kept[name], p) for name, p in model.named_parameters())
