@@ -3,7 +3,6 @@
 import spot_vit
 import timm
 import torch
-from spot_vit.training.losses import spot_loss
 from torch.nn import functional as F
 
 # A small one with random weights, so that this runs in seconds; pretrained=True for a real one.
@@ -23,7 +22,7 @@ model.train()
 for _step in range(3):
     images, labels = torch.randn(8, 3, 112, 112), torch.randint(10, (8,))
     with draw(model) as ratios:
-        loss, _ = spot_loss(model(images, aux=True), labels, ratios)
+        loss, _ = spot_vit.spot_loss(model(images, aux=True), labels, ratios)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -18,6 +18,7 @@ def test_configurations_follow_the_row(row: Method) -> None:
     assert METHODS[row.name] is row and row.source
     assert set(row.evidence) <= set(FEATURES)
     assert config.evidence == row.evidence and config.learned == bool(row.evidence)
+    assert bool(row.evidence) + row.cuts_inside + row.by_chance == 1, "one thing scores"
     assert config.cuts_inside == row.cuts_inside and config.fuses == row.fuses
     assert config.replace(soft="fuse").fuses and not config.replace(soft="none").fuses
 

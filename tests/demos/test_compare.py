@@ -1,4 +1,4 @@
-"""`spot demo --compare` and `--budgets`: the whole way once, and the arithmetic by hand."""
+"""`spot demo compare` and `--budgets`: the whole way once, and the arithmetic by hand."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import pytest
 import spot_vit
 import timm
 import torch
+from spot_vit.config.methods import METHODS
 from support.models import VARIANTS, build, images
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ def test_fused_tokens_train_every_parameter():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["spot", "dynamicvit", "evit", "random"])
+@pytest.mark.parametrize("method", METHODS)
 def test_half_precision(method: str, dtype: torch.dtype):
     model = spot_vit.sparsify(build("EVA-02"), method=method, keep=0.6, at=[1, 2], soft="fuse")
     model = model.to(dtype)
@@ -216,7 +217,7 @@ def test_dynamicvit_has_dynamicvits_predictor():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["spot", "dynamicvit", "evit", "random"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", ["class token", "EVA-02"])
 def test_methods_compile_and_checkpoint(variant: str, method: str):
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("demo", help=text, description=text)
     _add_options(parser)
     parser.set_defaults(run=run, demo="first")
-    others = parser.add_subparsers(metavar="other", title="other demonstrations")
+    others = parser.add_subparsers(metavar="[other]", title="other demonstrations")
     for name, shown in OTHERS.items():
         other = others.add_parser(name, help=shown, description=shown)
         _add_options(other)

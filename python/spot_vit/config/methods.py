@@ -18,6 +18,7 @@ class Method:
         chooses_evidence: whether `SpotConfig.features` narrows the evidence down.
         cuts_inside: whether a stage cuts inside its block, between attention and MLP, by the class
             token's attention there.
+        by_chance: whether chance scores the tokens.
         fuses: whether its published form leaves a token in place of those a stage removes.
     """
 
@@ -27,6 +28,7 @@ class Method:
     evidence: tuple[str, ...] = ()
     chooses_evidence: bool = False
     cuts_inside: bool = False
+    by_chance: bool = False
     fuses: bool = False
 
 
@@ -40,6 +42,6 @@ METHODS = {
         Method("spot", "SPOT", "arXiv 2511.10488", FEATURES, chooses_evidence=True),
         Method("dynamicvit", "DynamicViT", "arXiv 2106.02034", ("embed",)),
         Method("evit", "EViT", "arXiv 2202.07800", cuts_inside=True, fuses=True),
-        Method("random", "random", "the baseline below all of them"),
+        Method("random", "random", "the baseline below all of them", by_chance=True),
     )
 }

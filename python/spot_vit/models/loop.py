@@ -311,6 +311,7 @@ class SpotLoop(nn.Module):
         if stage.given is not None:
             return state.among_alive(stage.given)
         if logp is None:
+            assert self.spot_config.row.by_chance, "nothing scores the tokens"
             shape = (state.x.shape[0], state.x.shape[1] - state.front)
             scores = torch.rand(shape, device=state.x.device)
         else:
