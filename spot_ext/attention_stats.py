@@ -135,12 +135,12 @@ def attention_stats_reference(
 
 
 def softmax_of(logits: Tensor, lse: Tensor) -> Tensor:
-    """The map; as in torch's softmax a logit of +inf makes its row NaN, not its entry alone."""
+    """The attention map; a logit of +inf makes its whole row NaN, as in torch's softmax."""
     return (logits - lse).exp().masked_fill(lse.isposinf(), float("nan"))
 
 
 def with_keep_gradient(out: Tensor, soft: Tensor, keep: Tensor, v: Tensor) -> Tensor:
-    """`out` [B, N, H, D] and zero, whose gradient is the stated formula.
+    """`out` [B, N, H, D] as it is, with the stated formula as gradient of `keep`.
 
     `soft` [B, H, N, N] is p'_ij, zero for pairs without a gradient.
     """
@@ -175,7 +175,7 @@ def map_statistics(p: Tensor, kept: Tensor, num_prefix: int, class_token: bool) 
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, num_prefix: int, class_token: bool) -> None:
-    """Checks of the operands that every attention op has."""
+    """Checks the operands that every attention op has."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         _check.tensor(name, value, 4)
         _check.dtype(name, value, _check.FLOATING)
@@ -190,7 +190,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, num_prefix: int, class_token: boo
 
 
 def check_keep(keep: Tensor | None, q: Tensor, num_prefix: int) -> None:
-    """Checks of the training mask beside q [B, N, H, D]."""
+    """Checks the training mask beside q [B, N, H, D]."""
     if keep is None:
         return
     _check.tensor("keep", keep, 2)
@@ -208,7 +208,7 @@ def check_grads(
     stats: Tensor,
     lse: Tensor,
 ) -> None:
-    """Checks of what a backward pass gets besides the operands."""
+    """Checks gradients and saved results of a backward pass."""
     wide = torch.promote_types(q.dtype, torch.float32)
     heads = tuple(q.shape[:3])
     _check.saved("grad_out", grad_out, tuple(q.shape), q.dtype, "q", q)
@@ -245,14 +245,14 @@ def _check_attention(
 
 
 def fake_results(q: Tensor, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`out`, `stats` and `lse` of an attention op."""
+    """Fake `out`, `stats` and `lse` of an attention op."""
     wide = torch.promote_types(q.dtype, torch.float32)
     stats = q.new_empty((*q.shape[:3], NUM_STATS) if need_stats else (0,), dtype=wide)
     return q.new_empty(q.shape), stats, q.new_empty(q.shape[:3], dtype=wide)
 
 
 def fake_gradient(name: str, value: Tensor | None, wanted: bool, q: Tensor) -> Tensor:
-    """Of `keep` or `bias`, empty unless wanted."""
+    """A fake gradient of `keep` or `bias`; empty unless wanted."""
     _check.asked(name, value, wanted)
     shape = value.shape if wanted and value is not None else (0,)
     return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -337,7 +337,7 @@ _register.once_only("attention_stats")
 
 @_register.autocast("attention_stats")
 def cast_qkv(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Nothing but q, k and v, which come first."""
+    """Casts q, k and v, which come first, and nothing else."""
     q, k, v = _register.cast(dtype, args[:3])
     return (q, k, v, *args[3:]), kwargs
 

@@ -318,7 +318,7 @@ def _check_choice(
     coef_topk: int | None,
     threshold: float | None,
 ) -> int:
-    """What both ops check besides where coefficients come from.
+    """Checks what both ops share: the columns, how many to choose, and among which.
 
     `grid` says which sizes of what are the columns of the full grid, and how many there are.
     Returns how many are in play.
@@ -352,7 +352,7 @@ def _check_choice(
 
 
 def _check_fits(name: str, sizes: str, count: int) -> None:
-    """One more than `count` is an int32."""
+    """Checks that positions and one more fit int32."""
     if isinstance(count, int) and count >= 2**31 - 1:
         raise ValueError(f"{name} must have less than 2^31 - 1 {sizes}, got {count}")
 
@@ -469,7 +469,7 @@ def _(
     threshold: float | None = None,
     **kwargs: Any,
 ) -> int:
-    """That, and the coefficients, in the order of products that costs less."""
+    """The combination, and the coefficients in the order of products that costs less."""
     batch, queries, heads, _ = q
     channels = None if query_weight is None else query_weight[0]
     made = coefficient_flops(q, k[1], down[1], channels)
@@ -477,7 +477,10 @@ def _(
 
 
 def coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> int:
-    """Of all heads: keys are projected and added up, or added up, projected and projected back."""
+    """FLOPs of the coefficients of all heads, in the order of products that costs less.
+
+    Keys are projected and added up, or added up, projected and projected back.
+    """
     batch, queries, heads, dim = q
     both = queries + tokens
     added_first = both * rank * dim

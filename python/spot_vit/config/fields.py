@@ -1,4 +1,4 @@
-"""What configurations have in common: checked copies, and a round trip through JSON."""
+"""The base of all configurations: checked copies, and a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Fields:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Names of the fields."""
+        """Names of the configuration's fields."""
         return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     def replace(self: F, **changes: Any) -> F:
@@ -44,14 +44,14 @@ class Fields:
 
     @classmethod
     def from_dict(cls: type[F], data: Mapping[str, Any]) -> F:
-        """The inverse of `to_dict`."""
+        """A configuration from what `to_dict` gave; fields that are absent have their defaults."""
         return cls().replace(**data)
 
     def to_json(self) -> str:
-        """JSON text."""
+        """The configuration as JSON text that `from_json` reads."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls: type[F], text: str) -> F:
-        """The inverse of `to_json`."""
+        """A configuration from what `to_json` gave."""
         return cls.from_dict(json.loads(text))

@@ -1,4 +1,4 @@
-"""Which keys each query may see: the configuration of Sparsifiner attention."""
+"""The configuration of Sparsifiner attention: which keys each query may see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to drop, where, and on what evidence: the configuration of a SPOT model."""
+"""The configuration of a SPOT model: what to drop, where, and on what evidence."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Draw = Callable[[int], Tensor]
 
 
 def _noise(image: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Gaussian noise of that standard deviation (Box-Muller)."""
+    """Adds Gaussian noise of standard deviation `strength` (Box-Muller)."""
     count = image[0].numel()
     first, second = draw(2 * count).split(count, dim=1)
     normal = (-2 * torch.log1p(-first)).sqrt() * (2 * torch.pi * second).cos()
@@ -25,30 +25,30 @@ def _noise(image: Tensor, draw: Draw, strength: float) -> Tensor:
 
 
 def _impulse(image: Tensor, draw: Draw, strength: float) -> Tensor:
-    """That share of the pixels is full ink."""
+    """Sets the share `strength` of the pixels to full ink."""
     hit = draw(image[0].numel()).reshape(image.shape) < strength
     return image.masked_fill(hit, 1.0)
 
 
 def _contrast(image: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Moves every pixel towards the mean of its image by that share of the way."""
+    """Moves every pixel the share `strength` of the way to the mean of its image."""
     return image.lerp(image.mean(dim=(1, 2, 3), keepdim=True), strength)
 
 
 def _brightness(image: Tensor, draw: Draw, strength: float) -> Tensor:
-    """That much ink everywhere."""
+    """Adds `strength` to every pixel."""
     return image + strength
 
 
 def _blur(image: Tensor, draw: Draw, strength: float) -> Tensor:
-    """Mean over a square window of that odd side."""
+    """Takes means over square windows, `strength` pixels wide (odd)."""
     side = int(strength)
     padded = F.pad(image, [side // 2] * 4, mode="replicate")
     return F.avg_pool2d(padded, side, stride=1)
 
 
 def _lines(image: Tensor, draw: Draw, strength: float) -> Tensor:
-    """That many rows and as many columns are full ink."""
+    """Sets `strength` rows and as many columns to full ink."""
     side, count = image.shape[-1], int(strength)
     rows, columns = (draw(2 * count) * side).long().split(count, dim=1)
     span = torch.arange(side)

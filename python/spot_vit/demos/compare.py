@@ -33,7 +33,7 @@ INPUT = (1, 64, 64)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared on what (our choice).
+    """Models, data and seeds of the comparison (our choice).
 
     Attributes:
         recipe: sizes, rates and data set.
@@ -178,7 +178,7 @@ def _measure(model: Any, setting: Setting, name: str) -> Measured:
 
 
 def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
-    """What one row of the tables needs: a list holds one entry per seed."""
+    """Figures of one row of the tables: a list holds one entry per seed."""
     return {
         "gmacs": measured[0].gmacs,
         "keep": measured[0].keep,

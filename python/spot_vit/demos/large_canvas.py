@@ -67,7 +67,7 @@ class Canvas:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """Of one image."""
+        """(channels, height, width) of one image."""
         return (1, self.size, self.size)
 
     def digits(

@@ -164,7 +164,7 @@ def trained(output: Path, setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def _connecting(model: Any, setting: Setting, path: Path, seed: int) -> Callable[[], Any]:
-    """The first stage."""
+    """A call that trains the predictors: the first stage."""
     steps = setting.connectivity_steps
     return partial(
         train_connectivity,
@@ -182,7 +182,7 @@ def _connecting(model: Any, setting: Setting, path: Path, seed: int) -> Callable
 def _tuning(
     model: Any, dense: Any, setting: Setting, steps: int, path: Path, seed: int
 ) -> Callable[[], Any]:
-    """The second stage."""
+    """A call that fine-tunes the model: the second stage."""
     return partial(
         finetune,
         model,

@@ -15,7 +15,7 @@ from spot_vit.utils.modes import eval_mode
 
 @dataclass
 class ForegroundKept:
-    """What each of the K stages keeps.
+    """Shares of the foreground and of all patches that each of the K stages keeps.
 
     Attributes:
         foreground: share of all true foreground patches that are kept, 0 to 1.

@@ -1,4 +1,4 @@
-"""Looking inside a SPOT ViT: how much of the foreground survives, and a picture of it."""
+"""Pictures of what a SPOT ViT keeps."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def spread(shares: Sequence[float], digits: int = 2) -> str:
 
 
 def over_seeds(count: int) -> str:
-    """What `spread` shows for so many seeds."""
+    """Words for what `spread` shows of so many seeds."""
     return f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed only"
 
 

@@ -24,7 +24,7 @@ ROUNDS, WARMUP = 9, 2
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What one forward pass may cost, in one of two units.
+    """A budget: what one forward pass may cost, in one of two units.
 
     Attributes:
         gmacs: billions of multiply-accumulates per image, as `count_flops` gives them.
@@ -52,7 +52,7 @@ class Budget:
 
     @classmethod
     def from_mapping(cls, budget: Mapping[str, Any]) -> Budget:
-        """From `keep={"gmacs": 2.8}` or `keep={"latency_ms": 20, "batch": 8}`."""
+        """A budget from `keep={"gmacs": 2.8}` or `keep={"latency_ms": 20, "batch": 8}`."""
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(budget) - set(names)):
             raise ValueError(f"a budget has no {unknown}; it has {names}")

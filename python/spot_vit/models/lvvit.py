@@ -147,7 +147,7 @@ class LVViT(VisionTransformer):
         trunc_normal_(self.cls_token, std=0.02)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New class and auxiliary heads."""
+        """Replaces the class head and the auxiliary head."""
         if global_pool is not None:
             _check_pool(global_pool)
         super().reset_classifier(num_classes, global_pool)

@@ -128,7 +128,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _gaps(state: State, source: str) -> str:
-    """What is missing from or unexpected in a file of `source`; empty when it fits."""
+    """Keys that are missing from or unexpected in a file of `source`, as text; empty if none."""
     required, optional = _layout(state, source)
     missing = required - set(state)
     unexpected = set(state) - required - optional

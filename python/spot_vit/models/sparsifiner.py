@@ -126,7 +126,7 @@ def _predictor(
 
 @contextmanager
 def dense_attention(model: Any) -> Iterator[Any]:
-    """Within it, attention of `model` is dense: predictors are not asked.
+    """A context in which attention of `model` is dense: predictors are not asked.
 
     Token removal goes on. Gives the model.
     """
@@ -142,7 +142,7 @@ def dense_attention(model: Any) -> Iterator[Any]:
 
 @contextmanager
 def record_operands(model: Any) -> Iterator[dict[int, Operands]]:
-    """Within it, forward passes note q and k of every block, by its index.
+    """A context in which forward passes note q and k of every block, by its index.
 
     Works on a timm model too, such as a dense teacher. Memory is linear in the number of tokens:
     q and k as they are, with their graph outside `torch.no_grad()`. Not for compiled models.

@@ -97,7 +97,7 @@ class TokenState:
         return order.scatter(1, self.position, alive.expand_as(self.position)).gather(1, kept)
 
     def hide(self, mask: Tensor, weight: Tensor | None) -> None:
-        """Training: the patches outside `mask` [B, N] are seen no more.
+        """Hides the patches outside `mask` [B, N] from now on, as training does.
 
         `weight` [B, N] fuses what this stage hides.
         """
@@ -130,7 +130,7 @@ class TokenState:
         self._follow(index, rival)
 
     def keep_all(self) -> None:
-        """A stage that cuts nothing."""
+        """Notes a stage that cuts nothing."""
         self.history.decided(None)
         self.index.append(self.positions())
 

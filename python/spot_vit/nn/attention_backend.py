@@ -188,7 +188,7 @@ def _name(dtype: torch.dtype) -> str:
 def measure_column(
     size: int, dtype: torch.dtype, device: torch.device, timer: Timer | None = None
 ) -> dict[str, Any]:
-    """All keep rates for one number of tokens, and whether the machine was busy meanwhile."""
+    """A column: all keep rates for one number of tokens, and whether the machine was busy."""
     timer = timer or time_entry
     start = Clock.now()
     entries = [timer(size, rate, dtype, device) for rate in RATES]
@@ -210,7 +210,7 @@ def measure_table(
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     sizes: Sequence[int] = SIZES,
 ) -> dict[str, Any]:
-    """Columns for every dtype and size; those that no other process disturbed are kept."""
+    """A table of all dtypes and sizes; columns that no other process disturbed are kept on disk."""
     about = machine(device)
     table: dict[str, Any] = {"machine": about, "columns": []}
     for dtype in dtypes:

@@ -25,7 +25,7 @@ class LossWeights:
 
 
 class Teacher(NamedTuple):
-    """What a dense teacher says about a batch.
+    """Logits and tokens that a dense teacher gives for a batch.
 
     Attributes:
         logits: [B, classes].

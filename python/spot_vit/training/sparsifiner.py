@@ -79,7 +79,7 @@ def _recorded(model: Any, images: Tensor) -> dict[int, Operands]:
 
 @contextmanager
 def _all_tokens(model: Any) -> Iterator[None]:
-    """Within it, a SPOT model removes no tokens."""
+    """A context in which a SPOT model removes no tokens."""
     if not isinstance(model, SpotLoop):
         yield
         return
@@ -101,7 +101,7 @@ def train_connectivity(
     wrap: Callable[[Objective], Objective] = lambda objective: objective,
     **options: Any,
 ) -> dict[str, float]:
-    """The first stage: connectivity predictors learn, nothing else moves.
+    """Runs the first stage: connectivity predictors learn, nothing else moves.
 
     Args:
         model: with sparse attention (see `sparsify_attention`), SPOT or not, wrapped or not. Under
@@ -218,7 +218,7 @@ def finetune(
     wrap: Callable[[Objective], Objective] = lambda objective: objective,
     **options: Any,
 ) -> dict[str, float]:
-    """The second stage: the model learns with sparse attention; connectivity predictors rest.
+    """Runs the second stage: the model learns with sparse attention; connectivity predictors rest.
 
     Args:
         model: with sparse attention, SPOT or not, wrapped or not.
@@ -255,7 +255,7 @@ def _ratios(model: Any) -> Sequence[float]:
 
 @contextmanager
 def training_of(model: Any, *, backbone: bool, connectivity: bool) -> Iterator[None]:
-    """Within it, gradients are asked for connectivity predictors, or for all else, or for both."""
+    """A context in which connectivity predictors, or all else, or both get gradients."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     connecting = set(predictor_parameters(model, ConnectivityPredictor).values())
     try:

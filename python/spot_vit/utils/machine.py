@@ -65,11 +65,11 @@ class Clock:
 
     @staticmethod
     def now() -> Clock:
-        """The counters, for differences."""
+        """The counters now, to take differences of."""
         return Clock(time.perf_counter(), time.process_time(), _busy_seconds())
 
     def since(self, start: Clock) -> Clock:
-        """What passed between `start` and this."""
+        """The seconds that passed since `start`."""
         return Clock(self.wall - start.wall, self.own - start.own, self.busy - start.busy)
 
 
@@ -84,7 +84,7 @@ def _busy_seconds() -> float:
 
 
 def others(clock: Clock, threads: int, cpus: int) -> str | None:
-    """Whether other processes used too much while `clock` passed.
+    """The reason why other processes used too much while `clock` passed, or None.
 
     They may use half of the CPUs that we leave idle, and a tenth of one besides: more would share
     our CPUs, caches and memory.

@@ -1,4 +1,4 @@
-"""What image size and grid a model was built for."""
+"""Image size and grid that a model was built for."""
 
 from __future__ import annotations
 

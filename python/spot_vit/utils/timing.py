@@ -31,7 +31,7 @@ TURN_SECONDS = 0.5  # a turn of slow calls is shorter: clocks drift within secon
 
 @dataclass
 class Times:
-    """What each call of one side took.
+    """Times of the calls of one side.
 
     Attributes:
         wall: seconds from start to end; on CUDA the device has finished then.

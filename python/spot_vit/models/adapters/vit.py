@@ -27,7 +27,7 @@ from spot_vit.nn.positional import PositionTables
 
 
 class SpotAttention(AttentionAdapter, Attention):
-    """Attention of the family."""
+    """Attention of timm's ViT."""
 
     def _attend(
         self,
