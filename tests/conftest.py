@@ -34,13 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulate-cuda",
         action="store_true",
-        help="run tests of both devices with the CUDA kernels on the CPU (tests/emulator)",
+        help="run tests of both devices with the CUDA kernels on the CPU (tests/support/emulator)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--emulate-cuda"):
-        import emulator
+        from support import emulator
 
         import spot_ext  # noqa: F401  (whose kernels are replaced)
 

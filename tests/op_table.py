@@ -17,16 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    FLOATING,
-    LAYOUTS,
-    generator,
-    lay_out,
-    lay_out_index,
-    random,
-    random_index,
-    to_dtype,
-)
+from support.arguments import to_dtype
+from support.data import FLOATING, generator, random, random_index
+from support.layouts import LAYOUTS, lay_out, lay_out_index
 from torch import Tensor
 
 import spot_ext

@@ -14,8 +14,8 @@ import spot_vit
 import timm
 import torch
 import torch.nn.functional as F
-from published import inference
 from spot_vit.lvvit import LVViT
+from support.published import inference
 from torch import nn
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}

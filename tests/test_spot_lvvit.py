@@ -10,8 +10,8 @@ import pytest
 import spot_vit
 import timm
 import torch
-from published import inference, random_state
 from spot_vit.named import NAMED
+from support.published import inference, random_state
 from test_lvvit import build
 from torch import Tensor, nn
 

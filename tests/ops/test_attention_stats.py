@@ -9,28 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
-from helpers import (
-    FLOATING,
-    LAYOUTS,
-    MEASURE_MEMORY,
-    assert_close,
-    assert_same_bits,
-    cotangents,
-    crash_free,
-    emulated,
-    generator,
-    gradients,
-    lay_out,
-    random,
-    random_index,
-    tensors,
-    threads,
-    to_dtype,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from op_table import OPS, attention_reference
+from support.arguments import tensors, to_dtype
+from support.attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
+from support.comparison import assert_close, assert_same_bits
+from support.data import FLOATING, generator, random, random_index
+from support.gradients import cotangents, gradients
+from support.layouts import LAYOUTS, lay_out
+from support.memory import MEASURE_MEMORY, crash_free
+from support.switches import emulated, threads
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError

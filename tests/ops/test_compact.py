@@ -8,32 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    FLOATING,
-    LAYOUTS,
-    ROW_DTYPES,
+from hypothesis import example, given
+from hypothesis import strategies as st
+from op_table import OPS
+from support.arguments import tensors, to_dtype
+from support.comparison import (
     assert_accurate,
     assert_close,
     assert_gradient,
     assert_same_bits,
     bits,
-    cuda_kernels,
-    generator,
-    gradients,
-    isa,
-    isa_control,
-    lay_out,
-    lay_out_index,
-    random,
-    random_bits,
-    random_index,
-    tensors,
-    threads,
-    to_dtype,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
-from op_table import OPS
+from support.data import FLOATING, ROW_DTYPES, generator, random, random_bits, random_index
+from support.gradients import gradients
+from support.layouts import LAYOUTS, lay_out, lay_out_index
+from support.switches import cuda_kernels, isa, isa_control, threads
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -10,21 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    FLOATING,
-    LAYOUTS,
-    MEASURE_MEMORY,
-    assert_same_bits,
-    crash_free,
-    generator,
-    lay_out,
-    random,
-    random_index,
-    threads,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from op_table import OPS, Prediction, Sample, basis_of, exact_values, rounding_of_logits
+from support.comparison import assert_same_bits
+from support.data import FLOATING, generator, random, random_index
+from support.layouts import LAYOUTS, lay_out
+from support.memory import MEASURE_MEMORY, crash_free
+from support.switches import threads
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -1230,7 +1223,7 @@ def test_no_coefficients_are_ever_in_memory() -> None:
 _EDGES = """
 import torch
 import spot_ext
-from helpers import guarded
+from support.memory import guarded
 
 draw = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

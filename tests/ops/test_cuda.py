@@ -10,18 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    FLOATING,
-    assert_close,
-    assert_same_bits,
-    generator,
-    gradients,
-    random,
-    random_index,
-    tensors,
-    with_grad,
-)
 from op_table import OPS, Op
+from support.arguments import tensors, with_grad
+from support.comparison import assert_close, assert_same_bits
+from support.data import FLOATING, generator, random, random_index
+from support.gradients import gradients
 from torch import Tensor
 
 import spot_ext

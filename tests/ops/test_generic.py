@@ -10,27 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import helpers
 import pytest
 import torch
-from helpers import (
-    FLOATING,
-    assert_accurate,
-    assert_close,
-    assert_gradient,
-    assert_same_bits,
-    clone,
-    cuda_kernels,
-    generator,
-    gradients,
-    isa,
-    isa_control,
-    tensors,
-    threads,
-    to_dtype,
-    with_grad,
-)
 from op_table import OPS, Bad, Op, Sample, defined_ops, each_error, each_sample
+from support.arguments import clone, tensors, to_dtype, with_grad
+from support.comparison import assert_accurate, assert_close, assert_gradient, assert_same_bits
+from support.data import FLOATING, generator
+from support.gradients import cotangents, gradients
+from support.switches import cuda_kernels, isa, isa_control, threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -81,6 +68,20 @@ def test_every_op_has_all_its_parts(op: Op) -> None:
     integer_only = op.name in ("select_tokens", "connectivity", "predict_connectivity")
     assert integer_only or _has(op, "Autograd"), "no autograd formula"
     assert op.grads or op.once_only or integer_only
+
+
+def test_the_table_builds_the_same_arguments_every_time() -> None:
+    assert set(OPS) == defined_ops()
+    for op in OPS.values():
+        for sample in op.samples:
+            one, other = (sample.args("cpu", torch.bfloat16) for _ in range(2))
+            for mine, theirs in zip(tensors(one), tensors(other), strict=True):
+                assert_same_bits(mine, theirs)
+                assert mine.stride() == theirs.stride()
+            integer = (torch.int64, torch.int32)
+            assert all(
+                value.is_floating_point() or value.dtype in integer for value in tensors(one)
+            )
 
 
 def test_memory_is_poisoned() -> None:
@@ -820,7 +821,7 @@ def test_autocast_to_the_ambient_dtype(
     wanted = [value for value in tensors(args) if value.requires_grad]
     used = [out for out in outputs if out.requires_grad]
     if used:
-        sent = helpers.cotangents(used)
+        sent = cotangents(used)
         mine = torch.autograd.grad(used, wanted, sent, allow_unused=True)
         used = [out for out in expected if out.requires_grad]
         theirs = torch.autograd.grad(used, wanted, sent, allow_unused=True)

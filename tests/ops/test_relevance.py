@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLOATING, assert_close, assert_same_bits, generator, threads, to_dtype
 from op_table import OPS, relevance_reference
+from support.arguments import to_dtype
+from support.comparison import assert_close, assert_same_bits
+from support.data import FLOATING, generator
+from support.switches import threads
 from torch import Tensor, nn
 
 from spot_ext import token_relevance, token_relevance_reference

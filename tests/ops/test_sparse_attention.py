@@ -9,29 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
-from helpers import (
-    FLOATING,
-    LAYOUTS,
-    MEASURE_MEMORY,
-    assert_accurate,
-    assert_close,
-    assert_gradient,
-    assert_same_bits,
-    cotangents,
-    crash_free,
-    emulated,
-    generator,
-    gradients,
-    lay_out,
-    random,
-    random_index,
-    threads,
-    to_dtype,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from op_table import OPS, random_keys, sparse_reference
+from support.arguments import to_dtype
+from support.attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
+from support.comparison import assert_accurate, assert_close, assert_gradient, assert_same_bits
+from support.data import FLOATING, generator, random, random_index
+from support.gradients import cotangents, gradients
+from support.layouts import LAYOUTS, lay_out
+from support.memory import MEASURE_MEMORY, crash_free
+from support.switches import emulated, threads
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -880,7 +868,7 @@ def test_one_bad_entry_anywhere_is_found_and_named(what: dict[str, Any]) -> None
 _GUARD = """
 import torch
 import spot_ext
-from helpers import guarded
+from support.memory import guarded
 from op_table import random_keys
 
 draw = torch.Generator().manual_seed(0)

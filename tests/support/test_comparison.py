@@ -6,34 +6,16 @@ import math
 
 import pytest
 import torch
-from helpers import (
+from support.comparison import (
     BACKWARD,
-    FLOATING,
-    LAYOUTS,
-    ROW_DTYPES,
     assert_accurate,
     assert_close,
     assert_gradient,
     assert_same_bits,
     bits,
-    clone,
-    cotangents,
     error_bound,
-    generator,
-    gradients,
-    isa,
-    isa_control,
-    lay_out,
-    lay_out_index,
-    random,
-    random_bits,
-    random_index,
-    tensors,
-    threads,
-    to_dtype,
-    with_grad,
 )
-from op_table import OPS, defined_ops
+from support.data import FLOATING, ROW_DTYPES, random, random_bits
 
 
 def fails(match: str):
@@ -235,117 +217,3 @@ def test_close() -> None:
         assert_close(-infinite, infinite)
     with pytest.raises(ValueError, match="zip"):
         assert_close([value], [value, value])
-
-
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def test_data_is_random_repeatable_and_never_zero() -> None:
-    for dtype in ROW_DTYPES:
-        one, other = (random("x", (3, 50), dtype) for _ in range(2))
-        assert_same_bits(one, other)
-        assert len(bits(one).unique()) > 1 and bits(one).any()
-    assert not torch.equal(random("x", (9,), torch.float32), random("y", (9,), torch.float32))
-    index = random_index("i", 40, 9, 5)
-    assert (index.diff(dim=1) > 0).all() and index.min() == 0 and index.max() == 8
-    shuffled = random_index("i", 40, 9, 5, "shuffled")
-    assert (shuffled.diff(dim=1) < 0).any() and torch.equal(shuffled.sort(1).values, index)
-    assert random_index("i", 0, 9, 5).shape == (0, 5)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 3, 2)], ids=str)
-def test_layouts(layout: str, shape: tuple[int, ...]) -> None:
-    value = random("value", shape, torch.float32)
-    moved = lay_out(value, layout)
-    assert moved.shape == value.shape
-    if layout == "expanded":
-        assert moved.stride(0) == 0 and torch.equal(moved[3], value[0])
-        return
-    if layout == "flat":
-        assert moved.stride(1) == 0 and torch.equal(moved[:, 3], value[:, 0])
-        return
-    assert torch.equal(moved, value)
-    assert moved.is_contiguous() == (layout in ("contiguous", "offset"))
-    assert (moved.storage_offset() == 1) == (layout == "offset")
-    again = clone(moved)
-    assert again.stride() == moved.stride() and torch.equal(again, moved)
-    assert again.untyped_storage().data_ptr() != moved.untyped_storage().data_ptr()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_index_layouts_stay_distinct(layout: str) -> None:
-    index = lay_out_index(random_index("i", 4, 9, 5, "shuffled"), layout)
-    assert all(len(set(row.tolist())) == 5 for row in index)
-
-
-def test_arguments() -> None:
-    args = (random("x", (2, 3), torch.float32).requires_grad_(), torch.arange(3), 5, None)
-    wide = to_dtype(args, torch.float64)
-    assert wide[0].dtype == torch.float64 and wide[0].requires_grad and wide[0].is_leaf
-    assert wide[1].dtype == torch.int64 and wide[2:] == (5, None)
-    fresh = with_grad(args, (0, 1, 3))
-    assert fresh[0].requires_grad and fresh[0] is not args[0] and not fresh[1].requires_grad
-    assert len(tensors(args)) == 2 and tensors(args[0])[0] is args[0]
-    spread = clone(random("x", (1, 3), torch.float32).expand(4, 3))
-    assert spread.stride() == (0, 1)
-
-
-def test_cotangents() -> None:
-    out = torch.empty(3, 4, 5, requires_grad=True)
-    strides = {kind: cotangents(out, kind)[0].stride()
-               for kind in ("random", "expanded", "transposed", "partial")}  # fmt: skip
-    assert strides == {"random": (20, 5, 1), "expanded": (0, 0, 0), "transposed": (1, 3, 12),
-                       "partial": (20, 0, 1)}  # fmt: skip
-    assert all(grad.any() for kind in strides for grad in cotangents(out, kind))
-
-
-def test_gradients_of_what_is_not_used_are_none() -> None:
-    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
-    _, (first, second) = gradients(lambda a, b: a * 2, (x, y))
-    assert first is not None and second is None
-    _, (third,) = gradients(lambda a: a.detach(), (x,))
-    assert third is None
-
-
-def test_switches_are_put_back() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), threads(1):
-        assert torch.get_num_threads() == 1
-        raise KeyError
-    assert torch.get_num_threads() == before
-    control = isa_control()
-    name = control.isa()
-    with pytest.raises(KeyError), isa("baseline"):
-        assert control.isa() == "baseline"
-        raise KeyError
-    assert control.isa() == name
-    assert generator("a").initial_seed() != generator("b").initial_seed()
-
-
-# ---- poison and the table ------------------------------------------------------------------------
-
-
-def test_op_tests_run_on_poisoned_memory(request: pytest.FixtureRequest) -> None:
-    """The switch of conftest.py reaches memory that the ops allocate; here it is off."""
-    assert not torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(1000).isnan().all()
-        assert (torch.empty(1000, dtype=torch.int64) == 2**63 - 1).all()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_the_table_builds_the_same_arguments_every_time() -> None:
-    assert set(OPS) == defined_ops()
-    for op in OPS.values():
-        for sample in op.samples:
-            one, other = (sample.args("cpu", torch.bfloat16) for _ in range(2))
-            for mine, theirs in zip(tensors(one), tensors(other), strict=True):
-                assert_same_bits(mine, theirs)
-                assert mine.stride() == theirs.stride()
-            integer = (torch.int64, torch.int32)
-            assert all(
-                value.is_floating_point() or value.dtype in integer for value in tensors(one)
-            )

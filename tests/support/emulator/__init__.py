@@ -23,7 +23,7 @@ import torch
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 STAND_INS = ("device.h", "ptx.cuh")
 CHANGES = {
     "extern __shared__ __align__(16) unsigned char shared_memory[];": (

@@ -1,4 +1,4 @@
-"""What the tests of attention_stats and of sparse_attention share."""
+"""What the tests of attention ops share: sizes, names, the comparison with the definition."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers import assert_accurate, assert_gradient, cuda_kernels, gradients, to_dtype
+from support.arguments import to_dtype
+from support.comparison import assert_accurate, assert_gradient
+from support.gradients import gradients
+from support.switches import cuda_kernels
 from torch import Tensor
 
 NAMES = ("cls_out", "cls_in", "row_mean", "row_var", "col_mean", "col_var")
+
 HEAD_DIMS = (*range(1, 21), 24, 31, 32, 48, 63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256)
 
 
