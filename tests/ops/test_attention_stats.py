@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_table import OPS, attention_reference
+from ops.cases import OPS
+from ops.cases.attention_stats import attention_reference
 from support.arguments import tensors, to_dtype
 from support.attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
 from support.comparison import assert_close, assert_same_bits

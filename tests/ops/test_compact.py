@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from op_table import OPS
+from ops.cases import OPS
 from support.arguments import tensors, to_dtype
 from support.comparison import (
     assert_accurate,

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_table import OPS, Prediction, Sample, basis_of, exact_values, rounding_of_logits
+from ops.cases import OPS
+from ops.cases.base import Sample
+from ops.cases.connectivity_data import Prediction, basis_of, exact_values, rounding_of_logits
 from support.comparison import assert_same_bits
 from support.data import FLOATING, generator, random, random_index
 from support.layouts import LAYOUTS, lay_out

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import OPS, Op
+from ops.cases import OPS
+from ops.cases.base import Op
 from support.arguments import tensors, with_grad
 from support.comparison import assert_close, assert_same_bits
 from support.data import FLOATING, generator, random, random_index

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import OPS, Bad, Op, Sample, defined_ops, each_error, each_sample
+from ops.cases import OPS, defined_ops, each_error, each_sample
+from ops.cases.base import Bad, Op, Sample
 from support.arguments import clone, tensors, to_dtype, with_grad
 from support.comparison import assert_accurate, assert_close, assert_gradient, assert_same_bits
 from support.data import FLOATING, generator

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import OPS, relevance_reference
+from ops.cases import OPS
+from ops.cases.relevance import relevance_reference
 from support.arguments import to_dtype
 from support.comparison import assert_close, assert_same_bits
 from support.data import FLOATING, generator

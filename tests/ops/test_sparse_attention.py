@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_table import OPS, random_keys, sparse_reference
+from ops.cases import OPS
+from ops.cases.sparse_attention import sparse_reference
 from support.arguments import to_dtype
 from support.attention import HEAD_DIMS, NAMES, assert_as_accurate_as, stats_by_hand, with_leaves
 from support.comparison import assert_accurate, assert_close, assert_gradient, assert_same_bits
-from support.data import FLOATING, generator, random, random_index
+from support.data import FLOATING, generator, random, random_index, random_keys
 from support.gradients import cotangents, gradients
 from support.layouts import LAYOUTS, lay_out
 from support.memory import MEASURE_MEMORY, crash_free
@@ -869,7 +870,7 @@ _GUARD = """
 import torch
 import spot_ext
 from support.memory import guarded
-from op_table import random_keys
+from support.data import random_keys
 
 draw = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

@@ -61,3 +61,20 @@ def random_index(
     rows = [torch.randperm(num_tokens, generator=seeded)[:num_keep] for _ in range(batch)]
     index = torch.stack(rows) if rows else torch.empty((0, num_keep), dtype=torch.int64)
     return (index.sort(dim=1).values if order == "ascending" else index).to(device)
+
+
+def random_keys(
+    name: str, shape: tuple[int, int, int], num_tokens: int, named: int, order: str = "ascending"
+) -> Tensor:
+    """[*shape, named] int32 distinct keys of each query; "padded" rows end in -1, some are all."""
+    seeded = generator(f"keys {name}")
+    keys = torch.rand((*shape, num_tokens), generator=seeded).argsort(-1)[..., :named]
+    if order != "shuffled":
+        keys = keys.sort(-1).values
+    if order == "padded":
+        left = torch.randint(0, named + 1, (*shape, 1), generator=seeded)
+        left[:, :, ::3] = 0
+        keys = keys.masked_fill(torch.arange(named) >= left, -1)
+    if order == "empty":
+        keys = keys.masked_fill(keys >= 0, -1)
+    return keys.to(torch.int32)
