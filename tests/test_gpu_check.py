@@ -76,22 +76,30 @@ def test_a_part_is_as_good_as_its_worst_op() -> None:
 
 def test_counts_tests_of_a_run_that_was_killed() -> None:
     log = """\
-tests/ops/test_generic.py::test_a[cuda-2, 3 PASSED by] PASSED               [  1%]
-tests/ops/test_compact.py::test_b FAILED                                    [  2%]
-tests/ops/test_compact.py::test_c SKIPPED (no GPU)                          [  3%]
-[gw1] [  4%] PASSED tests/ops/test_compact.py::test_d
-[gw0] [  5%] ERROR tests/ops/test_compact.py::test_e
-tests/ops/test_compact.py::test_f 
-FAILED tests/ops/test_compact.py::test_b - it says so once more
-SKIPPED [1] tests/ops/test_generic.py:741: no GPU
+tests/ops/generic/test_values.py::test_a[cuda-2, 3 PASSED by] PASSED               [  1%]
+tests/ops/compact/test_rows.py::test_b FAILED                                    [  2%]
+tests/ops/compact/test_rows.py::test_c SKIPPED (no GPU)                          [  3%]
+[gw1] [  4%] PASSED tests/ops/compact/test_rows.py::test_d
+[gw0] [  5%] ERROR tests/ops/compact/test_rows.py::test_e
+tests/ops/compact/test_rows.py::test_f 
+FAILED tests/ops/compact/test_rows.py::test_b - it says so once more
+SKIPPED [1] tests/ops/generic/test_values.py:41: no GPU
 """
     assert gpu_check.count_tests(log) == {"passed": 2, "failed": 2, "skipped": 1}
 
 
-def test_selects_the_generic_tests_of_every_op_with_a_kernel() -> None:
-    names = gpu_check.selector("compact").split(" or ")
-    assert names[0] == "test_compact.py"
-    assert {"select_tokens", "fuse_tokens_backward"} <= set(names)
+def test_marks_select_the_own_tests_and_the_generic_ones() -> None:
+    command = [
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+        "-m", "cuda and relevance", "tests/ops/relevance", "tests/ops/compact",
+        "tests/ops/generic/test_flops.py", "tests/ops/generic/test_values.py",
+    ]  # fmt: skip
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    chosen = [line.split("::")[1] for line in listed.splitlines() if "::" in line]
+    assert "test_nan_stays_in_its_image[cuda-keep]" in chosen
+    for op in ("token_relevance", "token_relevance_backward"):
+        assert f"test_values[cuda-{op}-plain-float32]" in chosen
+    assert not any("compact" in name or "cpu" in name for name in chosen)
 
 
 def test_a_command_and_its_children_end_with_its_time(tmp_path: Path) -> None:

@@ -17,23 +17,6 @@ NAMES = ("cls_out", "cls_in", "row_mean", "row_var", "col_mean", "col_var")
 HEAD_DIMS = (*range(1, 21), 24, 31, 32, 48, 63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256)
 
 
-def stats_by_hand(p: list[list[float]], alive: list[int], class_token: bool) -> Tensor:
-    """Statistics [len(alive), 6] of the patch tokens `alive` of one map."""
-    stats = torch.zeros(len(alive), 6, dtype=torch.float64)
-    for place, t in enumerate(alive):
-        row, column = [p[t][j] for j in alive], [p[i][t] for i in alive]
-        row_mean, col_mean = sum(row) / len(alive), sum(column) / len(alive)
-        stats[place] = torch.tensor([
-            p[0][t] if class_token else 0.0,
-            p[t][0] if class_token else 0.0,
-            row_mean,
-            sum((x - row_mean) ** 2 for x in row) / len(alive),
-            col_mean,
-            sum((x - col_mean) ** 2 for x in column) / len(alive),
-        ], dtype=torch.float64)  # fmt: skip
-    return stats
-
-
 def with_leaves(values: dict[str, Any], *names: str) -> tuple[dict[str, Any], list[Tensor]]:
     """Detached arguments, and those of `names` that are there, which need gradients."""
     values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}

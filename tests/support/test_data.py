@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.arguments import clone
-from support.comparison import (
-    assert_same_bits,
-    bits,
-)
+from support.comparison import assert_same_bits, bits
 from support.data import ROW_DTYPES, random, random_index
 from support.layouts import LAYOUTS, lay_out, lay_out_index
 

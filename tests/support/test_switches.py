@@ -24,7 +24,7 @@ def test_switches_are_put_back() -> None:
 
 
 def test_op_tests_run_on_poisoned_memory(request: pytest.FixtureRequest) -> None:
-    """The switch of conftest.py reaches memory that the ops allocate; here it is off."""
+    """The switch of ops/conftest.py reaches memory that the ops allocate; here it is off."""
     assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
