@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import shutil
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from ops.cases import SLICES
+from ops.cases.base import Unread
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_sample
 from tools import gpu_status, ptxas_report
 from tools.cuda_sources import ROOT, cuda_ops, source_hash
 
@@ -250,17 +253,33 @@ ptxas info    : Compile time = 1.0 ms
 
 
 def test_sample_has_every_op_with_a_kernel() -> None:
-    listing = "from benchmarks.gpu_sample import SAMPLES; print(*sorted(SAMPLES))"
-    run = subprocess.run(
-        [sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == cuda_ops()
+    """Backward ops too; and each of them calls what its file registers."""
+    assert sorted(SLICES) == cuda_ops()
+    for name, ops in SLICES.items():
+        kernels = (ROOT / f"csrc/cuda/{name}.cu").read_text()
+        assert {op.name for op in ops} == set(re.findall(r'm\.impl\("(\w+)"', kernels))
+        assert all(len(op.gpu) >= 4 for op in ops)
+        assert any(op.unread for op in ops) or name in ("attention_stats", "relevance")
 
 
-def test_sample_calls_every_op_with_a_kernel() -> None:
-    """Backward ops may be called by autograd."""
-    sample = (ROOT / "benchmarks/gpu_sample.py").read_text()
-    called = set(re.findall(r"(?:spot_ext|torch\.ops\.spot)\.(\w+)\(", sample))
-    kernels = "".join((ROOT / f"csrc/cuda/{op}.cu").read_text() for op in cuda_ops())
-    ops = {op for op in re.findall(r'm\.impl\("(\w+)"', kernels) if not op.endswith("_backward")}
-    assert len(ops) >= len(cuda_ops()) and ops <= called
+def test_sample_starts_as_a_script() -> None:
+    """With nothing but the package on its path, as the check calls it."""
+    code = "import runpy; runpy.run_path('benchmarks/gpu_sample.py')"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", cuda_ops())
+def test_sample_finds_nothing_wrong_on_the_cpu(name: str) -> None:
+    for op in SLICES[name]:
+        assert list(gpu_sample.sampled(op, "cpu", (torch.float32,))) == []
+
+
+def test_sample_finds_what_is_wrong() -> None:
+    (compact,) = (op for op in SLICES["compact"] if op.name == "compact_tokens")
+    shifted = dataclasses.replace(compact, reference=lambda *args: compact.reference(*args) + 1)
+    found = list(gpu_sample.sampled(shifted, "cpu", (torch.float32,)))
+    assert len(found) == len(compact.gpu) and "bytes differ" in found[0]
+    refused = Unread("anything", lambda device: compact.gpu[0].args(device, torch.float32),
+                     lambda *outputs: False)  # fmt: skip
+    never = dataclasses.replace(compact, unread=(refused,))
+    assert list(gpu_sample.unread(never, "cpu")) == ["compact_tokens, anything"]

@@ -27,14 +27,14 @@ def to_dtype(args: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, cast, args)
 
 
-def clone(args: Any) -> Any:
+def clone(args: Any, device: Any = None) -> Any:
     """A deep copy with the same strides, also of overlapping ones; fresh leaves."""
 
     def copy(value: Tensor) -> Tensor:
         if value.numel() == 0 or any(stride < 0 for stride in value.stride()):
-            return value.detach().clone().requires_grad_(value.requires_grad)
+            return value.detach().clone().to(device).requires_grad_(value.requires_grad)
         extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-        flat = value.detach().as_strided((extent,), (1,)).clone()
+        flat = value.detach().as_strided((extent,), (1,)).clone().to(device)
         return flat.as_strided(value.shape, value.stride()).requires_grad_(value.requires_grad)
 
     return tree_map_only(Tensor, copy, args)

@@ -16,7 +16,7 @@ from ops.cases.attention import (
     operand_errors,
     saved_errors,
 )
-from ops.cases.base import Bad, Op, Sample, positional
+from ops.cases.base import Bad, Op, positional, samples
 from ops.cases.errors import t
 from support.layouts import LAYOUTS
 from torch import Tensor
@@ -121,6 +121,31 @@ _DENSE = (
 )  # fmt: skip
 
 
+# tokens, head dim, prefix, mask, images of the bias, statistics, layout
+_GPU = tuple(
+    _Dense(f"[{tokens}, {dim}] {number}", num_tokens=tokens, dim=dim, num_prefix=prefix,
+           class_token=prefix > 0, keep=keep, bias=bias, need_stats=need_stats, layout=layout)
+    for number, (tokens, dim, prefix, keep, bias, need_stats, layout) in enumerate((
+        (1, 32, 1, "", None, True, "contiguous"),
+        (2, 8, 1, "random", None, True, "qkv"),
+        (17, 64, 0, "", None, True, "qkv"),
+        (17, 200, 2, "random", 1, True, "contiguous"),
+        (64, 80, 2, "random", 2, True, "qkv"),
+        (64, 20, 0, "random", None, False, "contiguous"),  # rows of no multiple of 16 bytes
+        (100, 64, 1, "random", None, True, "qkv"),
+        (129, 96, 1, "", 1, True, "contiguous"),
+        (197, 64, 1, "", None, True, "qkv"),
+        (197, 64, 1, "random", None, True, "qkv"),
+        (197, 64, 1, "random", 1, False, "qkv"),
+        (257, 64, 1, "", None, True, "qkv"),
+        (257, 128, 2, "random", None, True, "contiguous"),
+        (300, 64, 1, "random", None, True, "qkv"),
+        (300, 128, 1, "", 1, True, "contiguous"),
+        (300, 64, 5, "random", None, False, "qkv"),
+    ))
+)  # fmt: skip
+
+
 def _attention_errors() -> tuple[Bad, ...]:
     good = (2, 6, 2, 4)
 
@@ -185,12 +210,12 @@ def _attention_backward_flops(
 
 OPS = (
     Op("attention_stats", attention_reference,
-       tuple(Sample(a.name, a.args, a.traced) for a in _DENSE), _attention_errors(),
+       samples(_DENSE), _attention_errors(),
        _attention_flops, grads=(0, 1, 2, 3, 4), exact=False,
        public=positional(spot_ext.attention_stats, 5, *OPTIONS),
-       once_only="differentiable once"),
+       once_only="differentiable once", gpu=samples(_GPU)),
     Op("attention_stats_backward", attention_backward_reference,
-       tuple(Sample(a.name, a.backward_args, a.traced) for a in _DENSE),
+       samples(_DENSE, "backward_args"),
        _attention_backward_errors(), _attention_backward_flops, exact=False,
-       once_only="differentiable once"),
+       once_only="differentiable once", gpu=samples(_GPU, "backward_args")),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,15 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """A call with bad values, which CUDA does not refuse; `holds(*outputs)` of what it gives."""
+
+    name: str
+    args: Callable[[Any], tuple[Any, ...]]
+    holds: Callable[..., bool]
+
+
+@dataclass(frozen=True)
 class Op:
     """Everything the generic tests need to know about an op."""
 
@@ -51,6 +60,8 @@ class Op:
     weights: tuple[int, ...] = ()  # argument places without a batch dimension
     roundings: int = 0  # of intermediate results, on the way to one of the outputs
     large: str = ""  # sample that is large as it is; otherwise one is repeated to be
+    gpu: tuple[Sample, ...] = ()  # every path of the CUDA kernels, few: sanitizers are slow
+    unread: tuple[Unread, ...] = ()  # sanitizers see whether foreign memory is touched
 
     @property
     def call(self) -> Callable[..., Any]:
@@ -62,6 +73,11 @@ class Op:
 
     def sample(self, name: str) -> Sample:
         return next(sample for sample in self.samples if sample.name == name)
+
+
+def samples(cases: Iterable[Any], make: str = "args") -> tuple[Sample, ...]:
+    """A sample of each case, whose method `make` builds the arguments."""
+    return tuple(Sample(case.name, getattr(case, make), case.traced) for case in cases)
 
 
 def unique(name: str, shape: tuple[int, ...]) -> str:

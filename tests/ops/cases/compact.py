@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from ops.cases.base import Bad, Op, Sample, no_flops, unique
+from ops.cases.base import Bad, Op, Sample, Unread, no_flops, unique
 from ops.cases.errors import ints, prefix_errors, t, tensor_errors
 from support.data import random, random_index
 from support.layouts import LAYOUTS, lay_out, lay_out_index
@@ -72,6 +73,19 @@ _ROWS = (
 )  # fmt: skip
 
 
+_GPU_ROWS = tuple(
+    replace(r, name=f"{r.name}, {layout}", layout=layout, num_extra=extra)
+    for layout, extra in (("contiguous", 2), ("swapped", 0))
+    for r in (
+        _Rows("one", batch=1, num_tokens=1, num_keep=1, num_prefix=0, row=(1,), order="shuffled"),
+        _Rows("none kept", num_tokens=33, num_keep=0, row=(7,), order="shuffled"),
+        _Rows("ViT", batch=3, num_tokens=196, num_keep=137, num_prefix=2, row=(64,),
+              order="shuffled"),
+        _Rows("all kept", num_tokens=300, num_keep=300, row=(33,), order="shuffled"),
+    )
+)  # fmt: skip
+
+
 def _compact_args(r: _Rows) -> Callable[[Any, torch.dtype], tuple[Any, ...]]:
     def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         tokens = r.rows("tokens", r.num_prefix + r.num_tokens, dtype, device)
@@ -123,12 +137,16 @@ def _fuse_backward_args(r: _Rows, normalize: bool) -> Callable[[Any, torch.dtype
     return args
 
 
-def _row_samples(make: Callable[[_Rows], Any]) -> tuple[Sample, ...]:
-    return tuple(Sample(r.name, make(r), r.traced) for r in _ROWS)
+def _row_samples(
+    make: Callable[[_Rows], Any], rows: tuple[_Rows, ...] = _ROWS
+) -> tuple[Sample, ...]:
+    return tuple(Sample(r.name, make(r), r.traced) for r in rows)
 
 
-def _fuse_samples(make: Callable[[_Rows, bool], Any]) -> tuple[Sample, ...]:
-    flat = [replace(r, num_extra=0) for r in _ROWS if len(r.row) == 1]
+def _fuse_samples(
+    make: Callable[[_Rows, bool], Any], rows: tuple[_Rows, ...] = _ROWS
+) -> tuple[Sample, ...]:
+    flat = [replace(r, num_extra=0) for r in rows if len(r.row) == 1]
     return (
         *(Sample(f"{r.name}, mean", make(r, True), r.traced) for r in flat),
         *(Sample(f"{r.name}, sum", make(r, False), r.name == "plain") for r in flat),
@@ -152,6 +170,22 @@ def _select_samples() -> tuple[Sample, ...]:
         *(Sample(f"{layout}", make(4, 31, 12, layout), layout in ("swapped", "flat"))
           for layout in LAYOUTS[1:]),
     )  # fmt: skip
+
+
+def _select_gpu_samples() -> tuple[Sample, ...]:
+    """Scores with many ties and some NaN."""
+
+    def make(batch: int, num_tokens: int, num_keep: int) -> Any:
+        def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+            scores = random(unique("ties", (batch, num_tokens)), (batch, num_tokens), torch.float64)
+            scores = scores.round(decimals=1)
+            scores[:, ::5] = math.nan
+            return scores.to(device, dtype), num_keep
+
+        return args
+
+    shapes = [(1, 1, 1), (2, 33, 0), (3, 196, 137), (2, 300, 300)]
+    return tuple(Sample(f"{s}", make(*s)) for s in shapes)
 
 
 # -- references of the ops that are not public
@@ -425,6 +459,20 @@ def _fuse_backward_errors() -> tuple[Bad, ...]:
     )  # fmt: skip
 
 
+def _unread(
+    build: Callable[[Any, Tensor], tuple[Any, ...]], marked: Callable[[Tensor], Tensor]
+) -> tuple[Unread, ...]:
+    """An entry of image 0 that is out of range: NaN where it is `marked`, and in no other image."""
+
+    def holds(out: Tensor) -> bool:
+        return bool(marked(out).isnan().all() and out[1].isfinite().all())
+
+    return tuple(
+        Unread(f"entry {entry}", lambda d, e=entry: build(d, ints(d, [0, e], [1, 2])), holds)
+        for entry in (-1, 5, 2**40)
+    )
+
+
 # -- FLOPs: 2 per multiply-accumulate
 
 
@@ -439,18 +487,24 @@ def _fuse_backward_flops(grad: Tensor, *args: Any) -> tuple[int, int]:
 
 OPS = (
     Op("select_tokens", spot_ext.select_tokens_reference, _select_samples(), _select_errors(),
-       no_flops, public=spot_ext.select_tokens),
+       no_flops, public=spot_ext.select_tokens, gpu=_select_gpu_samples()),
     Op("compact_tokens", spot_ext.compact_tokens_reference, _row_samples(_compact_args),
-       _compact_errors(), no_flops, grads=(0, 3), twice=True, public=spot_ext.compact_tokens),
+       _compact_errors(), no_flops, grads=(0, 3), twice=True, public=spot_ext.compact_tokens,
+       gpu=_row_samples(_compact_args, _GPU_ROWS),
+       unread=_unread(lambda d, i: (t(2, 6, 3, device=d), i), lambda out: out[0, 2])),
     Op("compact_tokens_backward", _compact_backward_reference,
        _row_samples(_compact_backward_args), _compact_backward_errors(), no_flops, grads=(0,),
-       twice=True),
+       twice=True, gpu=_row_samples(_compact_backward_args, _GPU_ROWS)),
     Op("scatter_tokens", spot_ext.scatter_tokens_reference, _row_samples(_scatter_args),
-       _scatter_errors(), no_flops, grads=(0, 4), twice=True, public=spot_ext.scatter_tokens),
+       _scatter_errors(), no_flops, grads=(0, 4), twice=True, public=spot_ext.scatter_tokens,
+       gpu=_row_samples(_scatter_args, _GPU_ROWS),
+       unread=_unread(lambda d, i: (t(2, 3, 3, device=d), i, 5), lambda out: out[0, 1:])),
     Op("fuse_tokens", spot_ext.fuse_tokens_reference, _fuse_samples(_fuse_args), _fuse_errors(),
        _fuse_flops, grads=(0, 1), exact=False, public=spot_ext.fuse_tokens,
-       once_only="differentiable once"),
+       once_only="differentiable once", gpu=_fuse_samples(_fuse_args, _GPU_ROWS),
+       unread=_unread(lambda d, i: (t(2, 6, 3, device=d), torch.ones(2, 5, device=d), i),
+                      lambda out: out[0])),
     Op("fuse_tokens_backward", _fuse_backward_reference, _fuse_samples(_fuse_backward_args),
        _fuse_backward_errors(), _fuse_backward_flops, exact=False,
-       once_only="differentiable once"),
+       once_only="differentiable once", gpu=_fuse_samples(_fuse_backward_args, _GPU_ROWS)),
 )  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ops.cases.base import Bad, Op, Sample, positional
-from ops.cases.connectivity_data import PREDICTION_NAMES, Connectivity, Prediction
+from ops.cases.base import Bad, Op, Unread, positional, samples
+from ops.cases.connectivity_data import PREDICTION_NAMES, Connectivity, Prediction, Sharp
 from ops.cases.errors import ints, keep_errors, t, tensor_errors
+from support.data import generator
 from support.layouts import LAYOUTS
 from torch import Tensor
 
@@ -139,6 +140,79 @@ _PREDICTION = (
     *(Prediction(f"{layout} up", basis_layout=layout, columns=14, fused=layout == "padded",
                  basis_threshold=(None, 0.5)[number % 2])
       for number, layout in enumerate(LAYOUTS[1:-2])),
+)  # fmt: skip
+
+
+# columns in play, patch queries, rank, budget, coefficients kept, mask, gathered, threshold
+_GPU_SIZES = (
+    (1, 1, 1, 1, None, "", False, None),
+    (2, 2, 0, 1, None, "", False, None),  # no basis: all tie
+    (17, 17, 5, 17, 3, "random", False, None),
+    (33, 31, 40, 4, 8, "random", True, None),
+    (197, 196, 32, 50, 8, "", False, None),
+    (197, 196, 32, 50, 8, "random", True, None),
+    (197, 196, 32, 100, None, "", False, 0.01),
+    (256, 9, 7, 255, 2, "random", True, 0.0),
+    (300, 20, 64, 30, 8, "random", False, None),
+    (700, 12, 33, 70, 8, "random", True, None),  # more columns than a warp holds
+    (30000, 2, 3, 999, 2, "", False, None),
+    (70000, 1, 2, 50, None, "random", True, None),  # more than shared memory holds
+)
+
+
+def _gpu_case(kind: type[Any], number: int, label: str, **more: Any) -> Any:
+    in_play, queries, rank, budget, coef_topk, keep, gathered, threshold = _GPU_SIZES[number]
+    return kind(
+        f"[{queries}, {rank}] x {in_play} {number}, {label}", heads=3, queries=queries,
+        num_prefix=in_play - queries, rank=rank, budget=budget, coef_topk=coef_topk, keep=keep,
+        columns=in_play + 5 if gathered else None, threshold=threshold, **more,
+    )  # fmt: skip
+
+
+_GPU_CONNECTIVITY = tuple(
+    _gpu_case(Connectivity, number, layout, coefficients_layout=layout, odd=True)
+    for number in range(len(_GPU_SIZES))
+    for layout in ("contiguous", "reversed")
+)
+_GPU_PREDICTION = tuple(
+    _gpu_case(Sharp, number, f"head dim {dim}, channels {channels}", dim=dim, channels=channels,
+              basis_threshold=None if dim == 32 else 0.25,
+              rows_layout="contiguous" if dim == 77 else "reversed")
+    for number, (in_play, *_) in enumerate(_GPU_SIZES)
+    for dim, channels in (((32, None), (77, None), (77, 3), (33, 40), (64, 200))
+                          if in_play < 1000 else ((5, None), (5, 2)))
+)  # fmt: skip
+
+
+def _first_three(index: Tensor) -> bool:
+    return bool((index == torch.arange(3, dtype=torch.int32)).all())
+
+
+def _unread(build: Callable[[Any, Tensor], tuple[Any, ...]]) -> tuple[Unread, ...]:
+    """Columns that the grid does not have are never named: of six the first three are."""
+
+    def args(device: Any) -> tuple[Any, ...]:
+        return build(device, ints(device, [0, 1, 2, 9, -1, 1 << 40]))
+
+    return (Unread("columns out of range", args, _first_three),)
+
+
+def _positive(name: str, *shape: int, device: Any) -> Tensor:
+    return torch.rand(shape, generator=generator(f"unread {name}")).to(device)
+
+
+_UNREAD_CONNECTIVITY = _unread(
+    lambda d, columns: (
+        _positive("coefficients", 1, 1, 4, 3, device=d), _positive("basis", 3, 9, device=d), 3,
+        columns,
+    )
+)  # fmt: skip
+_UNREAD_PREDICTION = _unread(
+    lambda d, columns: (
+        _positive("q", 1, 4, 2, 8, device=d), _positive("k", 1, 6, 2, 8, device=d),
+        _positive("down", 9, 3, device=d), None, None, None, None,
+        _positive("up", 9, 3, device=d), 3, columns,
+    )
 )  # fmt: skip
 
 
@@ -385,13 +459,15 @@ def _prediction_flops(
 OPS = (
     Op("connectivity",
        positional(spot_ext.connectivity_reference, 5, *_CHOICE_NAMES),
-       tuple(Sample(c.name, c.args, c.traced) for c in _CONNECTIVITY), _connectivity_errors(),
+       samples(_CONNECTIVITY), _connectivity_errors(),
        _connectivity_flops, public=positional(spot_ext.connectivity, 5, *_CHOICE_NAMES),
-       weights=(1,), large="twelve ViT images"),
+       weights=(1,), large="twelve ViT images",
+       gpu=samples(_GPU_CONNECTIVITY), unread=_UNREAD_CONNECTIVITY),
     Op("predict_connectivity",
        positional(spot_ext.predict_connectivity_reference, 0, *PREDICTION_NAMES),
-       tuple(Sample(p.name, p.args, p.traced) for p in _PREDICTION), _prediction_errors(),
+       samples(_PREDICTION), _prediction_errors(),
        _prediction_flops,
        public=positional(spot_ext.predict_connectivity, 0, *PREDICTION_NAMES),
-       weights=tuple(range(2, 8)), large="twelve images"),
+       weights=tuple(range(2, 8)), large="twelve images",
+       gpu=samples(_GPU_PREDICTION), unread=_UNREAD_PREDICTION),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support.arguments import to_dtype
 from support.data import generator, random, random_index
 from support.layouts import lay_out
 from torch import Tensor
@@ -38,12 +39,16 @@ class Connectivity:
     coefficients_layout: str = "contiguous"
     basis_layout: str = "contiguous"
     columns_layout: str = "contiguous"
+    odd: bool = False  # some coefficients are NaN
     traced: bool = False
 
     def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         shape = self.batch, self.heads, self.queries, self.rank
         coefficients = exact_values(f"{self.name} coefficients", shape, -4, 8)
         basis = exact_values(f"{self.name} basis", (self.rank, self.grid), 1, 6, self.part)
+        if self.odd:
+            drawn = torch.rand(shape, generator=generator(f"{self.name} odd"))
+            coefficients = coefficients.masked_fill(drawn < 0.01, math.nan)
         return (
             lay_out(coefficients.to(device, dtype), self.coefficients_layout),
             lay_out(basis.to(device, dtype), self.basis_layout),
@@ -229,3 +234,70 @@ def clear_of_rounding(
     last, next_ = best[..., budget - 1], best[..., budget]
     exact = (last == next_) & ((last == 0) | last.isinf() | (used == 1))
     return not (~exact & (last - next_ < margin)).any()
+
+
+@dataclass(frozen=True)
+class Sharp(Connectivity):
+    """Arguments of `predict_connectivity` whose softmax is exact in every dtype.
+
+    Everything is a small integer or 4096 times one. Columns of `down` come in pairs, and the best
+    pair of a query is better than the next by 1024 or more: its coefficients are 1/2 and all others
+    0. Queries with two best pairs become NaN, as are some others, and keys that are dropped.
+    """
+
+    dim: int = 4
+    channels: int | None = None
+    basis_threshold: float | None = None
+    rows_layout: str = "contiguous"
+
+    def args(self, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw = generator(f"{self.name} sharp")
+
+        def signs(*shape: int) -> Tensor:
+            return torch.randint(-1, 2, shape, generator=draw).float()
+
+        tokens, width = self.queries + self.num_prefix, self.channels
+        budget, columns, keep, coef_topk, threshold = self.choice("cpu", torch.float32)
+        which = torch.arange(tokens).expand(self.batch, -1)
+        if columns is not None:
+            which = columns = torch.cat(
+                [columns[:, :-1], torch.full((self.batch, 1), self.grid)], 1
+            )
+        dropped = torch.zeros(which.shape, dtype=torch.bool)
+        if keep is not None:
+            dropped[:, self.num_prefix :] = keep == 0
+        down = signs(self.grid, (self.rank + 1) // 2)[:, torch.arange(self.rank) // 2]
+        k = signs(self.batch, tokens, self.heads, self.dim)
+        projections: tuple[Any, ...] = (None,) * 4
+        if width is not None:
+            projections = (signs(width, self.dim), 4096 * signs(width), signs(width, self.dim),
+                           signs(width))  # fmt: skip
+        q = self.queries_for(signs, down, k, projections, which, dropped)
+        q[torch.rand(q.shape[:3], generator=draw) < 0.01] = math.nan
+        k[dropped | (which == self.grid)] = math.nan
+        up = exact_values(f"{self.name} up", (self.grid, self.rank), 0, 8)
+        up[::2] *= -1
+        q, k, down = (lay_out(x, self.rows_layout) for x in (q, k, down))
+        values = (q, k, down, *projections, up, budget, columns, keep, None, coef_topk,
+                  self.basis_threshold, threshold)  # fmt: skip
+        return tuple(x.to(device) if isinstance(x, Tensor) else x for x in to_dtype(values, dtype))
+
+    def queries_for(
+        self, signs: Any, down: Tensor, k: Tensor, projections: tuple[Any, ...], which: Tensor,
+        dropped: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Drawn up to twenty times; NaN where the best pair is still not clear of the next."""
+        to_query, plus_query, to_key, plus_key = projections
+        rows = F.pad(down, (0, 0, 0, 1))[which].masked_fill(dropped[..., None], 0)  # [B, N, R]
+        keys = k if to_key is None else k @ to_key.mT + plus_key
+        sums = torch.einsum("bnr,bnhc->brhc", rows, keys)[:, ::2]
+        q = 4096 * signs(self.batch, self.queries, self.heads, self.dim)
+        if sums.shape[1] < 2:  # one pair
+            return q
+        margin = 1024 * (self.channels or self.dim) ** 0.5
+        for _ in range(20):
+            made = q if to_query is None else q @ to_query.mT + plus_query
+            best = torch.einsum("bihc,brhc->bihr", made, sums).topk(2, dim=-1).values
+            left = (best[..., 0] - best[..., 1] < margin)[..., None]
+            q = torch.where(left, 4096 * signs(*q.shape), q)
+        return q.masked_fill(left, math.nan)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ops.cases.base import Bad, Op, Sample, positional
+from ops.cases.base import Bad, Op, positional, samples
 from ops.cases.errors import t
 from support.data import generator, random
 from support.layouts import LAYOUTS, lay_out
@@ -177,6 +177,22 @@ _RELEVANCE_WANTED = tuple(
     for wanted in itertools.product((True, False), repeat=4)
 )
 
+# tokens, channels (None: no embeddings), remap, features, hidden units, mask, layout
+_GPU = tuple(
+    _Relevance(f"[{tokens}, {channels}]", batch=3, num_tokens=tokens, channels=channels,
+               remap=remap, features=features, hidden1=hidden[0], hidden2=hidden[1], keep=keep,
+               layout=layout)
+    for tokens, channels, remap, features, hidden, keep, layout in (
+        (1, 4, 2, 0, (1, 1), "", "contiguous"),
+        (7, 5, 6, 3, (4, 3), "random", "padded"),
+        (33, None, 0, 9, (5, 2), "", "contiguous"),
+        (64, 33, 34, 0, (17, 9), "random", "padded"),
+        (196, 96, 96, 36, (66, 33), "random", "padded"),
+        (300, 384, 384, 108, (246, 123), "random", "contiguous"),
+        (70, 64, 600, 7, (300, 280), "random", "contiguous"),  # more columns than threads
+    )
+)  # fmt: skip
+
 _RELEVANCE_SHAPES = {
     "tokens": (2, 6, 4), "features": (2, 6, 3), "keep": (2, 6), "norm_weight": (4,),
     "norm_bias": (4,), "remap_weight": (8, 4), "remap_bias": (8,), "fc1_weight": (5, 11),
@@ -303,14 +319,14 @@ def _relevance_backward_flops(grad: Tensor, *args: Any) -> tuple[int, int]:
 
 OPS = (
     Op("token_relevance", relevance_reference,
-       tuple(Sample(r.name, r.args, r.traced) for r in _RELEVANCE), _relevance_errors(),
+       samples(_RELEVANCE), _relevance_errors(),
        _relevance_flops, grads=tuple(range(13)), exact=False,
        public=positional(spot_ext.token_relevance, 13, "eps"),
        once_only="differentiable once", weights=tuple(range(3, 13)),
-       roundings=8, large="twelve ViT images"),
+       roundings=8, large="twelve ViT images", gpu=samples(_GPU)),
     Op("token_relevance_backward", relevance_backward_reference,
-       tuple(Sample(r.name, r.backward_args, r.traced) for r in _RELEVANCE + _RELEVANCE_WANTED),
+       samples(_RELEVANCE + _RELEVANCE_WANTED, "backward_args"),
        _relevance_errors(backward=True), _relevance_backward_flops, exact=False,
        once_only="differentiable once", weights=tuple(range(4, 14)),
-       roundings=8, large="twelve ViT images"),
+       roundings=8, large="twelve ViT images", gpu=samples(_GPU, "backward_args")),
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +18,10 @@ from ops.cases.attention import (
     operand_errors,
     saved_errors,
 )
-from ops.cases.base import Bad, Op, Sample, positional
+from ops.cases.base import Bad, Op, Unread, positional, samples
 from ops.cases.errors import t
 from support.arguments import to_dtype
-from support.data import random_keys
+from support.data import random, random_keys
 from support.layouts import LAYOUTS, lay_out
 from torch import Tensor
 
@@ -146,6 +148,64 @@ _SPARSE = (
 )  # fmt: skip
 
 
+# tokens, head dim, prefix, keys named, mask, statistics, layout, order of the names
+_GPU = tuple(
+    _Sparse(f"[{tokens}, {dim}] {number}", num_tokens=tokens, dim=dim, num_prefix=prefix,
+            class_token=prefix > 0, named=named, keep=keep, need_stats=need_stats, layout=layout,
+            order=order)
+    for number, (tokens, dim, prefix, named, keep, need_stats, layout, order) in enumerate((
+        (1, 32, 1, 1, "", True, "contiguous", "ascending"),  # no patch at all
+        (2, 8, 1, 1, "random", True, "qkv", "ascending"),
+        (17, 64, 0, 4, "", True, "qkv", "shuffled"),
+        (17, 200, 2, 17, "random", True, "contiguous", "ascending"),
+        (64, 20, 0, 9, "random", False, "contiguous", "shuffled"),  # no multiple of 16 bytes
+        (64, 80, 2, 0, "random", True, "qkv", "ascending"),  # nothing named
+        (40, 16, 0, 0, "random", True, "contiguous", "ascending"),  # no prefix either
+        (70, 96, 1, 33, "random", True, "contiguous", "shuffled"),
+        (100, 64, 1, 12, "random", True, "qkv", "padded"),
+        (197, 64, 1, 50, "", True, "qkv", "ascending"),
+        (197, 32, 1, 50, "random", False, "qkv", "padded"),
+        (130, 128, 2, 64, "random", True, "contiguous", "shuffled"),
+        (300, 64, 5, 40, "random", True, "qkv", "ascending"),
+    ))
+)  # fmt: skip
+
+
+def _unread(backward: bool = False) -> tuple[Unread, ...]:
+    """One bad row: its query is NaN, others are not. float32 gathers, float16 has tensor cores."""
+
+    def make(dtype: torch.dtype, row: tuple[int, ...]) -> Callable[[Any], tuple[Any, ...]]:
+        def args(device: Any) -> tuple[Any, ...]:
+            q, k, v = (random(x, (1, 41, 1, 64), dtype) for x in "qkv")
+            index = random_keys("unread", (1, 1, 40), 41, 6, "shuffled")
+            out, stats, lse = sparse_reference(q, k, v, index, need_stats=True)
+            index[0, 0, 7] = torch.tensor(row, dtype=torch.int32)
+            options: tuple[Any, ...] = (None, 1, True)
+            if not backward:
+                values = (q, k, v, index, None, *options, True)
+            else:
+                for saved in (out, stats, lse):  # as the forward pass leaves them
+                    saved[0, 8] = math.nan
+                grad = torch.ones_like(q)
+                values = (grad, None, q, k, v, index, None, out, stats, lse, *options)
+            return tuple(x.to(device) if isinstance(x, Tensor) else x for x in values)
+
+        return args
+
+    def holds(out: Tensor, *rest: Tensor) -> bool:
+        others = torch.arange(41) != 8
+        return bool(out[0, 8].isnan().all() and out[0, others].isfinite().all())
+
+    rows = {
+        "out of range": (0, 41, 2, 3, 4, 5),
+        "far out of range": (0, 2**31 - 1, -(2**31), 3, 4, 5),
+        "repeated": (0, 1, 2, 3, 1, 5),
+        "behind a -1": (0, 1, 2, -1, 4, 5),
+    }
+    kinds = itertools.product((torch.float32, torch.float16), rows.items())
+    return tuple(Unread(f"a name {name}, {d}", make(d, row), holds) for d, (name, row) in kinds)
+
+
 def _keys(device: Any, *row: int) -> Tensor:
     """A legal index [2, 2, 5, 3] for 6 tokens, but for the last row."""
     index = random_keys("good", (2, 2, 5), 6, max(len(row), 3)).to(device)
@@ -238,12 +298,14 @@ def _sparse_backward_flops(
 
 OPS = (
     Op("sparse_attention", sparse_reference,
-       tuple(Sample(a.name, a.args, a.traced) for a in _SPARSE), _sparse_errors(),
+       samples(_SPARSE), _sparse_errors(),
        _sparse_flops, grads=(0, 1, 2, 4), exact=False,
        public=positional(spot_ext.sparse_attention, 5, *OPTIONS),
-       once_only="differentiable once", large="twelve ViT images"),
+       once_only="differentiable once", large="twelve ViT images",
+       gpu=samples(_GPU), unread=_unread()),
     Op("sparse_attention_backward", sparse_backward_reference,
-       tuple(Sample(a.name, a.backward_args, a.traced) for a in _SPARSE),
+       samples(_SPARSE, "backward_args"),
        _sparse_backward_errors(), _sparse_backward_flops, exact=False,
-       once_only="differentiable once", large="twelve ViT images"),
+       once_only="differentiable once", large="twelve ViT images",
+       gpu=samples(_GPU, "backward_args"), unread=_unread(backward=True)),
 )  # fmt: skip

@@ -9,9 +9,10 @@ import pytest
 import torch
 from ops.cases import each_sample
 from ops.cases.base import Op, Sample
+from ops.cases.results import assert_results
 from ops.generic.calls import dtype_name
 from support.arguments import tensors, to_dtype, with_grad
-from support.comparison import assert_accurate, assert_close, assert_gradient, assert_same_bits
+from support.comparison import assert_close, assert_gradient
 from support.data import FLOATING
 from support.gradients import gradients
 from torch import Tensor
@@ -24,26 +25,7 @@ def test_values(op: Op, sample: Sample, dtype: torch.dtype, device: torch.device
     actual = tensors(op.call(*args))
     plain = tensors(op.reference(*args))
     exact = tensors(op.reference(*to_dtype(args, torch.float64)))
-    assert len(actual) == len(plain)
-    for number, (mine, theirs, truth) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert mine.is_contiguous(), f"output {number} has strides {mine.stride()}"
-        if op.exact:
-            assert_same_bits(mine, theirs, f"output {number}")
-        elif op.name in ("attention_stats", "sparse_attention") and number == 1 and mine.numel():
-            for column in range(6):  # each statistic has its own scale
-                # Squares are summed around 1/n: that of a far-off mean bounds the error.
-                mean = truth[..., column - 1].abs().max().item() if column in (3, 5) else 0.0
-                assert_accurate(
-                    mine[..., column],
-                    theirs[..., column],
-                    truth[..., column],
-                    what=f"statistic {column}",
-                    scale=mean**2,
-                )
-        else:
-            assert_accurate(
-                mine, theirs, truth, what=f"output {number}", rounding=op.rounding(dtype)
-            )
+    assert_results(op, dtype, actual, plain, exact)
 
 
 def _drawn(call: Callable[..., Any], args: tuple[Any, ...], draws: int) -> list[Tensor | None]:
