@@ -1,4 +1,4 @@
-"""What every test stands on: seeds, threads, devices, hypothesis profile, poisoned memory."""
+"""What every test stands on: seeds, threads, devices, hypothesis profile."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulate-cuda",
         action="store_true",
-        help="run tests of both devices with the CUDA kernels on the CPU (tests/emulator)",
+        help="run tests of both devices with the CUDA kernels on the CPU (tests/support/emulator)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--emulate-cuda"):
-        import emulator
+        from support import emulator
 
         import spot_ext  # noqa: F401  (whose kernels are replaced)
 
@@ -82,20 +82,6 @@ def _reproducible() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(request: pytest.FixtureRequest):
-    """Op tests get uninitialised memory full of NaN (integers: the largest value)."""
-    if request.path.parent.name != "ops":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 @pytest.fixture

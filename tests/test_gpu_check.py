@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import shutil
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from ops.cases import SLICES
+from ops.cases.base import Unread
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_sample
 from tools import gpu_status, ptxas_report
 from tools.cuda_sources import ROOT, cuda_ops, source_hash
 
@@ -76,22 +79,30 @@ def test_a_part_is_as_good_as_its_worst_op() -> None:
 
 def test_counts_tests_of_a_run_that_was_killed() -> None:
     log = """\
-tests/ops/test_generic.py::test_a[cuda-2, 3 PASSED by] PASSED               [  1%]
-tests/ops/test_compact.py::test_b FAILED                                    [  2%]
-tests/ops/test_compact.py::test_c SKIPPED (no GPU)                          [  3%]
-[gw1] [  4%] PASSED tests/ops/test_compact.py::test_d
-[gw0] [  5%] ERROR tests/ops/test_compact.py::test_e
-tests/ops/test_compact.py::test_f 
-FAILED tests/ops/test_compact.py::test_b - it says so once more
-SKIPPED [1] tests/ops/test_generic.py:741: no GPU
+tests/ops/generic/test_values.py::test_a[cuda-2, 3 PASSED by] PASSED               [  1%]
+tests/ops/compact/test_rows.py::test_b FAILED                                    [  2%]
+tests/ops/compact/test_rows.py::test_c SKIPPED (no GPU)                          [  3%]
+[gw1] [  4%] PASSED tests/ops/compact/test_rows.py::test_d
+[gw0] [  5%] ERROR tests/ops/compact/test_rows.py::test_e
+tests/ops/compact/test_rows.py::test_f 
+FAILED tests/ops/compact/test_rows.py::test_b - it says so once more
+SKIPPED [1] tests/ops/generic/test_values.py:41: no GPU
 """
     assert gpu_check.count_tests(log) == {"passed": 2, "failed": 2, "skipped": 1}
 
 
-def test_selects_the_generic_tests_of_every_op_with_a_kernel() -> None:
-    names = gpu_check.selector("compact").split(" or ")
-    assert names[0] == "test_compact.py"
-    assert {"select_tokens", "fuse_tokens_backward"} <= set(names)
+def test_marks_select_the_own_tests_and_the_generic_ones() -> None:
+    command = [
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+        "-m", "cuda and relevance", "tests/ops/relevance", "tests/ops/compact",
+        "tests/ops/generic/test_flops.py", "tests/ops/generic/test_values.py",
+    ]  # fmt: skip
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    chosen = [line.split("::")[1] for line in listed.splitlines() if "::" in line]
+    assert "test_nan_stays_in_its_image[cuda-keep]" in chosen
+    for op in ("token_relevance", "token_relevance_backward"):
+        assert f"test_values[cuda-{op}-plain-float32]" in chosen
+    assert not any("compact" in name or "cpu" in name for name in chosen)
 
 
 def test_a_command_and_its_children_end_with_its_time(tmp_path: Path) -> None:
@@ -242,17 +253,33 @@ ptxas info    : Compile time = 1.0 ms
 
 
 def test_sample_has_every_op_with_a_kernel() -> None:
-    listing = "from benchmarks.gpu_sample import SAMPLES; print(*sorted(SAMPLES))"
-    run = subprocess.run(
-        [sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == cuda_ops()
+    """Backward ops too; and each of them calls what its file registers."""
+    assert sorted(SLICES) == cuda_ops()
+    for name, ops in SLICES.items():
+        kernels = (ROOT / f"csrc/cuda/{name}.cu").read_text()
+        assert {op.name for op in ops} == set(re.findall(r'm\.impl\("(\w+)"', kernels))
+        assert all(len(op.gpu) >= 4 for op in ops)
+        assert any(op.unread for op in ops) or name in ("attention_stats", "relevance")
 
 
-def test_sample_calls_every_op_with_a_kernel() -> None:
-    """Backward ops may be called by autograd."""
-    sample = (ROOT / "benchmarks/gpu_sample.py").read_text()
-    called = set(re.findall(r"(?:spot_ext|torch\.ops\.spot)\.(\w+)\(", sample))
-    kernels = "".join((ROOT / f"csrc/cuda/{op}.cu").read_text() for op in cuda_ops())
-    ops = {op for op in re.findall(r'm\.impl\("(\w+)"', kernels) if not op.endswith("_backward")}
-    assert len(ops) >= len(cuda_ops()) and ops <= called
+def test_sample_starts_as_a_script() -> None:
+    """With nothing but the package on its path, as the check calls it."""
+    code = "import runpy; runpy.run_path('benchmarks/gpu_sample.py')"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", cuda_ops())
+def test_sample_finds_nothing_wrong_on_the_cpu(name: str) -> None:
+    for op in SLICES[name]:
+        assert list(gpu_sample.sampled(op, "cpu", (torch.float32,))) == []
+
+
+def test_sample_finds_what_is_wrong() -> None:
+    (compact,) = (op for op in SLICES["compact"] if op.name == "compact_tokens")
+    shifted = dataclasses.replace(compact, reference=lambda *args: compact.reference(*args) + 1)
+    found = list(gpu_sample.sampled(shifted, "cpu", (torch.float32,)))
+    assert len(found) == len(compact.gpu) and "bytes differ" in found[0]
+    refused = Unread("anything", lambda device: compact.gpu[0].args(device, torch.float32),
+                     lambda *outputs: False)  # fmt: skip
+    never = dataclasses.replace(compact, unread=(refused,))
+    assert list(gpu_sample.unread(never, "cpu")) == ["compact_tokens, anything"]

@@ -618,7 +618,7 @@ def test_info_as_text() -> None:
 
 
 def test_info_as_json() -> None:
-    from op_table import OPS
+    from ops.cases import OPS
 
     done = _info("--json")
     assert done.returncode == 0, done.stderr

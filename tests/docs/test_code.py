@@ -13,10 +13,10 @@ import pytest
 import spot_vit
 import timm
 import torch
-from published import random_state
 from spot_vit.cli.main import parser
 from spot_vit.measure import budget
 from spot_vit.utils.modes import unwrap
+from support.published import random_state
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

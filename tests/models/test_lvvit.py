@@ -13,9 +13,9 @@ import spot_vit
 import timm
 import torch
 import torch.nn.functional as F
-from published import inference
 from support.models import SMALL_LVVIT as SMALL
 from support.models import build_lvvit as build
+from support.published import inference
 
 
 @pytest.mark.parametrize(("name", "skip_lam"), [("lvvit_tiny", 1.0), ("lvvit_medium", 2.0)])

@@ -12,9 +12,15 @@ import safetensors.torch
 import spot_vit
 import timm
 import torch
-from published import Sparse, dynamicvit_scores, inference, random_state, training_checkpoint
 from spot_vit import convert_checkpoint
 from spot_vit.models.published import SOURCES
+from support.published import (
+    Sparse,
+    dynamicvit_scores,
+    inference,
+    random_state,
+    training_checkpoint,
+)
 from torch import Tensor, nn
 
 SIZES = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}

@@ -10,9 +10,9 @@ import pytest
 import spot_vit
 import timm
 import torch
-from published import inference, random_state
 from spot_vit.models.named import NAMED
 from support.models import build_lvvit as build
+from support.published import inference, random_state
 from torch import Tensor, nn
 
 METHODS = [("spot", None), ("spot", "fuse"), ("dynamicvit", None), ("evit", None), ("evit", "none")]
