@@ -1,6 +1,6 @@
-"""Runs the benchmarks of ops, on green tests only.
+"""Runs the benchmarks of ops and models, on green tests only.
 
-    python benchmarks/run.py [op...] [--device cpu|cuda] [--threads N] [--output results.json]
+    python benchmarks/run.py [name...] [--device cpu|cuda] [--threads N] [--output results.json]
 
 Exit status: 0 all stated and every bar held, 1 a bar missed or tests red, 3 a ratio with a bar was
 not stated because the machine was contended.
@@ -27,23 +27,23 @@ from spot_vit.machine import processor  # noqa: E402
 
 from benchmarks.timing import keep_memory, measure  # noqa: E402
 
-OPS = (
-    "compact",
-    "attention_stats",
-    "relevance",
-    "predictor",
-    "connectivity",
-    "sparse_attention",
-    "sparsifiner",
-)
+
+def names() -> list[str]:
+    """The files of this folder that have `cases`."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(path.stem for path in files if "\ndef cases(" in path.read_text())
 
 
-def tests_pass(op: str, device: str) -> bool:
-    """Whether the tests of <op> are green: all of them on the CPU, its CUDA tests on a GPU."""
-    path = next(
-        p for p in (f"tests/ops/test_{op}.py", f"tests/test_{op}.py") if (ROOT / p).exists()
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-x", path]
+def tests_of(name: str) -> list[str]:
+    """tests/ops/test_<name>.py, or what is called so in any folder of the tests."""
+    of_op = ROOT / f"tests/ops/test_{name}.py"
+    found = [of_op] if of_op.exists() else sorted((ROOT / "tests").rglob(f"test_{name}.py"))
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def tests_pass(name: str, device: str) -> bool:
+    """Whether the tests of <name> are green: all of them on the CPU, its CUDA tests on a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *tests_of(name)]
     if device == "cuda":
         command += ["-m", "cuda"]
     return subprocess.run(command, cwd=ROOT).returncode == 0
@@ -122,7 +122,8 @@ def status(results: dict[str, Any]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Tests, times, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default all")
+    known = names()
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(known)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case")
@@ -134,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return 0
-    for op in args.ops:
-        if op not in OPS:
-            parser.error(f"no benchmark named '{op}'; there are {', '.join(OPS)}")
+    for name in args.names:
+        if name not in known:
+            parser.error(f"no benchmark named '{name}'; there are {', '.join(known)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU")
     if args.threads:
@@ -144,16 +145,16 @@ def main(argv: list[str] | None = None) -> int:
     keep_memory()
 
     results: dict[str, Any] = {"machine": facts(args.device), "ops": {}}
-    for op in args.ops or OPS:
-        if not args.skip_tests and not tests_pass(op, args.device):
-            print(f"{op}: tests are red, so nothing was timed", file=sys.stderr)
+    for name in args.names or known:
+        if not args.skip_tests and not tests_pass(name, args.device):
+            print(f"{name}: tests are red, so nothing was timed", file=sys.stderr)
             return 1
-        module = importlib.import_module(f"benchmarks.{op}")
+        module = importlib.import_module(f"benchmarks.{name}")
         measured = [
             measure(case, args.device, args.seconds, args.patience)
             for case in module.cases(args.device)
         ]
-        results["ops"][op] = {"tested": not args.skip_tests, "cases": measured}
+        results["ops"][name] = {"tested": not args.skip_tests, "cases": measured}
     print(table(results))
     for op in results["ops"].values():
         for entry in op["cases"]:

@@ -1,6 +1,6 @@
 """Calls every CUDA kernel over odd shapes and dtypes and compares with the definition on the CPU.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu_sample.py compact
+    compute-sanitizer --tool memcheck python tools/gpu/gpu_sample.py compact
 
 Small on purpose: a sanitizer slows everything down. Bad indices are among the calls: what they must
 not do is touch foreign memory.

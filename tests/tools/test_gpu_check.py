@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from tools import gpu_status, ptxas_report
-from tools.cuda_sources import ROOT, cuda_ops, source_hash
+from tools.gpu import gpu_check, gpu_status, ptxas_report
+from tools.gpu.cuda_sources import ROOT, cuda_ops, source_hash
 
 ENV = dict(os.environ)
 
@@ -219,7 +218,7 @@ def test_status_page_knows_the_newest_pass_and_later_changes() -> None:
 
 def test_committed_status_page_is_up_to_date() -> None:
     assert (ROOT / gpu_status.PAGE).read_text() == gpu_status.generate(), (
-        "run python tools/gpu_status.py (and python tools/ptxas_report.py where nvcc is)"
+        "run python tools/gpu/gpu_status.py (and python tools/gpu/ptxas_report.py where nvcc is)"
     )
 
 
@@ -241,8 +240,24 @@ ptxas info    : Compile time = 1.0 ms
     assert ptxas_report.readable(mangled) == "row_kernel<uint4, false>"
 
 
+def test_the_page_has_the_most_of_each_op() -> None:
+    none = {"spill_stores": 0, "spill_loads": 0}
+    kernels: list[dict[str, Any]] = [
+        {"symbol": "a", "registers": 30, "shared": 9, **none},
+        {"symbol": "b", "registers": 20, "shared": 0, "spill_stores": 8, "spill_loads": 4},
+    ]
+    most = ptxas_report.most(kernels)
+    assert most == {"registers": 30, "spilled_bytes": 12, "shared_bytes": 9}
+    less = {"registers": 28, "spilled_bytes": 0, "shared_bytes": 16}
+    ops = {"compact": {"source": "abc", "sm_80": most, "sm_90a": less}}
+    report = {"date": "2030-01-02", "compiler": "CUDA 1.2", "archs": ["sm_80", "sm_90a"]}
+    text = gpu_status.page([], report | {"ops": ops}, {"compact": "abc"})
+    assert "CUDA 1.2 reported on 2030-01-02" in text
+    assert text.endswith("| compact | 30 | 12 | 28 | 0 | 16 | no |\n")
+
+
 def test_sample_has_every_op_with_a_kernel() -> None:
-    listing = "from benchmarks.gpu_sample import SAMPLES; print(*sorted(SAMPLES))"
+    listing = "from tools.gpu.gpu_sample import SAMPLES; print(*sorted(SAMPLES))"
     run = subprocess.run(
         [sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -251,7 +266,7 @@ def test_sample_has_every_op_with_a_kernel() -> None:
 
 def test_sample_calls_every_op_with_a_kernel() -> None:
     """Backward ops may be called by autograd."""
-    sample = (ROOT / "benchmarks/gpu_sample.py").read_text()
+    sample = (ROOT / "tools/gpu/gpu_sample.py").read_text()
     called = set(re.findall(r"(?:spot_ext|torch\.ops\.spot)\.(\w+)\(", sample))
     kernels = "".join((ROOT / f"csrc/cuda/{op}.cu").read_text() for op in cuda_ops())
     ops = {op for op in re.findall(r'm\.impl\("(\w+)"', kernels) if not op.endswith("_backward")}

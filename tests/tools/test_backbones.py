@@ -7,7 +7,7 @@ import json
 import pytest
 import timm
 
-from tools.backbones import (
+from tools.docs.backbones import (
     LARGEST,
     PAGE,
     RESULTS,

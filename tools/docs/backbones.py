@@ -1,10 +1,10 @@
 """Tries every timm architecture and writes docs/backbones.md: what converts, what does not, why.
 
-    python tools/backbones.py [--run] [--check]
+    python tools/docs/backbones.py [--run] [--check]
 
 Structure is tried on the meta device, for all of timm. With --run each architecture that converts
 is also run on random weights and a random image, and the outcome is added to
-benchmarks/results/backbones.json, from which a later call goes on; models of more than 12 GB of
+tools/docs/backbones.json, from which a later call goes on; models of more than 12 GB of
 weights are left at their structure. With --check nothing is written; the exit status is 1 when the
 page is out of date.
 """
@@ -25,13 +25,13 @@ import timm
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import spot_vit  # noqa: E402
 
 PAGE = "docs/backbones.md"
-RESULTS = "benchmarks/results/backbones.json"
+RESULTS = "tools/docs/backbones.json"
 LARGEST = 12e9  # bytes of weights that 16 GB of memory can run
 OWN_SIZE = 250e6  # weights up to which a model runs at its own image size
 SIDE = 8  # patches along the side of the images that larger models get
@@ -138,7 +138,7 @@ def page(found: Iterable[Structure], results: dict[str, float]) -> str:
     lines = [
         "# Backbones",
         "",
-        f"Written by `python tools/backbones.py` with timm {timm.__version__}; do not edit.",
+        f"Written by `python tools/docs/backbones.py` with timm {timm.__version__}; do not edit.",
         "",
         f"{len(good) - len(flexible)} of {len(found)} timm architectures convert, and "
         f"{len(flexible)} of NaFlexVit on top. {len(run)} of them were run with random weights in "
