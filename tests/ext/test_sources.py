@@ -2,44 +2,74 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from pathlib import Path
 
 import pytest
 from support.package import CUDA_SHIMS, ROOT
 
+CSRC = ROOT / "csrc"
+HEADER = "| file of `csrc` | may include | what it is |"
+
 
 def _sources() -> list[Path]:
-    found = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    found = [p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     assert len(found) > 10
     return found
 
 
 def _includes(path: Path) -> list[str]:
-    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+    """What a file includes besides the standard library; files of ours from csrc on."""
+    text = path.read_text()
+    ours = re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE)
+    others = re.findall(r"^\s*#\s*include\s*<([^>]+[./][^>]+)>", text, re.MULTILINE)
+    folder = path.relative_to(CSRC).parent
+    return [os.path.normpath(folder / name) for name in ours] + others
+
+
+def _table() -> dict[tuple[str, ...], list[str]]:
+    """Rows of the table in docs/design.md: patterns of files to patterns of what they include."""
+    lines = (ROOT / "docs/design.md").read_text().partition(HEADER)[2].splitlines()[2:]
+    rows = [line.split("|")[1:3] for line in lines[: lines.index("")]]
+    assert len(rows) > 10
+    return {tuple(re.findall("`(.+?)`", file)): re.findall("`(.+?)`", may) for file, may in rows}
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"), name) is not None
+
+
+def _row_of(path: Path) -> tuple[str, ...]:
+    """The row that names a file, or else the one row whose pattern fits."""
+    name = path.relative_to(CSRC).as_posix()
+    named = [row for row in _table() if name in row]
+    (row,) = named or [row for row in _table() if any(_fits(name, part) for part in row)]
+    return row
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_includes(path: Path) -> None:
-    """Torch through its stable ABI only; each kind of file what it needs and no more."""
-    allowed = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
-    kernel = path.parent.name == "cpu" and path.suffix == ".h"
+    """The table of docs/design.md allows every include of a file."""
+    row = _row_of(path)
     for include in _includes(path):
-        name = include.split("/")[0]
-        assert name not in {"ATen", "c10", "caffe2"}, include
-        if name == "torch":
-            assert include.startswith(allowed), include
-            assert path.parent.name in {"common", "cuda"} or path.name == "ops.cpp", (
-                f"{path.name} includes {include}: only the seam may"
-            )
-        if kernel or path.name == "kernels.cpp":
-            assert not include.startswith(("torch", "../common")), "kernels know no torch"
-        if path.name == "bindings.cpp":
-            assert not include.startswith(("torch", "common")), "_C knows no torch"
-        if include.startswith("cuda"):
-            assert path.parent.name == "cuda", include
-        if path.name not in {"bindings.cpp"}:
-            assert name not in {"pybind11", "Python.h"}, include
+        assert any(_fits(include, part) for part in _table()[row]), (
+            f"{path.name} includes {include}; the row of {', '.join(row)} does not say so"
+        )
+
+
+def test_the_table_says_no_more_than_there_is() -> None:
+    used: dict[tuple[str, ...], set[str]] = {row: set() for row in _table()}
+    files = {path: _row_of(path) for path in _sources()}
+    for path, row in files.items():
+        used[row].update(_includes(path))
+    names = [path.relative_to(CSRC).as_posix() for path in files]
+    for row, allowed in _table().items():
+        assert row in files.values(), f"no file is in the row of {row}"
+        for part in row:
+            assert any(_fits(name, part) for name in names), part
+        for part in allowed:
+            assert any(_fits(include, part) for include in used[row]), f"{row}: {part}"
 
 
 def test_cuda_shims_are_named_in_one_file() -> None:
