@@ -1,1 +1,1 @@
-"""Benchmarks of the ops, and the check on a GPU."""
+"""Benchmarks: the runner, and one file per op or model."""

@@ -1,6 +1,6 @@
-"""Runs the benchmarks of ops, on green tests only.
+"""Runs the benchmarks of ops and models, on green tests only.
 
-    python benchmarks/run.py [op...] [--device cpu|cuda] [--threads N] [--output results.json]
+    python benchmarks/run.py [name...] [--device cpu|cuda] [--threads N] [--output results.json]
 
 Exit status: 0 all stated and every bar held, 1 a bar missed or tests red, 3 a ratio with a bar was
 not stated because the machine was contended.
@@ -12,8 +12,6 @@ import argparse
 import datetime
 import importlib
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -23,25 +21,30 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
-from spot_vit.utils.machine import processor  # noqa: E402
+from spot_vit.utils import machine  # noqa: E402
 from spot_vit.utils.timing import keep_memory, measure  # noqa: E402
 
-OPS = (
-    "compact",
-    "attention_stats",
-    "relevance",
-    "predictor",
-    "connectivity",
-    "sparse_attention",
-    "sparsifiner",
-)
+
+def names() -> list[str]:
+    """The files of this folder that have `cases`."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(path.stem for path in files if "\ndef cases(" in path.read_text())
 
 
-def tests_pass(op: str, device: str) -> bool:
-    """Whether the tests of <op> are green: all of them on the CPU, its CUDA tests on a GPU."""
-    marks, where = [], [f"tests/test_{op}.py"]
-    if (ROOT / "tests/ops" / op).is_dir():
-        marks, where = [op], ["tests/ops", "--ignore=tests/ops/generic"]
+def tests_of(name: str) -> tuple[list[str], list[str]]:
+    """Where the tests of a benchmark are, and the marks that select them.
+
+    Those of an op are all tests of its slice; others are called so in any folder of the tests.
+    """
+    if (ROOT / "tests/ops" / name).is_dir():
+        return ["tests/ops", "--ignore=tests/ops/generic"], [name]
+    found = sorted((ROOT / "tests").rglob(f"test_{name}.py"))
+    return [path.relative_to(ROOT).as_posix() for path in found], []
+
+
+def tests_pass(name: str, device: str) -> bool:
+    """Whether the tests of <name> are green: all of them on the CPU, its CUDA tests on a GPU."""
+    where, marks = tests_of(name)
     if device == "cuda":
         marks.append("cuda")
     command = [sys.executable, "-m", "pytest", "-q", "-x", *where]
@@ -59,26 +62,13 @@ def _git(*command: str) -> str | None:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
-    import spot_ext._C as built
-
-    found: dict[str, Any] = {
+    """What a reader needs to judge the figures: the machine, and the code."""
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "processor": processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": built.isa(),
-        "compiler": built.build_info()["compiler"],
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
+        **machine.facts(device),
         "revision": _git("rev-parse", "--short=12", "HEAD"),
         "modified": bool(_git("--no-optional-locks", "status", "--porcelain")),
     }
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -123,7 +113,8 @@ def status(results: dict[str, Any]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Tests, times, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default all")
+    known = names()
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(known)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per case")
@@ -135,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return 0
-    for op in args.ops:
-        if op not in OPS:
-            parser.error(f"no benchmark named '{op}'; there are {', '.join(OPS)}")
+    for name in args.names:
+        if name not in known:
+            parser.error(f"no benchmark named '{name}'; there are {', '.join(known)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU")
     if args.threads:
@@ -145,16 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     keep_memory()
 
     results: dict[str, Any] = {"machine": facts(args.device), "ops": {}}
-    for op in args.ops or OPS:
-        if not args.skip_tests and not tests_pass(op, args.device):
-            print(f"{op}: tests are red, so nothing was timed", file=sys.stderr)
+    for name in args.names or known:
+        if not args.skip_tests and not tests_pass(name, args.device):
+            print(f"{name}: tests are red, so nothing was timed", file=sys.stderr)
             return 1
-        module = importlib.import_module(f"benchmarks.{op}")
+        module = importlib.import_module(f"benchmarks.{name}")
         measured = [
             measure(case, args.device, args.seconds, args.patience)
             for case in module.cases(args.device)
         ]
-        results["ops"][op] = {"tested": not args.skip_tests, "cases": measured}
+        results["ops"][name] = {"tested": not args.skip_tests, "cases": measured}
     print(table(results))
     for op in results["ops"].values():
         for entry in op["cases"]:

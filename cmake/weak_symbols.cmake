@@ -6,5 +6,5 @@ foreach(isa IN LISTS SPOT_ISAS)
 endforeach()
 add_custom_command(
   TARGET spot_ops PRE_LINK
-  COMMAND "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/tools/shared_weak_symbols.py" ${objects}
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/tools/build/shared_weak_symbols.py" ${objects}
   COMMAND_EXPAND_LISTS VERBATIM)

@@ -1,6 +1,6 @@
 // Every schema of the `spot` namespace. Kernels register themselves in cpu/<op>.cpp and
 // cuda/<op>.cu; fakes, autograd, autocast and FLOP formulas are in spot_ext/<op>.py. Nothing else
-// belongs here. Schemas are frozen once released (tests/test_schemas.py).
+// belongs here. Schemas are frozen once released (tests/ext/test_schemas.py).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(spot, m) {

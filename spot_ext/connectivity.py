@@ -11,7 +11,7 @@ coefficients on). No matrix of queries times keys is stored.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,28 @@ from torch.nn import functional as F
 
 from spot_ext import _check, _register
 
-# ---- public function -----------------------------------------------------------------------------
+
+class _Prediction(NamedTuple):
+    """Arguments of `predict_connectivity`, in its order: tensors, or for FLOPs their shapes."""
+
+    q: Any
+    k: Any
+    down: Any
+    query_weight: Any
+    query_bias: Any
+    key_weight: Any
+    key_bias: Any
+    up: Any
+    budget: int
+    columns: Any = None
+    keep: Any = None
+    scale: float | None = None
+    coef_topk: int | None = None
+    basis_threshold: float | None = None
+    threshold: float | None = None
+
+
+# ---- public functions ----------------------------------------------------------------------------
 
 
 def connectivity(
@@ -128,13 +149,13 @@ def predict_connectivity(
         TypeError: wrong types or dtypes.
         ValueError: as `connectivity`; some of the projections without the others.
     """
-    args = (
+    args = _Prediction(
         q, k, down, query_weight, query_bias, key_weight, key_bias, up, budget, columns, keep,
         scale, coef_topk, basis_threshold, threshold,
     )  # fmt: skip
     if not _check.eager():
         return torch.ops.spot.predict_connectivity(*args)
-    _check_prediction(*args)
+    _check_prediction(args)
     if _check.has_kernel("predict_connectivity", q):
         return _check.call(torch.ops.spot.predict_connectivity, *args)
     return predict_connectivity_reference(
@@ -256,23 +277,8 @@ def _check_connectivity(coefficients: Tensor, basis: Tensor, *choice: Any) -> No
     _check_choice("coefficients", coefficients, queries, grid, *choice)
 
 
-def _check_prediction(
-    q: Tensor,
-    k: Tensor,
-    down: Tensor,
-    query_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_weight: Tensor | None,
-    key_bias: Tensor | None,
-    up: Tensor,
-    budget: int,
-    columns: Tensor | None,
-    keep: Tensor | None,
-    scale: float | None,
-    coef_topk: int | None,
-    basis_threshold: float | None,
-    threshold: float | None,
-) -> None:
+def _check_prediction(args: _Prediction) -> None:
+    q, k, down, up = args.q, args.k, args.down, args.up
     _check.tensor("q", q, 4)
     _check.dtype("q", q, _check.FLOATING)
     _check.tensor("k", k, 4)
@@ -282,13 +288,11 @@ def _check_prediction(
     _check.tensor("up", up, 2)
     for dim in range(2):
         _check.size("up", up, dim, down.shape[dim], "as down has")
-    projections = {
-        "query_weight": query_weight, "query_bias": query_bias, "key_weight": key_weight,
-        "key_bias": key_bias,
-    }  # fmt: skip
-    given = {name: value for name, value in projections.items() if value is not None}
-    if given and len(given) < len(projections):
-        absent = next(name for name in projections if name not in given)
+    projections = ("query_weight", "query_bias", "key_weight", "key_bias")
+    values = {name: getattr(args, name) for name in projections}
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and len(given) < len(values):
+        absent = next(name for name in values if name not in given)
         raise ValueError(f"{absent} must be given as well as {next(iter(given))}")
     for name, value in given.items():
         _check.tensor(name, value, 2 if name.endswith("weight") else 1)
@@ -299,11 +303,13 @@ def _check_prediction(
     for name, value in ({"k": k, "down": down, "up": up} | given).items():
         _check.same_dtype(name, value, "q", q)
         _check.device(name, value, "q", q)
-    choice = budget, columns, keep, coef_topk, threshold
+    choice = args.budget, args.columns, args.keep, args.coef_topk, args.threshold
     in_play = _check_choice("q", q, q.shape[1], ("up", "rows", up.shape[0]), *choice)
-    _check.size("k", k, 1, in_play, "as up has tokens" if columns is None else "as columns has")
-    for name, number in (("scale", scale), ("basis_threshold", basis_threshold)):
-        if number is not None:
+    _check.size(
+        "k", k, 1, in_play, "as up has tokens" if args.columns is None else "as columns has"
+    )
+    for name in ("scale", "basis_threshold"):
+        if (number := getattr(args, name)) is not None:
             _check.number(name, number)
 
 
@@ -375,29 +381,11 @@ def _(
 
 
 @_register.fake("predict_connectivity")
-def _(
-    q: Tensor,
-    k: Tensor,
-    down: Tensor,
-    query_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_weight: Tensor | None,
-    key_bias: Tensor | None,
-    up: Tensor,
-    budget: int,
-    columns: Tensor | None = None,
-    keep: Tensor | None = None,
-    scale: float | None = None,
-    coef_topk: int | None = None,
-    basis_threshold: float | None = None,
-    threshold: float | None = None,
-) -> Tensor:
-    _check_prediction(
-        q, k, down, query_weight, query_bias, key_weight, key_bias, up, budget, columns, keep,
-        scale, coef_topk, basis_threshold, threshold,
-    )  # fmt: skip
-    batch, queries, heads = q.shape[:3]
-    return q.new_empty((batch, heads, queries, budget), dtype=torch.int32)
+def _(*given: Any) -> Tensor:
+    args = _Prediction(*given)
+    _check_prediction(args)
+    batch, queries, heads = args.q.shape[:3]
+    return args.q.new_empty((batch, heads, queries, args.budget), dtype=torch.int32)
 
 
 # ---- autograd: an index, nothing to differentiate ------------------------------------------------
@@ -451,29 +439,14 @@ def _(
 
 
 @_register.flops("predict_connectivity")
-def _(
-    q: Any,
-    k: Any,
-    down: Any,
-    query_weight: Any,
-    query_bias: Any,
-    key_weight: Any,
-    key_bias: Any,
-    up: Any,
-    budget: int,
-    columns: Any = None,
-    keep: Any = None,
-    scale: float | None = None,
-    coef_topk: int | None = None,
-    basis_threshold: float | None = None,
-    threshold: float | None = None,
-    **kwargs: Any,
-) -> int:
+def _(*given: Any, **kwargs: Any) -> int:
     """The combination, and the coefficients in the order of products that costs less."""
-    batch, queries, heads, _ = q
-    channels = None if query_weight is None else query_weight[0]
-    made = coefficient_flops(q, k[1], down[1], channels)
-    return made + _combination(batch, heads, queries, down[1], k[1], coef_topk)
+    args = _Prediction(*given)
+    batch, queries, heads, _ = args.q
+    tokens, rank = args.k[1], args.down[1]
+    channels = None if args.query_weight is None else args.query_weight[0]
+    made = coefficient_flops(args.q, tokens, rank, channels)
+    return made + _combination(batch, heads, queries, rank, tokens, args.coef_topk)
 
 
 def coefficient_flops(q: Any, tokens: int, rank: int, channels: int | None) -> int:

@@ -11,7 +11,7 @@ The remap with its two halves and the MLP over attention statistics are publishe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,27 @@ from torch import Tensor
 
 from spot_ext import _check, _register
 
-# Places of the op's arguments: tokens, features, keep, then the parameters.
-PARAMETERS = (
-    "norm_weight",
-    "norm_bias",
-    "remap_weight",
-    "remap_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "fc3_weight",
-    "fc3_bias",
-)
+
+class _Arguments(NamedTuple):
+    """Arguments of the op but `eps`, in its order: tensors, or for FLOPs their shapes, or None."""
+
+    tokens: Any
+    features: Any
+    keep: Any
+    norm_weight: Any
+    norm_bias: Any
+    remap_weight: Any
+    remap_bias: Any
+    fc1_weight: Any
+    fc1_bias: Any
+    fc2_weight: Any
+    fc2_bias: Any
+    fc3_weight: Any
+    fc3_bias: Any
+
+
+COUNT = len(_Arguments._fields)
+SAVED = ("logits", "remapped", "shared", "hidden1", "hidden2")  # results of the forward pass
 
 # ---- public function -----------------------------------------------------------------------------
 
@@ -87,13 +95,13 @@ def token_relevance(
         ValueError: shapes that do not fit, or both `tokens` and `features` None.
         RuntimeError: a second derivative is asked for.
     """
-    args = (
+    args = _Arguments(
         tokens, features, keep, norm_weight, norm_bias, remap_weight, remap_bias, fc1_weight,
         fc1_bias, fc2_weight, fc2_bias, fc3_weight, fc3_bias,
     )  # fmt: skip
     if _check.eager():
         _check.number("eps", eps)
-        _check_relevance(*args)
+        _check_relevance(args)
         _check.no_forward_ad("token_relevance", *args)
         like = tokens if tokens is not None else features
         assert like is not None
@@ -145,13 +153,11 @@ def token_relevance_reference(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_relevance(
-    tokens: Tensor | None, features: Tensor | None, keep: Tensor | None, *parameters: Tensor | None
-) -> None:
+def _check_relevance(args: _Arguments) -> None:
+    tokens, features, keep = args[:3]
     if tokens is None and features is None:
         raise ValueError("tokens and features must not both be None")
     like_name, like = ("tokens", tokens) if tokens is not None else ("features", features)
-    assert like is not None
     _check.tensor(like_name, like, 3)
     _check.dtype(like_name, like, _check.FLOATING)
     batch, num_tokens = like.shape[:2]
@@ -167,29 +173,28 @@ def _check_relevance(
         _check.device("keep", keep, like_name, like)
         _check.size("keep", keep, 0, batch, "the batch")
         _check.size("keep", keep, 1, num_tokens, "the tokens")
-    values = dict(zip(PARAMETERS, parameters, strict=True))
-    for name in PARAMETERS[:4]:
+    values = args._asdict()
+    for name in ("norm_weight", "norm_bias", "remap_weight", "remap_bias"):
         if (values[name] is None) != (tokens is None):
             wanted = "None without tokens" if tokens is None else "given with tokens"
             raise ValueError(f"{name} must be {wanted}, got {_kind(values[name])}")
-    remap = values["remap_weight"]
+    remap = args.remap_weight
     channels: Any = like.shape[2]
     if remap is not None:
-        _check_like("norm_weight", values["norm_weight"], like_name, like, (channels,))
-        _check_like("norm_bias", values["norm_bias"], like_name, like, (channels,))
+        _check_like("norm_weight", args.norm_weight, like_name, like, (channels,))
+        _check_like("norm_bias", args.norm_bias, like_name, like, (channels,))
         _check_like("remap_weight", remap, like_name, like, (None, channels))
         rows = remap.shape[0]
         if isinstance(rows, int) and rows % 2:
             raise ValueError(
                 f"remap_weight must have an even number of rows, got shape {list(remap.shape)}"
             )
-        _check_like("remap_bias", values["remap_bias"], like_name, like, (rows,))
+        _check_like("remap_bias", args.remap_bias, like_name, like, (rows,))
         width = rows + width
     for number in (1, 2, 3):
         weight, bias = values[f"fc{number}_weight"], values[f"fc{number}_bias"]
         outputs = 2 if number == 3 else None
         _check_like(f"fc{number}_weight", weight, like_name, like, (outputs, width))
-        assert weight is not None
         _check_like(f"fc{number}_bias", bias, like_name, like, (weight.shape[0],))
         width = weight.shape[0]
 
@@ -215,100 +220,55 @@ def _check_like(
 # ---- fakes ---------------------------------------------------------------------------------------
 
 
-def _saved_shapes(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+def _saved_shapes(args: _Arguments) -> tuple[tuple[Any, ...], ...]:
     """Shapes of logits, remapped, shared, hidden1 and hidden2."""
-    tokens, features, _, _, _, remap_weight, _, fc1_weight, _, fc2_weight = args[:10]
-    batch, num_tokens = (features if tokens is None else tokens).shape[:2]
+    batch, num_tokens = (args.features if args.tokens is None else args.tokens).shape[:2]
     remapped: tuple[Any, ...] = (0,)
     shared: tuple[Any, ...] = (0,)
-    if tokens is not None:
-        rows = remap_weight.shape[0]
+    if args.tokens is not None:
+        rows = args.remap_weight.shape[0]
         remapped, shared = (batch, num_tokens, rows), (batch, rows // 2)
-    hidden = ((batch, num_tokens, weight.shape[0]) for weight in (fc1_weight, fc2_weight))
+    hidden = ((batch, num_tokens, w.shape[0]) for w in (args.fc1_weight, args.fc2_weight))
     return (batch, num_tokens, 2), remapped, shared, *hidden
 
 
 @_register.fake("token_relevance")
-def _(
-    tokens: Tensor | None,
-    features: Tensor | None,
-    keep: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    remap_weight: Tensor | None,
-    remap_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    fc3_weight: Tensor,
-    fc3_bias: Tensor,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    args = (
-        tokens, features, keep, norm_weight, norm_bias, remap_weight, remap_bias, fc1_weight,
-        fc1_bias, fc2_weight, fc2_bias, fc3_weight, fc3_bias,
-    )  # fmt: skip
-    _check_relevance(*args)
-    shapes = _saved_shapes(args)
-    wide = torch.promote_types(fc1_weight.dtype, torch.float32)
-    logits = fc1_weight.new_empty(shapes[0], dtype=wide)
-    remapped, shared, hidden1, hidden2 = (fc1_weight.new_empty(shape) for shape in shapes[1:])
-    return logits, remapped, shared, hidden1, hidden2
+def _(*given: Any) -> tuple[Tensor, ...]:
+    args = _Arguments(*given[:COUNT])
+    _check_relevance(args)
+    like, shapes = args.fc1_weight, _saved_shapes(args)
+    logits = like.new_empty(shapes[0], dtype=torch.promote_types(like.dtype, torch.float32))
+    return logits, *map(like.new_empty, shapes[1:])
 
 
 @_register.fake("token_relevance_backward")
-def _(
-    grad: Tensor,
-    tokens: Tensor | None,
-    features: Tensor | None,
-    keep: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    remap_weight: Tensor | None,
-    remap_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    fc3_weight: Tensor,
-    fc3_bias: Tensor,
-    logits: Tensor,
-    remapped: Tensor,
-    shared: Tensor,
-    hidden1: Tensor,
-    hidden2: Tensor,
-    eps: float = 1e-5,
-    tokens_grad: bool = True,
-    features_grad: bool = True,
-    keep_grad: bool = True,
-    weights_grad: bool = True,
-) -> tuple[Tensor, ...]:
-    args = (
-        tokens, features, keep, norm_weight, norm_bias, remap_weight, remap_bias, fc1_weight,
-        fc1_bias, fc2_weight, fc2_bias, fc3_weight, fc3_bias,
-    )  # fmt: skip
-    _check_relevance(*args)
-    dtype, wide = fc1_weight.dtype, torch.promote_types(fc1_weight.dtype, torch.float32)
+def _(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    args, saved = _Arguments(*given[:COUNT]), given[COUNT : COUNT + len(SAVED)]
+    _check_relevance(args)
+    like = args.fc1_weight
+    wide = torch.promote_types(like.dtype, torch.float32)
     shapes = _saved_shapes(args)
-    for name, value, shape, kind in (
-        ("grad", grad, shapes[0], wide),
-        ("logits", logits, shapes[0], wide),
-        ("remapped", remapped, shapes[1], dtype),
-        ("shared", shared, shapes[2], dtype),
-        ("hidden1", hidden1, shapes[3], dtype),
-        ("hidden2", hidden2, shapes[4], dtype),
-    ):
-        if tokens is not None or name not in ("remapped", "shared"):
-            _check.saved(name, value, shape, kind, "fc1_weight", fc1_weight)
-    wanted = (tokens_grad, features_grad, keep_grad and tokens is not None, *[weights_grad] * 10)
+    _check.saved("grad", grad, shapes[0], wide, "fc1_weight", like)
+    for name, value, shape in zip(SAVED, saved, shapes, strict=True):
+        if args.tokens is not None or name not in ("remapped", "shared"):
+            kind = wide if name == "logits" else like.dtype
+            _check.saved(name, value, shape, kind, "fc1_weight", like)
+    tokens_grad, features_grad, keep_grad, weights_grad = _wanted(given)
+    keep_grad = keep_grad and args.tokens is not None
+    wanted = (tokens_grad, features_grad, keep_grad, *[weights_grad] * (COUNT - 3))
     return tuple(
-        fc1_weight.new_empty(
+        like.new_empty(
             value.shape if flag and value is not None else (0,),
-            dtype=wide if place == 2 else fc1_weight.dtype,
+            dtype=wide if name == "keep" else like.dtype,
         )
-        for place, (flag, value) in enumerate(zip(wanted, args, strict=True))
+        for name, flag, value in zip(args._fields, wanted, args, strict=True)
     )
+
+
+def _wanted(given: tuple[Any, ...]) -> tuple[bool, ...]:
+    """Which gradients the backward op is asked for, behind `grad`; trailing defaults are cut."""
+    flags = given[COUNT + len(SAVED) + 1 :]  # eps is between
+    return *flags, *[True] * (4 - len(flags))
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -325,19 +285,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 @_register.autograd("token_relevance", _setup)
 def _(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * (COUNT + 1)
     saved = ctx.saved_tensors
-    args = saved[:13]
+    args = _Arguments(*saved[:COUNT])
     needed = [
         value is not None and _register.needs_grad(ctx, place) for place, value in enumerate(args)
     ]
-    needed[2] = needed[2] and args[0] is not None
+    needed[2] = needed[2] and args.tokens is not None
     grads = torch.ops.spot.token_relevance_backward(
         grad, *saved, ctx.eps, *needed[:3], any(needed[3:])
     )
     found = [value if flag else None for value, flag in zip(grads, needed, strict=True)]
     if found[2] is not None:
-        found[2] = found[2].to(args[2].dtype)
+        found[2] = found[2].to(args.keep.dtype)
     return *found, None
 
 
@@ -349,8 +309,8 @@ _register.once_only("token_relevance")
 
 @_register.autocast("token_relevance")
 def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tokens, features, *weights = _register.cast(dtype, (*args[:2], *args[3:13]))
-    return (tokens, features, args[2], *weights, *args[13:]), kwargs
+    tokens, features, *weights = _register.cast(dtype, (*args[:2], *args[3:COUNT]))
+    return (tokens, features, args[2], *weights, *args[COUNT:]), kwargs
 
 
 @_register.autocast("token_relevance_backward")
@@ -361,35 +321,34 @@ def _(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
-def _products(args: tuple[Any, ...]) -> dict[str, int]:
+def _products(args: _Arguments) -> dict[str, int]:
     """Multiply-accumulates of each product of the forward pass, from its arguments' shapes."""
-    tokens, features, _, _, _, remap_weight, _, fc1_weight, _, fc2_weight = args[:10]
-    batch, count = (features if tokens is None else tokens)[:2]
-    rows, hidden1, hidden2 = batch * count, fc1_weight[0], fc2_weight[0]
-    remap, channels = (0, 0) if tokens is None else remap_weight
+    batch, count = (args.features if args.tokens is None else args.tokens)[:2]
+    rows, hidden1, hidden2 = batch * count, args.fc1_weight[0], args.fc2_weight[0]
+    remap, channels = (0, 0) if args.tokens is None else args.remap_weight
     return {
         "remap": rows * channels * remap,
         "local": rows * (remap // 2) * hidden1,
         "shared": batch * (remap // 2) * hidden1,
-        "features": 0 if features is None else rows * features[2] * hidden1,
+        "features": 0 if args.features is None else rows * args.features[2] * hidden1,
         "fc2": rows * hidden1 * hidden2,
         "fc3": rows * hidden2 * 2,
     }
 
 
 @_register.flops("token_relevance")
-def _(*args: Any, **kwargs: Any) -> int:
+def _(*given: Any, **kwargs: Any) -> int:
     """The matrix products."""
-    return 2 * sum(_products(args).values())
+    return 2 * sum(_products(_Arguments(*given[:COUNT])).values())
 
 
 @_register.flops("token_relevance_backward")
-def _(grad: Any, *args: Any, **kwargs: Any) -> int:
+def _(grad: Any, *given: Any, **kwargs: Any) -> int:
     """Each product twice, less those that only an unwanted gradient needs; `shared` once more."""
-    given = (*args[19:], *(True,) * (23 - len(args)))
-    tokens_grad, features_grad, keep_grad, weights_grad = given[-4:]
+    args = _Arguments(*given[:COUNT])
+    tokens_grad, features_grad, keep_grad, weights_grad = _wanted(given)
     p = _products(args)
-    keep_grad = keep_grad and args[2] is not None
+    keep_grad = keep_grad and args.keep is not None
     below = tokens_grad or keep_grad or weights_grad
     total = p["shared"] + p["fc2"] + p["fc3"]
     total += p["features"] if features_grad else 0

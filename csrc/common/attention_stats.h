@@ -1,9 +1,10 @@
-// Shapes and checks of attention_stats, shared by the CPU and CUDA entry points.
+// Shapes, checks and results of attention_stats, shared by the CPU and CUDA entry points.
 #pragma once
 
 #include "dispatch.h"
 
 #include <cmath>
+#include <tuple>
 
 namespace spot {
 
@@ -85,6 +86,20 @@ inline void check_attention_grad(const char* op, const Tensor& grad_out,
   if (!grad_stats) return;
   check_wide("grad_stats", *grad_stats, kNumStats);
   check_wide("stats", stats, kNumStats);
+}
+
+// What an attention op returns.
+struct AttentionResults {
+  Tensor out, stats, lse;
+
+  std::tuple<Tensor, Tensor, Tensor> all() const { return {out, stats, lse}; }
+};
+
+inline AttentionResults empty_results(const Tensor& q, const AttentionShape& s, bool need_stats) {
+  const std::vector<int64_t> none{0}, heads{s.batch, s.num_tokens, s.num_heads},
+      stats{s.batch, s.num_tokens, s.num_heads, kNumStats};
+  return {empty_on(q, sizes_of(q), q.scalar_type()),
+          empty_on(q, need_stats ? stats : none, wide_type(q)), empty_on(q, heads, wide_type(q))};
 }
 
 }  // namespace spot

@@ -1,5 +1,5 @@
 // CPU entry points of attention_stats: check, allocate, run the kernels in parallel.
-#include "host/attention_args.h"
+#include "host/attention_entry.h"
 #include "isa.h"
 
 namespace spot {
@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   AttentionResults results = empty_results(q, s, need_stats);
   const int64_t items = s.batch * s.num_heads;
   if (items * s.num_tokens == 0) return results.all();
-  AttentionArgs args = attention_args(op, s, order, q, k, v, bias);
+  AttentionArgs args{};
+  set_args(args, op, s, order, q, k, v, bias);
   set_results(args, s, results, need_stats);
   const bool combine = need_stats && args.num_spans > 1;
   Tensor sums = empty_on(q, {combine ? items * args.num_spans : 0, 2, s.num_tokens}, wide_type(q));
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
       empty_on(q, bias_grad ? sizes_of(*bias) : std::vector<int64_t>{0}, wide_type(q));
   const AttentionSaved saved(stats, lse, grad_stats);
   AttentionGradArgs args{};
-  args.forward = attention_args(op, s, order, q, k, v, bias);
+  set_args(args.forward, op, s, order, q, k, v, bias);
   set_grads(args, args.forward, saved, grad_out, grads, keep_grad);
   args.bias = bias_grad ? bias_sums.mutable_data_ptr() : nullptr;
   args.one_bias = bias_grad && bias->size(0) == 1;

@@ -1,7 +1,7 @@
 // CPU entry points of connectivity: check, allocate, run the kernel in parallel.
 #include "../common/connectivity.h"
 
-#include "host/attention_args.h"
+#include "host/attention_entry.h"
 #include "isa.h"
 
 namespace spot {

@@ -1,7 +1,7 @@
 // CPU entry points of sparse_attention: check, allocate, run the kernels in parallel.
 #include "../common/sparse_attention.h"
 
-#include "host/attention_args.h"
+#include "host/attention_entry.h"
 #include "isa.h"
 
 #include <atomic>
@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   AttentionResults results = empty_results(q, s, need_stats);
   const int64_t items = s.batch * s.num_heads;
   if (items * s.num_tokens == 0) return results.all();
-  SparseArgs args{attention_args(op, s, order, q, k, v, std::nullopt),
-                  static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
+  SparseArgs args{{}, static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
   AttentionArgs& a = args.attention;
+  set_args(a, op, s, order, q, k, v, std::nullopt);
   set_results(a, s, results, need_stats);
   const bool combine = need_stats && a.num_spans > 1;
   // A pair of float64, or of wider numbers for float64, for each token.
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   const AttentionSaved saved(stats, lse, grad_stats);
   const Tensor named = dense(index);
   SparseGradArgs args{};
-  args.forward = {attention_args(op, s, order, q, k, v, std::nullopt),
-                  static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
+  args.forward = {{}, static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
+  set_args(args.forward.attention, op, s, order, q, k, v, std::nullopt);
   set_grads(args, args.forward.attention, saved, grad_out, grads, keep_grad);
   const KernelTable& table = kernels();
   if (s.num_tokens > 0)

@@ -7,7 +7,7 @@
 namespace spot {
 
 // A [B, N, H, D] tensor; strides in elements.
-struct View {
+struct HeadRows {
   const void* data;
   int64_t batch, token, head, dim;
   bool wide;  // rows are dense, and 16-byte pieces of them aligned
@@ -20,7 +20,7 @@ constexpr int plain_columns() {
 }
 
 struct AttentionArgs {
-  View q, k, v;
+  HeadRows q, k, v;
   int64_t batch, heads;
   int tokens, prefix, dim;
   int depth;  // dim rounded up to a multiple of 32
@@ -124,7 +124,7 @@ __device__ inline A hiding(int role) {
 
 // First element of one image and head.
 template <typename T>
-__device__ inline const T* origin(const View& view, Slice slice) {
+__device__ inline const T* origin(const HeadRows& view, Slice slice) {
   return static_cast<const T*>(view.data) + slice.image * view.batch + slice.head * view.head;
 }
 
@@ -134,7 +134,7 @@ __device__ inline const T* origin(const View& view, Slice slice) {
 // tile; zeros beyond the tensor. Called by `threads` threads, this one being `thread`; complete
 // after copy_async_wait and a barrier.
 template <int kRows, typename T>
-__device__ inline void load_tile(T* tile, const AttentionArgs& a, const View& view, Slice slice,
+__device__ inline void load_tile(T* tile, const AttentionArgs& a, const HeadRows& view, Slice slice,
                                  int first, int column, int columns, int thread, int threads) {
   const T* source = origin<T>(view, slice);
 #pragma unroll 1

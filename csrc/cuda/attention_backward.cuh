@@ -44,7 +44,7 @@ constexpr int kSideValues = 8;   // with statistics
 
 template <typename T>
 struct BackwardArgs : AttentionArgs {
-  View grad_out, out;        // [B, N, H, D]
+  HeadRows grad_out, out;    // [B, N, H, D]
   const Acc<T>* lse;         // [B, N, H]
   const Acc<T>* stats;       // [B, N, H, 6], with statistics
   const Acc<T>* grad_stats;  // [B, N, H, 6] with strides, null without statistics
@@ -94,8 +94,8 @@ __device__ inline A statistic_gradient(A p, A inverse, const Side<A>& query, con
 constexpr int kGroup = 8;
 
 template <typename T>
-__device__ inline Acc<T> part_of_dot(const T* x, const View& x_view, const T* y, const View& y_view,
-                                     int dim, int part) {
+__device__ inline Acc<T> part_of_dot(const T* x, const HeadRows& x_view, const T* y,
+                                     const HeadRows& y_view, int dim, int part) {
   const bool wide = x_view.wide && y_view.wide;
   Acc<T> sum = Acc<T>(0);
   for (int d = kVector<T> * part; d < dim; d += kVector<T> * kGroup) {
@@ -262,12 +262,12 @@ struct BackwardTiles {
   }
 
   // Tokens row0.. of a tensor into this warp's rows; called by all its lanes.
-  __device__ void load_rows(int which, const AttentionArgs& a, const View& view, Slice slice,
+  __device__ void load_rows(int which, const AttentionArgs& a, const HeadRows& view, Slice slice,
                             int row0) const {
     load_tile<16>(rows(which), a, view, slice, row0, 0, depth, this_lane().index, kWarp);
   }
   // Tokens first.. of a tensor into an inner tile; called by the whole block.
-  __device__ void load_inner(int which, int stage, const AttentionArgs& a, const View& view,
+  __device__ void load_inner(int which, int stage, const AttentionArgs& a, const HeadRows& view,
                              Slice slice, int first) const {
     load_tile<kSize>(tile(which, stage), a, view, slice, first, 0, depth,
                      static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));

@@ -1,15 +1,16 @@
-// What the entry points of attention kernels share: tensors and arguments to structs of pointers.
+// From tensors to the arguments of the attention kernels, for their CUDA entry points.
 #pragma once
 
 #include "../common/attention_stats.h"
 #include "attention_backward.cuh"
+#include "attention_forward.cuh"
 
 namespace spot {
 
 constexpr int kMostTokens = 1 << 30;
 
 template <typename T>
-View view_of(const Tensor& t) {
+HeadRows head_rows(const Tensor& t) {
   const auto aligned = [&](int64_t d) { return t.size(d) == 1 || t.stride(d) % kVector<T> == 0; };
   const bool wide = t.stride(3) == 1 && t.size(3) % kVector<T> == 0 && aligned(0) && aligned(1) &&
                     aligned(2) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
@@ -17,12 +18,13 @@ View view_of(const Tensor& t) {
 }
 
 template <typename T>
-void fill_args(AttentionArgs& a, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-               const Mask& mask, const std::optional<Tensor>& bias, const AttentionShape& s) {
+void set_args(AttentionArgs& a, const char* op, const AttentionShape& s, const Mask& mask,
+              const Tensor& q, const Tensor& k, const Tensor& v,
+              const std::optional<Tensor>& bias) {
   SPOT_CHECK(s.num_tokens <= kMostTokens, op, "q may have at most 2^30 tokens, got ", s.num_tokens);
-  a.q = view_of<T>(q);
-  a.k = view_of<T>(k);
-  a.v = view_of<T>(v);
+  a.q = head_rows<T>(q);
+  a.k = head_rows<T>(k);
+  a.v = head_rows<T>(v);
   a.batch = s.batch;
   a.heads = s.num_heads;
   a.tokens = static_cast<int>(s.num_tokens);
@@ -42,6 +44,14 @@ void fill_args(AttentionArgs& a, const char* op, const Tensor& q, const Tensor& 
   a.bias_type = dtype_slot(op, "bias", *bias);
 }
 
+// Where results go.
+template <typename T>
+void set_results(ForwardArgs<T>& a, AttentionResults& results, bool need_stats) {
+  a.out = mutable_data<T>(results.out);
+  a.stats = need_stats ? mutable_data<Acc<T>>(results.stats) : nullptr;
+  a.lse = mutable_data<Acc<T>>(results.lse);
+}
+
 // Tensors that a backward pass reads besides its arguments.
 struct BackwardTables {
   Tensor lse, stats, scratch;
@@ -59,8 +69,8 @@ BackwardTables prepare_backward(const char* op, BackwardArgs<T>& a, const Tensor
   const BackwardTables tables{
       dense(lse), grad_stats ? dense(stats) : stats,
       empty_on(lse, {entries * (kEntryValues + (grad_stats ? kSideValues : 0))}, wide_type(out))};
-  a.grad_out = view_of<T>(grad_out);
-  a.out = view_of<T>(out);
+  a.grad_out = head_rows<T>(grad_out);
+  a.out = head_rows<T>(out);
   a.lse = data<A>(tables.lse);
   if (grad_stats) {
     a.stats = data<A>(tables.stats);

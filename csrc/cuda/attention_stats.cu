@@ -78,24 +78,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   const AttentionShape s = check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  Tensor out = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor stats = need_stats
-                     ? empty_on(q, {s.batch, s.num_tokens, s.num_heads, kNumStats}, wide_type(q))
-                     : empty_on(q, {0}, wide_type(q));
-  Tensor lse = empty_on(q, {s.batch, s.num_tokens, s.num_heads}, wide_type(q));
+  AttentionResults results = empty_results(q, s, need_stats);
   const Mask mask = read_mask(op, keep, s.num_tokens, s.num_prefix, stream);
-  if (lse.numel() == 0) return {out, stats, lse};
+  if (results.lse.numel() == 0) return results.all();
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
     ForwardArgs<T> a{};
-    fill_args<T>(a, op, q, k, v, mask, bias, s);
-    a.out = mutable_data<T>(out);
-    a.stats = mutable_data<Acc<T>>(stats);
-    a.lse = mutable_data<Acc<T>>(lse);
+    set_args<T>(a, op, s, mask, q, k, v, bias);
+    set_results(a, results, need_stats);
     dispatch(need_stats,
              [&](auto wanted) { launch_forward<T, decltype(wanted)::value>(op, q, a, stream); });
   });
-  return {out, stats, lse};
+  return results.all();
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
     BackwardArgs<T> a{};
-    fill_args<T>(a, op, q, k, v, mask, bias, s);
+    set_args<T>(a, op, s, mask, q, k, v, bias);
     const BackwardTables tables =
         prepare_backward<T>(op, a, grad_out, grad_stats, out, stats, lse, stream);
     a.dq = mutable_data<T>(dq);

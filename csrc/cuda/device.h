@@ -26,8 +26,6 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-#define SPOT_LAUNCH_CHECK() STD_CUDA_KERNEL_LAUNCH_CHECK()
-
 // SPOT_CHECK=1 in the environment asks for synchronising checks of CUDA index tensors. Read once.
 inline bool checks_wanted() {
   static const bool wanted = [] {
@@ -100,7 +98,7 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
                                         static_cast<int>(shared)));
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(
       arguments...);
-  SPOT_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 inline Tensor copy_to_host(const Tensor& t) {

@@ -21,8 +21,8 @@
 // instead, at the price of a sync.
 #include "../common/sparse_attention.h"
 #include "attention_entry.cuh"
-#include "sparse_backward.cuh"
-#include "sparse_forward.cuh"
+#include "sparse_attention_backward.cuh"
+#include "sparse_attention_forward.cuh"
 
 #include <algorithm>
 
@@ -51,7 +51,7 @@ Named read_index(const char* op, const Tensor& given, const SparseShape& s) {
 // `t` itself where its rows can be read in 16-byte pieces, else a copy with rows of whole pieces.
 template <typename T>
 Tensor in_pieces(const Tensor& t) {
-  if (view_of<T>(t).wide) return t;
+  if (head_rows<T>(t).wide) return t;
   std::vector<int64_t> sizes = sizes_of(t);
   sizes[3] = round_up(static_cast<int>(sizes[3]), kVector<T>);
   Tensor padded = empty_on(t, sizes, t.scalar_type());
@@ -167,30 +167,24 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
       check_sparse_attention(op, q, k, v, index, keep, scale, num_prefix, class_token);
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  Tensor out = empty_on(q, sizes_of(q), q.scalar_type());
-  Tensor stats = need_stats
-                     ? empty_on(q, {s.batch, s.num_tokens, s.num_heads, kNumStats}, wide_type(q))
-                     : empty_on(q, {0}, wide_type(q));
-  Tensor lse = empty_on(q, {s.batch, s.num_tokens, s.num_heads}, wide_type(q));
+  AttentionResults results = empty_results(q, s, need_stats);
   const Named named = read_index(op, index, s);
   const Mask mask = read_mask(op, keep, s.num_tokens, s.num_prefix, stream);
-  if (lse.numel() == 0) return {out, stats, lse};
+  if (results.lse.numel() == 0) return results.all();
   dispatch(dtype_slot(op, "q", q), [&](auto zero) {
     using T = decltype(zero);
     const Tensor q_rows = in_pieces<T>(q), k_rows = in_pieces<T>(k), v_rows = in_pieces<T>(v);
     SparseForwardArgs<T> a{};
-    fill_args<T>(a, op, q_rows, k_rows, v_rows, mask, std::nullopt, s);
+    set_args<T>(a, op, s, mask, q_rows, k_rows, v_rows, std::nullopt);
     a.map = named.map;
-    a.out = mutable_data<T>(out);
-    a.stats = need_stats ? mutable_data<Acc<T>>(stats) : nullptr;
-    a.lse = mutable_data<Acc<T>>(lse);
+    set_results(a, results, need_stats);
     dispatch(need_stats, [&](auto wanted) {
       constexpr bool kStats = decltype(wanted)::value;
       if (!launch_dense<T, kStats>(op, q, a, stream))
         launch_gather<T, kStats>(op, q, a, named, stream);
     });
   });
-  return {out, stats, lse};
+  return results.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
@@ -222,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
     const Tensor q_rows = in_pieces<T>(q), k_rows = in_pieces<T>(k), v_rows = in_pieces<T>(v);
     const Tensor grad_rows = in_pieces<T>(grad_out);
     SparseBackwardArgs<T> a{};
-    fill_args<T>(a, op, q_rows, k_rows, v_rows, mask, std::nullopt, s);
+    set_args<T>(a, op, s, mask, q_rows, k_rows, v_rows, std::nullopt);
     a.keep_partial = keep_grad ? mutable_data<A>(keep_partial) : nullptr;
     if (lse.numel() > 0) {
       const BackwardTables tables =

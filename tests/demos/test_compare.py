@@ -163,7 +163,7 @@ def test_the_page_shows_the_committed_runs(name: str) -> None:
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs/comparison.md").read_text()
     section = page.split("\n## ")[1 + (name == "budgets")]
-    runs = sorted((root / "benchmarks/results").glob(f"{name}-*.json"))
+    runs = sorted((root / "benchmarks/results/demos").glob(f"{name}-*.json"))
     describe = compare.describe if name == "compare" else demo_budgets.describe
     assert ("No run is committed yet." in section) is not bool(runs)
     assert section.count("±") == sum(

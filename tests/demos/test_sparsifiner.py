@@ -182,7 +182,7 @@ def test_the_page_shows_the_committed_run() -> None:
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs/comparison.md").read_text()
     section = next(part for part in page.split("\n## ") if part.startswith("Sparsifiner"))
-    runs = sorted((root / "benchmarks/results").glob("sparsifiner-*.json"))
+    runs = sorted((root / "benchmarks/results/demos").glob("sparsifiner-*.json"))
     assert ("No run is committed yet." in section) is not bool(runs)
     for run in runs:
         summary = json.loads(run.read_text())
@@ -192,7 +192,7 @@ def test_the_page_shows_the_committed_run() -> None:
 
 def test_the_committed_run_holds_what_it_claims() -> None:
     root = Path(__file__).resolve().parents[2]
-    for run in (root / "benchmarks/results").glob("sparsifiner-*.json"):
+    for run in (root / "benchmarks/results/demos").glob("sparsifiner-*.json"):
         summary = json.loads(run.read_text())
         dense, alone, both = summary["rows"]
         assert summary["tokens"] >= 401 and summary["setting"]["keep_rate"] == 0.25

@@ -14,7 +14,7 @@ from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.measure.attention_flops import mhsa_constant, mhsa_flops
 from spot_vit.models.sparsifiner import predictors
 
-from tools import mhsa
+from tools.docs import attention_flops
 
 IMAGE = (3, 224, 224)
 SIZES = {  # depth, width, heads
@@ -58,7 +58,7 @@ def test_slope_and_constant(name: str):
     slope = 2 * depth * 196 * dim
     assert round(slope / 1e6, 5) == SLOPES[name]
     gaps = []
-    for rate in mhsa.RATES:
+    for rate in attention_flops.RATES:
         budget = math.ceil(round(197 * rate, 6))
         cost = mhsa_flops(spot_vit.set_keep(model, attention=rate), IMAGE)
         assert cost.total == constant + slope * budget
@@ -119,6 +119,6 @@ def test_layers_tell_connectivity_apart():
 
 def test_the_page_has_the_table():
     page = (Path(__file__).parents[2] / "docs" / "sparsifiner.md").read_text()
-    assert mhsa.table() in page, "run python tools/mhsa.py"
+    assert attention_flops.table() in page, "run python tools/docs/attention_flops.py"
     for name in SparsifinerConfig.names():
         assert f"`{name}`" in page, name

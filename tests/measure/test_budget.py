@@ -14,7 +14,7 @@ from spot_vit.config.spot import exact
 from spot_vit.measure import budget
 from spot_vit.measure.budget import Budget, largest_ratio, solve_keep
 
-from tools import budgets
+from tools.docs import budgets
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
 
@@ -197,7 +197,7 @@ def test_median_latency_is_a_median_of_eval_passes():
 
 def test_the_page_agrees_with_the_tool():
     page = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text()
-    assert budgets.table() in page, "run python tools/budgets.py"
+    assert budgets.table() in page, "run python tools/docs/budgets.py"
     with torch.device("meta"):
         model = spot_vit.sparsify(timm.create_model("deit_small_patch16_224"))
     assert f"ρ ≈ {solve_keep(model, {'gmacs': 2.8})}." in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,22 +38,40 @@ def versions() -> dict[str, str]:
 
 
 def facts(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a reader needs to judge figures of a device: the machine, its use, and versions."""
-    from spot_ext import _C
+    """What a reader needs to judge figures of a device: the machine, its use, and versions.
 
+    Before the libraries are built, instruction set and compiler are missing.
+    """
     device = torch.device(device)
     found: dict[str, Any] = {
         "device": device.type,
         "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": _C.isa(),
-        "compiler": _C.build_info()["compiler"],
         **versions(),
     }
+    with suppress(ImportError):
+        from spot_ext import _C
+
+        found |= {"isa": _C.isa(), "compiler": _C.build_info()["compiler"]}
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "capability": f"{major}.{minor}",
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
     return found
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True).stdout
+    except OSError:
+        return "unknown"
+    return text.split("\n")[0].strip() or "unknown"
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Prints the table of docs/budgets.md: what SPOT-DeiT-S costs at each keep ratio.
 
-python tools/budgets.py [model]
+python tools/docs/budgets.py [model]
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import spot_vit  # noqa: E402

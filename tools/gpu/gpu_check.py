@@ -1,12 +1,12 @@
 """Builds, tests, times and memory-checks the CUDA kernels on a machine with an NVIDIA GPU.
 
-    python benchmarks/gpu_check.py --output FOLDER [build test bench memcheck] [--ops compact ...]
+    python tools/gpu/gpu_check.py --output FOLDER [build test bench memcheck] [--ops compact ...]
 
 Needs nvcc, torch >= 2.11 with CUDA, scikit-build-core, pybind11, pytest and hypothesis; no network.
 The package is built into a temporary folder, so nothing installed is changed. Every part has a time
 limit and so has the whole; what ran out of time is recorded as such. FOLDER gets results.json,
-summary.md and the logs. Keep a result as benchmarks/results/gpu-<device>-<date>.json, then run
-`python tools/gpu_status.py`.
+summary.md and the logs. Keep a result as benchmarks/results/gpu/<device>-<date>.json, then run
+`python tools/gpu/gpu_status.py`.
 
 Exit status: 0 nothing failed, 1 something failed or ran out of time, 2 bad arguments, 4 no GPU or
 no nvcc. Without compute-sanitizer the memory checks are recorded as not run.
@@ -30,10 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
-from tools.cuda_sources import cuda_ops, source_hash  # noqa: E402
+from tools.gpu.cuda_sources import cuda_ops, source_hash  # noqa: E402
 
 PARTS = ("build", "test", "bench", "memcheck")
 LIMITS = {"build": 180.0, "test": 270.0, "bench": 90.0, "memcheck": 150.0}  # seconds
@@ -96,22 +96,10 @@ def missing() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Device, driver and versions."""
-    import torch
+    """The GPU, its driver, the machine around it, and versions."""
+    from spot_vit.utils.machine import facts
 
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    ).stdout.split("\n")[0]
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": f"{major}.{minor}",
-        "driver": driver.strip() or "unknown",
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-    }
+    return facts("cuda")
 
 
 def build(target: Path, scratch: Path, log: Path, budget: Budget, env: dict[str, str]) -> str:
@@ -171,7 +159,7 @@ def memcheck(op: str, log: Path, budget: Budget, env: dict[str, str]) -> dict[st
     for tool in TOOLS:
         command = [
             "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
-            sys.executable, "benchmarks/gpu_sample.py", op,
+            sys.executable, "tools/gpu/gpu_sample.py", op,
         ]  # fmt: skip
         if shutil.which(command[0]) is None:
             verdicts[tool] = f"{NOT_RUN}: no compute-sanitizer"
@@ -242,7 +230,7 @@ def summary(results: dict[str, Any]) -> str:
     lines = [
         f"# GPU check, {results['date']}",
         "",
-        f"{m['device']} (capability {m['capability']}), driver {m['driver']}, torch {m['torch']}, "
+        f"{m['gpu']} (capability {m['capability']}), driver {m['driver']}, torch {m['torch']}, "
         f"CUDA {m['cuda']}",
         "",
         "| part | status | seconds |",

@@ -7,7 +7,6 @@
 #include "keep.h"
 
 #include <algorithm>
-#include <tuple>
 
 namespace spot {
 
@@ -44,10 +43,9 @@ inline HeadRows head_rows(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-inline AttentionArgs attention_args(const char* op, const AttentionShape& s,
-                                    const TokenOrder& order, const Tensor& q, const Tensor& k,
-                                    const Tensor& v, const std::optional<Tensor>& bias) {
-  AttentionArgs args{};
+inline void set_args(AttentionArgs& args, const char* op, const AttentionShape& s,
+                     const TokenOrder& order, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const std::optional<Tensor>& bias) {
   args.q = head_rows(q);
   args.k = head_rows(k);
   args.v = head_rows(v);
@@ -67,7 +65,6 @@ inline AttentionArgs attention_args(const char* op, const AttentionShape& s,
   args.num_prefix = s.num_prefix;
   args.class_token = s.class_token;
   args.scale = s.scale;
-  return args;
 }
 
 // Into how many spans the queries of each head are cut: more than one only where there are few
@@ -76,20 +73,6 @@ inline int64_t spans(int64_t heads, int64_t num_tokens) {
   constexpr int64_t kEnough = 16, kLeastRows = 96;
   return std::max<int64_t>(
       1, std::min<int64_t>((kEnough + heads - 1) / heads, num_tokens / kLeastRows));
-}
-
-// What an attention op returns.
-struct AttentionResults {
-  Tensor out, stats, lse;
-
-  std::tuple<Tensor, Tensor, Tensor> all() const { return {out, stats, lse}; }
-};
-
-inline AttentionResults empty_results(const Tensor& q, const AttentionShape& s, bool need_stats) {
-  const std::vector<int64_t> none{0}, heads{s.batch, s.num_tokens, s.num_heads},
-      stats{s.batch, s.num_tokens, s.num_heads, kNumStats};
-  return {empty_on(q, sizes_of(q), q.scalar_type()),
-          empty_on(q, need_stats ? stats : none, wide_type(q)), empty_on(q, heads, wide_type(q))};
 }
 
 // Where results go, and how queries are cut; there must be some.

@@ -1,6 +1,6 @@
 """Calls every CUDA kernel over odd shapes and dtypes and compares with the definition on the CPU.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu_sample.py compact
+    compute-sanitizer --tool memcheck python tools/gpu/gpu_sample.py compact
 
 The calls are the `gpu` and `unread` ones of tests/ops/cases. Small on purpose: a sanitizer slows
 everything down. Bad indices are among the calls: what they must not do is touch foreign memory.
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from ops.cases import SLICES
 from ops.cases.base import Op

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-import timm
 
-from tools.backbones import (
+from tools.docs.backbones import (
     LARGEST,
     PAGE,
     RESULTS,
     ROOT,
     TOLERANCE,
+    architectures,
     numbers,
     page,
+    series,
     structure,
 )
 
@@ -81,6 +82,14 @@ def test_page_tells_what_was_run():
     assert len(results) >= 265 and max(results.values()) <= TOLERANCE
 
 
+def test_series_follow_from_names():
+    told = {name: series(name) for name in SMALL}
+    assert told["vit_small_patch14_dinov2"] == "DINOv2"
+    assert told["eva02_base_patch16_clip_224"] == told["vit_base_patch32_clip_224"] == "CLIP"
+    assert told["vit_tiny_r_s16_p8_224"] == "ViT on a convolutional stem"
+    assert told["vit_wee_patch16_reg1_gap_256"] == told["vit_tiny_patch16_224"] == "ViT"
+
+
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "vit_relpos_small_patch16_224"],
@@ -94,7 +103,7 @@ def test_others_are_refused_with_a_reason(name: str):
 @pytest.mark.slow
 def test_every_architecture():
     """The page is what the whole of timm says today; every architecture that fits is run."""
-    found = [structure(name) for name in timm.list_models()]
+    found = [structure(name) for name in architectures()]
     results = {}
     for s in found:
         if s.reason is None and 4 * s.parameters < LARGEST:

@@ -1,6 +1,6 @@
-"""Writes docs/gpu-status.md from the committed results of benchmarks/gpu_check.py.
+"""Writes docs/gpu-status.md from the committed results of tools/gpu/gpu_check.py.
 
-    python tools/gpu_status.py [--check]
+    python tools/gpu/gpu_status.py [--check]
 
 With --check nothing is written; the exit status is 1 when the page is out of date.
 """
@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.cuda_sources import cuda_ops, source_hash  # noqa: E402
+from tools.gpu.cuda_sources import cuda_ops, source_hash  # noqa: E402
 
 PAGE = "docs/gpu-status.md"
 HEAD = """# GPU status
 
-Written by `python tools/gpu_status.py`; do not edit. A row is filled only by a committed result of
-`python benchmarks/gpu_check.py` (`benchmarks/results/gpu-*.json`) whose CUDA tests passed with none
+Written by `python tools/gpu/gpu_status.py`; do not edit. A row is filled only by a committed result
+of `python tools/gpu/gpu_check.py` (`benchmarks/results/gpu`) whose CUDA tests passed with none
 skipped. "Changed since" compares the CUDA source of the op, and the headers it may include, with
 what was tested. `pytest tests/ops --emulate-cuda` runs the kernels on a CPU; that fills no row.
 """
@@ -49,7 +49,7 @@ def status_rows(results: list[dict[str, Any]], sources: dict[str, str]) -> list[
         facts, m = result["ops"][op], result["machine"]
         checks = facts.get("memcheck", {})
         rows.append(
-            f"| {op} | {result['date'][:10]} | {m['device']} | driver {m['driver']}, torch "
+            f"| {op} | {result['date'][:10]} | {m['gpu']} | driver {m['driver']}, torch "
             f"{m['torch']}, CUDA {m['cuda']} | {facts['test']['passed']} passed | "
             f"{', '.join(f'{tool} {verdict}' for tool, verdict in checks.items()) or 'not run'} | "
             f"{_changed(facts['source'], source)} |"
@@ -57,21 +57,21 @@ def status_rows(results: list[dict[str, Any]], sources: dict[str, str]) -> list[
     return rows
 
 
-def ptxas_rows(report: dict[str, Any], op: str) -> list[str]:
-    """One table row per kernel: registers, spills and shared memory on each architecture."""
+def register_rows(report: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    """One table row per op: what ptxas says on each architecture."""
     rows = []
-    for kernel, on in report["ops"][op]["kernels"].items():
-        cells = [
-            f"{on[arch]['registers']} | {on[arch]['spill_stores'] + on[arch]['spill_loads']}"
-            for arch in report["archs"]
-        ]
-        shared = max(on[arch]["shared"] for arch in report["archs"])
-        rows.append(f"| `{kernel}` | {' | '.join(cells)} | {shared} |")
+    for op in filter(report["ops"].__contains__, sources):
+        facts = report["ops"][op]
+        on = [facts[arch] for arch in report["archs"]]
+        cells = [f"{most['registers']} | {most['spilled_bytes']}" for most in on]
+        shared = max(most["shared_bytes"] for most in on)
+        changed = _changed(facts["source"], sources[op])
+        rows.append(f"| {op} | {' | '.join(cells)} | {shared} | {changed} |")
     return rows
 
 
 def page(
-    results: list[dict[str, Any]], ptxas: dict[str, Any] | None, sources: dict[str, str]
+    results: list[dict[str, Any]], registers: dict[str, Any] | None, sources: dict[str, str]
 ) -> str:
     """The whole page."""
     lines = [
@@ -80,35 +80,32 @@ def page(
         "|---|---|---|---|---|---|---|",
         *status_rows(results, sources),
     ]
-    if ptxas is not None:
+    if registers is not None:
+        archs = " | ".join(f"{arch}: most registers | spilled bytes" for arch in registers["archs"])
         lines += [
             "",
             "## Registers and spills",
             "",
-            f"What the compiler of CUDA {ptxas['nvcc']} reported on {ptxas['date']} "
-            "(`python tools/ptxas_report.py`, warnings as errors). This says nothing about whether "
-            "the kernels are right or fast.",
+            f"What the compiler of {registers['compiler']} reported on {registers['date']}: the "
+            "most that any kernel of an op takes. `python tools/gpu/ptxas_report.py` compiles with "
+            "warnings as errors and prints every kernel. This says nothing about whether they are "
+            "right or fast.",
+            "",
+            f"| op | {archs} | most shared bytes | changed since |",
+            "|---" * (3 + 2 * len(registers["archs"])) + "|",
+            *register_rows(registers, sources),
         ]
-        for op in filter(ptxas["ops"].__contains__, sources):
-            archs = " | ".join(f"{arch} registers | spilled bytes" for arch in ptxas["archs"])
-            lines += [
-                "",
-                f"{op}, changed since: {_changed(ptxas['ops'][op]['source'], sources[op])}",
-                "",
-                f"| kernel | {archs} | shared bytes |",
-                "|---" * (2 + 2 * len(ptxas["archs"])) + "|",
-                *ptxas_rows(ptxas, op),
-            ]
     return "\n".join(lines) + "\n"
 
 
 def generate(root: Path = ROOT) -> str:
     """The page that the committed results of `root` give."""
-    folder = root / "benchmarks/results"
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
-    ptxas = folder / "ptxas.json"
+    folder = root / "benchmarks/results/gpu"
+    registers = folder / "registers.json"
+    runs = sorted(path for path in folder.glob("*.json") if path != registers)
+    results = [json.loads(path.read_text()) for path in runs]
     sources = {op: source_hash(op, root) for op in cuda_ops(root)}
-    return page(results, json.loads(ptxas.read_text()) if ptxas.exists() else None, sources)
+    return page(results, json.loads(registers.read_text()) if registers.exists() else None, sources)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,9 +18,8 @@ import torch
 from ops.cases import SLICES
 from ops.cases.base import Unread
 
-from benchmarks import gpu_check, gpu_sample
-from tools import gpu_status, ptxas_report
-from tools.cuda_sources import ROOT, cuda_ops, source_hash
+from tools.gpu import gpu_check, gpu_sample, gpu_status, ptxas_report
+from tools.gpu.cuda_sources import ROOT, cuda_ops, source_hash
 
 ENV = dict(os.environ)
 
@@ -32,7 +31,7 @@ def row(ratio: float | None) -> dict[str, Any]:
 RESULTS: dict[str, Any] = {
     "date": "2030-01-02T03:04:05+00:00",
     "machine": {
-        "device": "Some GPU", "capability": "9.0", "driver": "1.2", "torch": "9.9", "cuda": "13.0",
+        "gpu": "Some GPU", "capability": "9.0", "driver": "1.2", "torch": "9.9", "cuda": "13.0",
     },
     "parts": {"build": {"status": "passed", "seconds": 40.0}, "test": {"status": "out of time"}},
     "ops": {
@@ -216,7 +215,7 @@ def test_source_hash_follows_what_the_kernel_includes(tmp_path: Path) -> None:
 
 def test_status_page_knows_the_newest_pass_and_later_changes() -> None:
     older, failed = copy.deepcopy(RESULTS), copy.deepcopy(RESULTS)
-    older["date"], older["machine"]["device"] = "2029-01-01T00:00:00+00:00", "Old GPU"
+    older["date"], older["machine"]["gpu"] = "2029-01-01T00:00:00+00:00", "Old GPU"
     failed["date"], failed["ops"]["compact"]["test"]["status"] = "2031-01-01", "failed"
     results = [failed, RESULTS, older]
     fresh = gpu_status.page(results, None, {"compact": "abc", "varlen": "def"})
@@ -230,7 +229,7 @@ def test_status_page_knows_the_newest_pass_and_later_changes() -> None:
 
 def test_committed_status_page_is_up_to_date() -> None:
     assert (ROOT / gpu_status.PAGE).read_text() == gpu_status.generate(), (
-        "run python tools/gpu_status.py (and python tools/ptxas_report.py where nvcc is)"
+        "run python tools/gpu/gpu_status.py (and python tools/gpu/ptxas_report.py where nvcc is)"
     )
 
 
@@ -252,6 +251,22 @@ ptxas info    : Compile time = 1.0 ms
     assert ptxas_report.readable(mangled) == "row_kernel<uint4, false>"
 
 
+def test_the_page_has_the_most_of_each_op() -> None:
+    none = {"spill_stores": 0, "spill_loads": 0}
+    kernels: list[dict[str, Any]] = [
+        {"symbol": "a", "registers": 30, "shared": 9, **none},
+        {"symbol": "b", "registers": 20, "shared": 0, "spill_stores": 8, "spill_loads": 4},
+    ]
+    most = ptxas_report.most(kernels)
+    assert most == {"registers": 30, "spilled_bytes": 12, "shared_bytes": 9}
+    less = {"registers": 28, "spilled_bytes": 0, "shared_bytes": 16}
+    ops = {"compact": {"source": "abc", "sm_80": most, "sm_90a": less}}
+    report = {"date": "2030-01-02", "compiler": "CUDA 1.2", "archs": ["sm_80", "sm_90a"]}
+    text = gpu_status.page([], report | {"ops": ops}, {"compact": "abc"})
+    assert "CUDA 1.2 reported on 2030-01-02" in text
+    assert text.endswith("| compact | 30 | 12 | 28 | 0 | 16 | no |\n")
+
+
 def test_sample_has_every_op_with_a_kernel() -> None:
     """Backward ops too; and each of them calls what its file registers."""
     assert sorted(SLICES) == cuda_ops()
@@ -264,7 +279,7 @@ def test_sample_has_every_op_with_a_kernel() -> None:
 
 def test_sample_starts_as_a_script() -> None:
     """With nothing but the package on its path, as the check calls it."""
-    code = "import runpy; runpy.run_path('benchmarks/gpu_sample.py')"
+    code = "import runpy; runpy.run_path('tools/gpu/gpu_sample.py')"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, check=True)
 
 

@@ -1,9 +1,10 @@
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them. Needs no GPU.
+"""Registers, spills and shared memory of the CUDA kernels, as ptxas reports them. Needs no GPU.
 
-    python tools/ptxas_report.py [--archs 80 90a]
+    python tools/gpu/ptxas_report.py [--archs 80 90a]
 
-Compiles csrc/cuda/*.cu with warnings as errors and writes benchmarks/results/ptxas.json, which
-tools/gpu_status.py turns into a table of docs/gpu-status.md.
+Compiles csrc/cuda/*.cu with warnings as errors and prints what every kernel takes. The most of
+each op goes to benchmarks/results/gpu/registers.json, which tools/gpu/gpu_status.py turns into a
+table of docs/gpu-status.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.cuda_sources import cuda_ops, source_hash  # noqa: E402
+from tools.gpu.cuda_sources import cuda_ops, source_hash  # noqa: E402
 
-OUTPUT = ROOT / "benchmarks/results/ptxas.json"
+OUTPUT = ROOT / "benchmarks/results/gpu/registers.json"
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -80,40 +81,48 @@ def parse(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def collect(archs: list[str]) -> dict[str, Any]:
-    """The report of all ops for all architectures."""
+def compiler() -> str:
+    """`CUDA 13.0`, as nvcc says."""
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", version)
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "nvcc": release[1] if release else "unknown",
-        "archs": [f"sm_{arch}" for arch in archs],
-        "ops": {},
+    return f"CUDA {release[1] if release else 'unknown'}"
+
+
+def most(kernels: list[dict[str, Any]]) -> dict[str, int]:
+    """The most that a kernel of an op takes; of spills all together."""
+    return {
+        "registers": max(row["registers"] for row in kernels),
+        "spilled_bytes": sum(row["spill_stores"] + row["spill_loads"] for row in kernels),
+        "shared_bytes": max(row["shared"] for row in kernels),
     }
-    for op in cuda_ops():
-        kernels: dict[str, dict[str, Any]] = {}
-        for arch in archs:
-            for row in parse(compile_op(op, arch)):
-                name = readable(row.pop("symbol"))
-                kernels.setdefault(name, {})[f"sm_{arch}"] = row
-        report["ops"][op] = {
-            "source": source_hash(op),
-            "kernels": {name: kernels[name] for name in sorted(kernels)},
-        }
-    return report
+
+
+def report(op: str, archs: list[str]) -> dict[str, Any]:
+    """Prints every kernel of an op and returns the most of them on each architecture."""
+    facts: dict[str, Any] = {"source": source_hash(op)}
+    for arch in archs:
+        kernels = parse(compile_op(op, arch))
+        for row in kernels:
+            taken = ", ".join(f"{row[key]} {key}" for key in ("registers", "shared", "stack"))
+            print(f"{op} sm_{arch} {readable(row['symbol'])}: {taken}", flush=True)
+        facts[f"sm_{arch}"] = most(kernels)
+    return facts
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 when a kernel spills registers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--archs", nargs="+", default=["80", "90a"])
-    report = collect(parser.parse_args(argv).archs)
-    OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
-    spills = 0
-    for op, facts in report["ops"].items():
-        for kernel, rows in facts["kernels"].items():
-            print(f"{op} {kernel}: " + ", ".join(f"{a} {r['registers']}" for a, r in rows.items()))
-            spills += sum(row["spill_stores"] + row["spill_loads"] for row in rows.values())
+    archs = parser.parse_args(argv).archs
+    ops = {op: report(op, archs) for op in cuda_ops()}
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "compiler": compiler(),
+        "archs": [f"sm_{arch}" for arch in archs],
+        "ops": ops,
+    }
+    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+    spills = sum(facts[arch]["spilled_bytes"] for facts in ops.values() for arch in found["archs"])
     print(f"{spills} bytes of spills; wrote {OUTPUT.relative_to(ROOT)}")
     return 1 if spills else 0
 

@@ -1,6 +1,6 @@
 """Proves that one build serves every torch: builds a wheel once, tests it under each interpreter.
 
-    python tools/check_torch_versions.py ~/torch-2.11/bin/python ~/torch-cpu/bin/python
+    python tools/release/check_torch_versions.py ~/torch-2.11/bin/python ~/torch-cpu/bin/python
 
 The first interpreter builds. Each one needs torch, pytest, hypothesis and numpy, but not SPOT: the
 wheel is unpacked into a folder that is put on its path. Arguments after `--` go to pytest.
@@ -19,8 +19,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/ops", "tests/test_schemas.py"]
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ["tests/ops", "tests/ext/test_schemas.py"]
 
 # What an interpreter finds, as JSON.
 _PROBE = """

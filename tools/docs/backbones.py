@@ -1,10 +1,10 @@
 """Tries every timm architecture and writes docs/backbones.md: what converts, what does not, why.
 
-    python tools/backbones.py [--run] [--check]
+    python tools/docs/backbones.py [--run] [--check]
 
 Structure is tried on the meta device, for all of timm. With --run each architecture that converts
 is also run on random weights and a random image, and the outcome is added to
-benchmarks/results/backbones.json, from which a later call goes on; models of more than 12 GB of
+tools/docs/backbones.json, from which a later call goes on; models of more than 12 GB of
 weights are left at their structure. With --check nothing is written; the exit status is 1 when the
 page is out of date.
 """
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,44 @@ import timm
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import spot_vit  # noqa: E402
 
 PAGE = "docs/backbones.md"
-RESULTS = "benchmarks/results/backbones.json"
+RESULTS = "tools/docs/backbones.json"
 LARGEST = 12e9  # bytes of weights that 16 GB of memory can run
 OWN_SIZE = 250e6  # weights up to which a model runs at its own image size
 SIDE = 8  # patches along the side of the images that larger models get
 TOLERANCE = 1e-5  # of the largest output
+SERIES = {  # by what stands in a name, the first that does
+    "DINOv2": "dinov2",
+    "DINOv3": "dinov3",
+    "SigLIP": "siglip",
+    "CLIP": "clip",
+    "RADIO": "radio",
+    "TIPS v2": "tipsv2",
+    "Perception Encoder": "^vit_pe_",
+    "AIMv2": "^aimv2",
+    "BEiT": "^beit_",
+    "BEiT v2": "^beitv2",
+    "BEiT-3": "^beit3",
+    "DeiT": "^deit_",
+    "DeiT III": "^deit3",
+    "EVA": "^eva_",
+    "EVA-02": "^eva02",
+    "FlexiViT": "^flexivit",
+    "InternViT": "intern",
+    "LingBot": "lingbot",
+    "NaFlexViT": "^naflexvit",
+    "Sapiens 2": "sapiens2",
+    "ViTamin": "^vitamin",
+    "ViT with rotary positions": "_rope_",
+    "ViT on a convolutional stem": r"_r\d*_s\d|_resnet",
+    "tests of timm": "^test_",
+    "ViT": "",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +74,11 @@ class Structure:
     family: str
     reason: str | None
     parameters: int
+
+
+def architectures() -> list[str]:
+    """The names that timm knows without spot_vit."""
+    return timm.list_models(exclude_filters=["spot_*", "sparsifiner_*", "lvvit_*"])
 
 
 def structure(name: str) -> Structure:
@@ -67,6 +100,11 @@ def _short(reason: str) -> str:
     where = "" if what == "model" else "attention " if what.endswith("attn") else "block "
     told = rest.partition(". Supported here")[0].replace(f" (timm {timm.__version__})", "")
     return where + told
+
+
+def series(name: str) -> str:
+    """What an architecture belongs to, as far as its name says."""
+    return next(label for label, part in SERIES.items() if re.search(part, name))
 
 
 def _stem(model: Any) -> Any:
@@ -138,7 +176,7 @@ def page(found: Iterable[Structure], results: dict[str, float]) -> str:
     lines = [
         "# Backbones",
         "",
-        f"Written by `python tools/backbones.py` with timm {timm.__version__}; do not edit.",
+        f"Written by `python tools/docs/backbones.py` with timm {timm.__version__}; do not edit.",
         "",
         f"{len(good) - len(flexible)} of {len(found)} timm architectures convert, and "
         f"{len(flexible)} of NaFlexVit on top. {len(run)} of them were run with random weights in "
@@ -150,11 +188,20 @@ def page(found: Iterable[Structure], results: dict[str, float]) -> str:
         "",
         "## They convert",
         "",
+        "| class | architectures | of which, by name |",
+        "|---|---|---|",
     ]
+    for family, members in sorted(families.items()):
+        counts = Counter(series(s.name) for s in members)
+        covered = ", ".join(f"{label} ({counts[label]})" for label in SERIES if label in counts)
+        lines.append(f"| {family} | {len(members)} | {covered} |")
+    lines += ["", "<details>", "<summary>Their names</summary>", ""]
     for family, members in sorted(families.items()):
         listed = ", ".join(f"{s.name}{'' if s.name in results else ' (*)'}" for s in members)
         lines += [f"**{family}** ({len(members)}): {listed}", ""]
     lines += [
+        "</details>",
+        "",
         "## They are refused",
         "",
         "| class | what is told | architectures |",
@@ -173,8 +220,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    ours = ("spot_*", "lvvit_*")
-    found = [structure(name) for name in timm.list_models(exclude_filters=ours)]
+    found = [structure(name) for name in architectures()]
     recorded = ROOT / RESULTS
     results = json.loads(recorded.read_text()) if recorded.exists() else {}
     if arguments.run:

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "attention_backward.cuh"
-#include "sparse.cuh"
+#include "sparse_attention.cuh"
 
 namespace spot {
 

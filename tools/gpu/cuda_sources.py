@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _INCLUDE = re.compile(r'(?m)^\s*#\s*include\s+"([^"]+)"')
 
 
