@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ops.compact.drawn import index_of, moved, row_cases, rows_of
 from support.arguments import to_dtype
-from support.comparison import assert_accurate, assert_gradient, assert_same_bits
+from support.comparison import BACKWARD, assert_accurate, assert_gradient, assert_same_bits
 from support.data import FLOATING, generator, random, random_index
 from support.gradients import gradients
 from support.layouts import lay_out
@@ -43,10 +43,16 @@ def test_fuse_is_as_accurate_as_torch(
     assert_gradient(grads[0], plain_grads[0], exact_grads[0], "tokens")
     # The gradient of a weight is the difference of two terms of this size; one token: zero.
     size = exact.abs().sum(-1).max().item() if exact.numel() else 0.0
-    size = max(size, exact_args[0].detach().abs().sum(-1).max().item() if exact.numel() else 0.0)
+    lengths = exact_args[0].detach().abs().sum(-1)
+    size = max(size, lengths.max().item() if lengths.numel() else 0.0)
     mass = exact_args[1].detach().abs()
     least = mass[mass > 0].min().item() if normalize and mass.numel() else 1.0
-    assert_gradient(grads[1], plain_grads[1], exact_grads[1], "weights", 4 * size / least)
+    if normalize and (case["layout"] == "flat" or case["num_tokens"] - case["num_keep"] == 1):
+        # The mean of equal tokens is the same for all weights: whatever is not zero is rounding.
+        zero = torch.zeros_like(exact_grads[1])
+        assert_accurate(grads[1], plain_grads[1], zero, BACKWARD, "weights", 4 * size / least)
+    else:
+        assert_gradient(grads[1], plain_grads[1], exact_grads[1], "weights", 4 * size / least)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
