@@ -72,9 +72,9 @@ def test_the_summary_is_consistent(ran: tuple[Path, str, dict]) -> None:
         for measured in ("latency_batch1", "latency_batch32", "training_step"):
             latency = row[measured]
             assert 0 < latency["low"] <= latency["median"] <= latency["high"]
-    assert dense["latency_batch1"]["ratio"] == 1 and dense["relevance"] is None
-    assert spot["relevance"]["random"] == pytest.approx([38 / 64, 23 / 64, 13 / 64])
-    kept = spot["relevance"]["foreground"]
+    assert dense["latency_batch1"]["ratio"] == 1 and dense["foreground_kept"] is None
+    assert spot["foreground_kept"]["random"] == pytest.approx([38 / 64, 23 / 64, 13 / 64])
+    kept = spot["foreground_kept"]["foreground"]
     assert len(kept) == 3 and 1 >= kept[0] >= kept[1] >= kept[2] > 0
 
 

@@ -1,0 +1,43 @@
+"""The command line: every command is listed, and what is wrong is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from spot_vit.cli import main as command
+from spot_vit.cli.demo import OTHERS
+from spot_vit.cli.main import main
+
+FOLDER = Path(command.__file__).parent
+
+
+def test_every_file_of_a_command_is_listed() -> None:
+    listed = {module.__name__.rpartition(".")[2] for module in command.COMMANDS}
+    assert listed == {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "main"}
+    for name in OTHERS:
+        assert (FOLDER.parent / f"demos/{name}.py").exists()
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and all(name in text for name in ("demo", "bench", "info"))
+
+
+def test_info_prints_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_bench_refuses_a_size_without_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "crossover", "--tokens", "7"]) == 2
+    assert "no column of [7] tokens; there are 50, 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["nothing"], ["demo", "nothing"], ["demo", "--seeds", "2"]])
+def test_what_is_not_there_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2 and "error:" in capsys.readouterr().err
