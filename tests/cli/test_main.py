@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import spot_vit
 from spot_vit.cli import main as command
 from spot_vit.cli.demo import OTHERS
 from spot_vit.cli.main import main
@@ -24,6 +25,13 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert left.value.code == 0 and all(name in text for name in ("demo", "bench", "info"))
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.split() == ["spot-vit", spot_vit.__version__]
 
 
 def test_info_prints_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from spot_vit import SpotConfig
+from spot_vit import SparsifinerConfig, SpotConfig
 from spot_vit.config.spot import FEATURES, exact
 
 configs = st.builds(
@@ -101,3 +103,16 @@ def test_unknown_field_is_named():
         SpotConfig().replace(kep=0.5)
     with pytest.raises(TypeError, match="kep"):
         SpotConfig.from_dict({"kep": 0.5})
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble])
+def test_numbers_of_numpy_are_the_decimals_they_print(kind: Any) -> None:
+    config = SpotConfig(keep=kind("0.7"), at=[np.int64(3), np.int32(6)])
+    assert config == SpotConfig(keep=0.7, at=(3, 6))
+    assert type(config.keep) is float and type(config.at[0]) is int
+    assert SpotConfig.from_json(config.to_json()) == config
+    assert SpotConfig(keep=[kind("0.7"), 0.5], at=[1, 2]).keep == (0.7, 0.5)
+    assert SparsifinerConfig(keep_rate=kind("0.3"), blocks=[np.int64(1)]).keep_rate == 0.3
+    for wrong in (np.bool_(True), np.float32("nan"), "0.7"):
+        with pytest.raises(ValueError, match="keep must be in"):
+            SpotConfig(keep=wrong)

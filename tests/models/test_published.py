@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import spot_vit
@@ -183,6 +186,42 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, zipped: bool):
     assert not evil.exists()
     pickle.loads(pickle.dumps(Malicious(evil)))
     assert evil.exists()  # it would have
+
+
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+def test_scalars_of_numpy_and_paths_may_lie_beside_the_weights(tmp_path: Path, module: str):
+    """As the official scripts write them, with NumPy 1 and 2."""
+    state = random_state("deit")
+    beside = {
+        "best_acc": np.float64(81.2),
+        "epoch": np.int64(300),
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-5), "fused": np.bool_(True)}]},
+        "args": Namespace(output_dir=Path("runs/deit"), lr=np.float32(1e-3)),
+    }
+    file = tmp_path / "weights.pth"
+    torch.save({"model": state, **beside}, file)
+    own = b"numpy._core.multiarray" if np.__version__ >= "2" else b"numpy.core.multiarray"
+    _replace_in_pickle(file, own, f"{module}.multiarray".encode())
+    found = convert_checkpoint(file, "deit")
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def _replace_in_pickle(file: Path, old: bytes, new: bytes) -> None:
+    """Names another module in the pickle of a zip that torch wrote."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            if name.endswith("data.pkl"):
+                content = content.replace(b"c" + old + b"\n", b"c" + new + b"\n")
+            archive.writestr(name, content)
+
+
+def test_objects_of_numpy_are_refused(tmp_path: Path):
+    file = tmp_path / "weights.pth"
+    torch.save({"model": random_state("deit"), "best": np.array([object()])}, file)
+    with pytest.raises(ValueError, match="nothing in it was executed"):
+        convert_checkpoint(file, "deit")
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])

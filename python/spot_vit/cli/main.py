@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from spot_vit.cli import bench, demo, info
 
@@ -15,6 +16,7 @@ COMMANDS = (demo, bench, info)
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; what it parses has `run(arguments)`."""
     made = argparse.ArgumentParser(prog="spot", description="Vision Transformers made sparse.")
+    made.add_argument("--version", action="version", version=f"spot-vit {version('spot-vit')}")
     commands = made.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         command.add_parser(commands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -14,6 +15,17 @@ F = TypeVar("F", bound="Fields")
 def exact(ratio: float) -> Fraction:
     """The decimal that was written: 0.7 is 7/10. Binary floats give 48, not 49, for 100 * 0.7²."""
     return Fraction(str(ratio))
+
+
+def plain(value: Any) -> Any:
+    """NumPy's scalars, alone or in a tuple, as the int or float that they print as."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(str(value)) if isinstance(value, numbers.Real) else value
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

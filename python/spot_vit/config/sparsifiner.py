@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from spot_vit.config.fields import Fields, one_of
+from spot_vit.config.fields import Fields, one_of, plain
 
 SCALES = ("heads", "channels")
 MASKS = ("topk", "threshold")
@@ -55,6 +55,8 @@ class SparsifinerConfig(Fields):
     def __post_init__(self) -> None:
         if isinstance(self.blocks, Sequence) and not isinstance(self.blocks, str):
             object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON and users give lists
+        for name in ("keep_rate", "blocks"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         one_of("scale", self.scale, SCALES)
         one_of("mask", self.mask, MASKS)
         one_of("backend", self.backend, BACKENDS)

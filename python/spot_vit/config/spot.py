@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
-from spot_vit.config.fields import Fields, exact, one_of
+from spot_vit.config.fields import Fields, exact, one_of, plain
 from spot_vit.config.methods import FEATURES, METHODS, STATISTICS, Method
 
 SCALINGS = ("log1p", "n", "raw")
@@ -66,10 +66,11 @@ class SpotConfig(Fields):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("at", "features", "keep"):  # JSON and users give lists
+        for name in ("at", "features", "keep"):  # JSON and users give lists, NumPy its own numbers
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+                value = tuple(value)
+            object.__setattr__(self, name, plain(value))
         one_of("method", self.method, tuple(METHODS))
         one_of("heads", self.heads, HEADS)
         one_of("scaling", self.scaling, SCALINGS)

@@ -50,6 +50,10 @@ class SpotOutput:
     index: list[Tensor] = dataclasses.field(default_factory=list)
 
 
+# A pytree: DistributedDataParallel with a static graph, export and gathering see its tensors.
+torch.export.register_dataclass(SpotOutput, serialized_type_name="spot_vit.SpotOutput")
+
+
 class _Stage(NamedTuple):
     """One decision of one pass."""
 

@@ -12,9 +12,10 @@ import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -108,8 +109,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Training scripts put their arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         # torch's own text advises to read the file anyway.
@@ -122,6 +122,22 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     return content
+
+
+def _harmless() -> list[Any]:
+    """What training scripts put beside the weights: arguments, paths, and scalars of NumPy.
+
+    Each is plain data; files of NumPy 1 name its module otherwise.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    paths = [
+        (path, f"{module}.{path.__name__}")
+        for path in (PosixPath, PurePosixPath)
+        for module in ("pathlib", "pathlib._local")
+    ]
+    return [argparse.Namespace, np.dtype, *dtypes, *named, *paths]
 
 
 # ---- layouts -------------------------------------------------------------------------------------
