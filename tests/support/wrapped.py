@@ -20,7 +20,7 @@ class Peft(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = nn.ModuleDict({"model": model})
-        self.peft_config = {"default": None}
+        self.peft_config = model.peft_config = {"default": None}  # PEFT marks the model inside too
 
     def get_base_model(self) -> nn.Module:
         return self.base_model["model"]

@@ -15,7 +15,7 @@ _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "module")
 def unwrap(model: Any) -> Any:
     """The model inside DDP, FSDP, torch.compile, an EMA, PEFT, or several of them."""
     while True:
-        if isinstance(getattr(model, "peft_config", None), dict):
+        if hasattr(type(model), "get_base_model"):  # PEFT
             return unwrap(model.get_base_model())
         inside = (getattr(model, name, None) for name in _INSIDE)
         found = next((module for module in inside if isinstance(module, nn.Module)), None)
