@@ -29,6 +29,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python, torch, timm (where it is installed) and SPOT."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -65,6 +66,7 @@ def facts(device: torch.device | str = "cpu") -> dict[str, Any]:
     return found
 
 
+@cache  # a process of its own, and models ask for the facts when they choose a kernel
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
