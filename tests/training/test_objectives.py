@@ -26,7 +26,7 @@ def test_a_teacher_is_frozen_and_gets_no_gradient() -> None:
             mask = torch.ones(len(x), 4)
 
             class Output:
-                logits, masks, index = self.forward_head(tokens), [mask], ()
+                logits, masks, index, logp = self.forward_head(tokens), [mask], (), ()
 
             Output.tokens = tokens  # type: ignore[attr-defined]
             return Output

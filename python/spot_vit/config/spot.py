@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -14,6 +15,8 @@ SCALINGS = ("log1p", "n", "raw")
 HEADS = ("concat", "mean")
 TRAIN_DECISIONS = ("gumbel", "topk")
 SOFT = ("none", "fuse")
+NOISE = {"gumbel": 1.0, "topk": 1.0}
+"""Scale of the noise by `train_decision`: the published draw, and what did best (our choice)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ class SpotConfig(Fields):
         train_decision: "gumbel" draws each token (published); "topk" keeps exactly the budget of
             noisy scores with a sigmoid straight-through at the cut (our choice).
         tau: temperature of the Gumbel softmax (DynamicViT's 1).
+        noise: scale of the noise of the decisions in training, 0 for none; None is the default of
+            `train_decision`, see `NOISE`. Inference has none.
     """
 
     method: str = "spot"
@@ -64,9 +69,11 @@ class SpotConfig(Fields):
     soft: str | None = None
     train_decision: str = "gumbel"
     tau: float = 1.0
+    noise: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("at", "features", "keep"):  # JSON and users give lists, NumPy its own numbers
+        # JSON and users give lists, NumPy its own numbers
+        for name in ("at", "features", "keep", "tau", "noise"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 value = tuple(value)
@@ -92,6 +99,10 @@ class SpotConfig(Fields):
             raise ValueError(f"d_remap must be even and at least 2, got {self.d_remap}")
         if not self.tau > 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
+        noise = self.noise
+        number = isinstance(noise, int | float) and not isinstance(noise, bool)
+        if noise is not None and not (number and 0 <= noise < math.inf):
+            raise ValueError(f"noise must be 0 or more, or None, got {noise!r}")
         self._check_keep()
         self._check_blocks()
 
@@ -148,6 +159,11 @@ class SpotConfig(Fields):
     def uses_statistics(self) -> bool:
         """Whether predictors see any attention statistics."""
         return any(feature in STATISTICS for feature in self.evidence)
+
+    @property
+    def noise_scale(self) -> float:
+        """Scale of the noise that training adds to log-odds before it decides."""
+        return NOISE[self.train_decision] if self.noise is None else self.noise
 
     def decision_blocks(self, depth: int) -> tuple[int, ...]:
         """Block indices of the decisions in a model of `depth` blocks."""

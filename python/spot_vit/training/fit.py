@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from spot_vit.training.objectives import Objective, dense_objective
+from spot_vit.training.objectives import Objective, default_objective
 
 
 def cosine_schedule(
@@ -41,7 +42,7 @@ def fit(
     model: nn.Module,
     loader: DataLoader[Any],
     optimizer: torch.optim.Optimizer,
-    objective: Objective = dense_objective,
+    objective: Objective | None = None,
     *,
     epochs: int = 1,
     warmup: int = 0,
@@ -53,23 +54,36 @@ def fit(
 
     Args:
         model: any module; batches are moved to its device.
-        loader: yields (images, targets, ...); whatever follows is ignored.
+        loader: yields (images, targets, ...), of which whatever follows is ignored, or images
+            alone: the objective's target is None then.
         optimizer: over the model's parameters; each group's rate is its peak rate.
-        objective: the loss, ``dense_objective`` or a ``SpotObjective`` or one of yours.
+        objective: the loss, ``dense_objective`` or a ``SpotObjective`` or one of yours. None is
+            ``SpotObjective()`` for a SPOT model and ``dense_objective`` for any other.
         epochs: passes over the loader; the schedule spans all of them.
         warmup: steps of linear warm-up before the cosine decay to zero.
         clip_grad: largest norm of the gradient of all parameters together.
         after_backward: called when a step's gradients are there, before they are clipped.
         name: label of the progress bar.
 
+    Warns:
+        UserWarning: a group of the optimizer rests for all of the epochs, see `param_groups`.
+
     Returns:
         steps, seconds, and running means (over some 50 steps) of loss, gradient_norm and the
         loss terms.
 
     Raises:
+        ValueError: the loader is empty.
         FloatingPointError: when loss or gradient stops being finite; the parameters are then
             those of the last good step.
     """
+    if not len(loader):
+        raise ValueError(
+            f"{name}: the loader is empty; does drop_last drop its only batch, or is the folder of "
+            "images another one?"
+        )
+    _warn_of_rest(optimizer, epochs, name)
+    objective = objective or default_objective(model)
     device = next(model.parameters()).device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = cosine_schedule(optimizer, epochs * len(loader), warmup, len(loader))
@@ -78,7 +92,9 @@ def fit(
     model.train()
     with tqdm(total=epochs * len(loader), desc=name, unit="step", mininterval=0.5) as bar:
         for batch in (batch for _ in range(epochs) for batch in loader):
-            loss, parts = objective(model, batch[0].to(device), batch[1].to(device))
+            images, target = (batch, None) if isinstance(batch, Tensor) else _first_two(batch)
+            target = target.to(device) if isinstance(target, Tensor) else target
+            loss, parts = objective(model, images.to(device), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             after_backward()
@@ -100,3 +116,23 @@ def fit(
             bar.set_postfix({"loss": f"{means['loss']:.3f}"}, refresh=False)
             bar.update()
     return {"steps": step, "seconds": time.perf_counter() - started, **means}
+
+
+def _first_two(batch: Sequence[Any]) -> tuple[Any, Any]:
+    return batch[0], batch[1] if len(batch) > 1 else None
+
+
+def _warn_of_rest(optimizer: torch.optim.Optimizer, epochs: int, name: str) -> None:
+    """Warns of groups that never train."""
+    rest = {
+        str(group.get("name", number)): group["freeze_epochs"]
+        for number, group in enumerate(optimizer.param_groups)
+        if 0 < epochs <= group.get("freeze_epochs", 0)
+    }
+    if rest:
+        groups = ", ".join(f"{group} (freeze_epochs={until})" for group, until in rest.items())
+        warnings.warn(
+            f"{name}: {epochs} epochs, and these groups rest for all of them, so they never train: "
+            f"{groups}; give param_groups a smaller freeze_epochs, 0 for none",
+            stacklevel=3,
+        )

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from spot_vit.models.convert import set_keep
-from spot_vit.models.loop import SpotLoop
-from spot_vit.utils.modes import unwrap
+from spot_vit.training.schedules import spot_inside
 
 
 class SampledKeep:
@@ -53,9 +52,7 @@ class SampledKeep:
             ValueError: it draws tokens one by one (`train_decision="gumbel"`): nothing would tell
                 its predictors which budget they are to meet.
         """
-        spot = unwrap(model)
-        if not isinstance(spot, SpotLoop):
-            raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
+        spot = spot_inside(model)
         config = spot.spot_config
         if config.learned and config.train_decision != "topk":
             raise ValueError(

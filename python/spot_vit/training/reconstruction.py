@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spot_vit.nn.connectivity import ConnectivityPredictor
@@ -23,6 +24,8 @@ def reconstruction_loss(
     student: Mapping[int, Operands],
     teacher: Mapping[int, Operands],
     tile: int = TILE,
+    *,
+    thresholds: bool = False,
 ) -> Tensor:
     """Sum of squares of approx - A[P:], over images, heads, queries and keys; mean over blocks.
 
@@ -35,6 +38,9 @@ def reconstruction_loss(
         student: what the predictors see: operands of these blocks, of all tokens of the grid.
         teacher: what makes the map A = softmax(scale * q k^T) to reconstruct.
         tile: queries at a time.
+        thresholds: whether approx is the map that names the keys, top(coefficients) |W_up|^T with
+            small entries zero, as self-distillation has it (published); otherwise coefficients
+            W_up^T, as the first stage has it.
 
     Returns:
         A float32 scalar.
@@ -61,7 +67,15 @@ def reconstruction_loss(
             strict=True,
         )
         sums = [
-            checkpoint(_squares, predictor, q, ours.k, goal._replace(q=seen), use_reentrant=False)
+            checkpoint(
+                _squares,
+                predictor,
+                q,
+                ours.k,
+                goal._replace(q=seen),
+                thresholds,
+                use_reentrant=False,
+            )
             for q, seen in pairs
         ]
         losses.append(torch.stack(sums).sum())
@@ -100,9 +114,24 @@ def attention_seen(
     return found
 
 
-def _squares(predictor: ConnectivityPredictor, q: Tensor, k: Tensor, goal: Operands) -> Tensor:
+def _squares(
+    predictor: ConnectivityPredictor, q: Tensor, k: Tensor, goal: Operands, thresholds: bool
+) -> Tensor:
     """The sum for the queries q [B, tile, H, D], which in the teacher are `goal.q`."""
-    return (predictor.approx(q, k).float() - _attention(goal)).square().sum()
+    approx = _thresholded(predictor, q, k) if thresholds else predictor.approx(q, k)
+    return (approx.float() - _attention(goal)).square().sum()
+
+
+def _thresholded(predictor: ConnectivityPredictor, q: Tensor, k: Tensor) -> Tensor:
+    """The map [B, H, M, N] that names the keys, differentiable where `forward` is not."""
+    config, coefficients = predictor.config, predictor.coefficients(q, k)
+    if config.coef_threshold is not None:
+        coefficients = F.threshold(coefficients, config.coef_threshold, 0.0)
+    elif config.coef_topk is not None and config.coef_topk < coefficients.shape[-1]:
+        best = coefficients.topk(config.coef_topk, dim=-1)
+        coefficients = torch.zeros_like(coefficients).scatter(-1, best.indices, best.values)
+    _, up = predictor.weights(k.shape[1] - predictor.num_prefix)
+    return coefficients @ F.threshold(up.abs(), config.basis_threshold, 0.0).mT
 
 
 @torch.no_grad()

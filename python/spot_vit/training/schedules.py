@@ -1,0 +1,150 @@
+"""What changes in the course of a training: the budget, and the noise of decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from spot_vit.models.convert import set_keep
+from spot_vit.models.loop import SpotLoop
+from spot_vit.utils.modes import unwrap
+
+
+class KeepSchedule:
+    """EViT's schedule: everything is kept at first, then less and less, to the model's own budget.
+
+    Each stage's ratio falls from 1 to what the model's configuration says, by half a cosine between
+    two epochs (published: 10 and 100, of 300). An objective takes one in place of keep ratios; in a
+    loop of your own `with schedule(model) as ratios:` around the training forward pass is all it
+    takes; afterwards the model has its own budget again. Every pass counts as a step.
+
+    Args:
+        steps_per_epoch: passes in an epoch, e.g. `len(loader)`.
+        start: epoch at which the ratios begin to fall.
+        end: epoch from which on they are the model's own.
+        step: passes that were made already, where training goes on from a checkpoint.
+
+    Attributes:
+        step: passes so far.
+
+    Raises:
+        ValueError: unless 0 <= start <= end, and there are steps in an epoch.
+    """
+
+    def __init__(
+        self, steps_per_epoch: int, start: float = 10, end: float = 100, step: int = 0
+    ) -> None:
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch: expected at least 1, got {steps_per_epoch}")
+        if not 0 <= start <= end:
+            raise ValueError(f"expected 0 <= start <= end, got start={start}, end={end}")
+        self.steps_per_epoch, self.start, self.end, self.step = steps_per_epoch, start, end, step
+
+    def at(self, step: int) -> float:
+        """The share of the way back to 1: from 1 at the start to 0 at the end."""
+        epoch = step / self.steps_per_epoch
+        if epoch < self.start:
+            return 1.0
+        if epoch >= self.end:
+            return 0.0
+        return 0.5 + 0.5 * math.cos(math.pi * (epoch - self.start) / (self.end - self.start))
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[list[float]]:
+        """Sets the step's budget while the block runs; gives the keep ratio of every stage.
+
+        Args:
+            model: a SPOT model, wrapped or not.
+
+        Raises:
+            TypeError: there is no SPOT model in it.
+        """
+        spot = spot_inside(model)
+        own = spot.spot_config.keep
+        set_keep(spot, _towards_one(own, self.at(self.step)))
+        try:
+            yield spot.spot_config.keep_ratios()
+        finally:
+            set_keep(spot, own)
+        self.step += 1
+
+
+def _towards_one(keep: Any, share: float) -> Any:
+    """Ratios so far on the way to 1, to six decimals: powers of them stay 64-bit fractions."""
+    if share == 0:
+        return keep
+    if isinstance(keep, tuple):
+        return tuple(round(ratio + (1 - ratio) * share, 6) for ratio in keep)
+    return round(keep + (1 - keep) * share, 6)
+
+
+class NoiseSchedule:
+    """Noise of the decisions that falls in the course of a training (our choice).
+
+    Exploration at first, and at the end the selection of inference. An objective takes one as
+    `noise`; in a loop of your own put `with schedule(model):` around the training forward pass.
+    Afterwards the model has its own `SpotConfig.noise` again. Every pass counts as a step.
+
+    Args:
+        steps: passes until `end` is reached.
+        start: scale of the noise at first, as `SpotConfig.noise`.
+        end: scale of the noise at the end.
+        levels: number of values it takes on the way, each as long as the others: a compiled model
+            is compiled for each of them.
+        step: passes that were made already, where training goes on from a checkpoint.
+
+    Attributes:
+        step: passes so far.
+
+    Raises:
+        ValueError: a scale below 0, or no step or level.
+    """
+
+    def __init__(
+        self, steps: int, start: float = 1.0, end: float = 0.0, levels: int = 5, step: int = 0
+    ) -> None:
+        if steps < 1 or levels < 2:
+            raise ValueError(f"expected steps >= 1 and levels >= 2, got {steps} and {levels}")
+        if not (0 <= start < math.inf and 0 <= end < math.inf):
+            raise ValueError(f"expected scales of 0 or more, got start={start}, end={end}")
+        self.steps, self.start, self.end, self.levels, self.step = steps, start, end, levels, step
+
+    def at(self, step: int) -> float:
+        """The scale of the noise at a step."""
+        level = min(step * self.levels // self.steps, self.levels - 1)
+        return self.start + (self.end - self.start) * level / (self.levels - 1)
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[float]:
+        """Sets the step's noise while the block runs, and gives it.
+
+        Args:
+            model: a SPOT model, wrapped or not.
+
+        Raises:
+            TypeError: there is no SPOT model in it.
+        """
+        spot = spot_inside(model)
+        own, noise = spot.spot_config.noise, self.at(self.step)
+        spot.spot_config = spot.spot_config.replace(noise=noise)
+        try:
+            yield noise
+        finally:
+            spot.spot_config = spot.spot_config.replace(noise=own)
+        self.step += 1
+
+
+def spot_inside(model: nn.Module) -> SpotLoop:
+    """The SPOT model inside its wrappers.
+
+    Raises:
+        TypeError: there is none.
+    """
+    spot = unwrap(model)
+    if not isinstance(spot, SpotLoop):
+        raise TypeError(f"expected a SPOT model (see sparsify), got {type(model).__name__}")
+    return spot
