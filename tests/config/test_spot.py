@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from spot_vit import SparsifinerConfig, SpotConfig
-from spot_vit.config.spot import FEATURES, exact
+from spot_vit.config.spot import FEATURES, NOISE, TRAIN_DECISIONS, exact
 
 configs = st.builds(
     SpotConfig,
@@ -22,6 +22,7 @@ configs = st.builds(
     detach_stats=st.booleans(),
     train_decision=st.sampled_from(["gumbel", "topk"]),
     tau=st.sampled_from([1.0, 0.5]),
+    noise=st.sampled_from([None, 0, 0.0, 0.25, 2.0]),
 )
 
 
@@ -86,6 +87,11 @@ def test_feature_columns():
         ({"history": "some"}, "history must be"),
         ({"d_remap": 7}, "even"),
         ({"tau": 0.0}, "tau must be positive"),
+        ({"noise": -0.1}, "noise must be 0 or more, or None, got -0.1"),
+        ({"noise": float("nan")}, "noise must be"),
+        ({"noise": float("inf")}, "noise must be"),
+        ({"noise": True}, "noise must be"),
+        ({"noise": "0.5"}, "noise must be"),
         ({"train_decision": "maybe"}, "train_decision must be one of"),
     ],
 )
@@ -116,3 +122,18 @@ def test_numbers_of_numpy_are_the_decimals_they_print(kind: Any) -> None:
     for wrong in (np.bool_(True), np.float32("nan"), "0.7"):
         with pytest.raises(ValueError, match="keep must be in"):
             SpotConfig(keep=wrong)
+
+
+def test_noise_has_a_default_for_each_decision_and_old_files_load() -> None:
+    assert SpotConfig().noise_scale == NOISE["gumbel"] == 1  # published
+    assert SpotConfig(train_decision="topk").noise_scale == NOISE["topk"]
+    for decision in TRAIN_DECISIONS:
+        for noise in (0, 0.0, 0.3, np.float32(0.3)):
+            assert SpotConfig(train_decision=decision, noise=noise).noise_scale == pytest.approx(
+                noise
+            )
+    old = SpotConfig(keep=0.6, tau=0.5).to_dict()
+    del old["noise"]
+    assert SpotConfig.from_dict(old) == SpotConfig(keep=0.6, tau=0.5)
+    text = SpotConfig(noise=np.float32("0.3"), tau=np.float64(0.5)).to_json()
+    assert SpotConfig.from_json(text) == SpotConfig(noise=0.3, tau=0.5)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from spot_vit.nn.decide import gumbel_mask, mask_of, topk_mask
+from spot_vit.nn.decide import gumbel_mask, mask_of, noise_share, topk_mask
 
 
 @given(
@@ -66,3 +67,54 @@ def test_mask_of_index():
     index = torch.tensor([[0, 2], [1, 3]])
     expected = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
     assert torch.equal(mask_of(index, 4, torch.float32), expected)
+
+
+def test_without_noise_both_keep_the_most_probable():
+    logp = torch.randn(5, 40, 2, dtype=torch.float64).log_softmax(-1)
+    odds = logp[..., 0] - logp[..., 1]
+    best = mask_of(odds.topk(13, dim=1).indices, 40, torch.float64)
+    assert torch.equal(topk_mask(logp, None, 13, 1.0, 0.0), best)
+    assert torch.equal(topk_mask(logp, best, 13, 0.3, 0.0), best)
+    assert torch.equal(gumbel_mask(logp, None, 0.5, 0.0), (odds > 0).double())
+    state = torch.get_rng_state()
+    topk_mask(logp, None, 13, 1.0, 0.0)
+    gumbel_mask(logp, None, 1.0, 0.0)
+    assert torch.equal(state, torch.get_rng_state())  # none is drawn
+
+
+@pytest.mark.parametrize("noise", [0.25, 1.0, 3.0])
+def test_the_noise_is_as_large_as_it_says(noise: float):
+    """Two tokens whose log-odds differ by 1: the better one stays by the noise's own law."""
+    torch.manual_seed(0)
+    logp = torch.tensor([[[0.0, -1.0], [-1.0, -1.0]]], dtype=torch.float64).expand(40_000, -1, -1)
+    kept = topk_mask(logp, None, 1, 1.0, noise)[:, 0].mean().item()
+    u = torch.rand(2, 1_000_000, dtype=torch.float64)
+    logistic = noise * (u.log() - (1 - u).log())
+    expected = (1 + logistic[0] > logistic[1]).double().mean().item()
+    assert kept == pytest.approx(expected, abs=0.01)
+    drawn = gumbel_mask(logp, None, 1.0, noise).mean(0)
+    expected = torch.sigmoid(torch.tensor([1.0, 0.0], dtype=torch.float64) / noise)
+    torch.testing.assert_close(drawn, expected, atol=0.01, rtol=0)
+
+
+def test_the_scale_may_be_a_tensor():
+    logp = torch.randn(3, 9, 2).log_softmax(-1)
+    for call in (lambda noise: topk_mask(logp, None, 4, 1.0, noise),
+                 lambda noise: gumbel_mask(logp, None, 1.0, noise)):  # fmt: skip
+        torch.manual_seed(1)
+        mine = call(torch.tensor(0.5))
+        torch.manual_seed(1)
+        assert torch.equal(mine, call(0.5))
+
+
+def test_the_share_of_noise_counts_what_better_tokens_had_to_make_room_for():
+    odds = torch.tensor([[4.0, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
+    logp = torch.stack([odds, torch.zeros(2, 5)], dim=-1)
+    kept = torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 1, 0, 1]])
+    assert noise_share(logp, kept, None).item() == pytest.approx(2 / 4)
+    # What was gone already could not be kept.
+    alive = torch.tensor([[1.0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
+    assert noise_share(logp, kept, alive).item() == 0
+    assert noise_share(logp, torch.zeros(2, 5), None).item() == 0
+    level = torch.zeros(2, 5, 2)  # ties are broken as `topk_mask` breaks them
+    assert noise_share(level, topk_mask(level, None, 2, 1.0, 0.0), None).item() == 0

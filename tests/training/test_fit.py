@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import spot_vit
 import torch
 from spot_vit.evaluation.accuracy import evaluate
 from spot_vit.training.fit import cosine_schedule, fit
-from spot_vit.training.objectives import dense_objective
+from spot_vit.training.objectives import SpotObjective, dense_objective
+from support.models import build
+from support.models import images as pictures
 from support.training import make_loader, make_model, make_optimizer
 from torch import Tensor, nn
 
@@ -81,3 +86,52 @@ def test_training_stops_at_the_first_value_that_is_not_finite(where: str) -> Non
     with pytest.raises(FloatingPointError, match=r"toy: not finite at step 2: loss .*term"):
         fit(model, make_loader(), make_optimizer(model), objective, name="toy")
     assert all(torch.equal(kept[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_a_spot_model_is_trained_by_its_own_loss(wrap: Any) -> None:
+    reports = []
+    for objective in (None, SpotObjective()):
+        model = spot_vit.sparsify(build(), keep=0.5, at=[1, 2])
+        batches = [(pictures(model, 4), torch.tensor([0, 1, 2, 3]))]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        torch.manual_seed(2)
+        reports.append(fit(wrap(model), batches, optimizer, objective))
+    assert {"ce", "ratio", "noise_share"} < set(reports[0])
+    assert all(reports[0][name] == reports[1][name] for name in reports[0] if name != "seconds")
+    model = build()
+    report = fit(model, batches, torch.optim.SGD(model.parameters(), lr=1e-3))
+    assert set(report) == {"steps", "seconds", "loss", "gradient_norm"}
+
+
+@pytest.mark.parametrize("batch", [lambda x: x, lambda x: (x,), lambda x: [x, None]])
+def test_batches_may_come_without_labels(batch: Any) -> None:
+    model = spot_vit.sparsify(build(), keep=0.5, at=[1, 2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    report = fit(model, [batch(pictures(model, 4))], optimizer, SpotObjective(teacher=build()))
+    assert report["kl"] > 0 and "ce" not in report
+    with pytest.raises(ValueError, match="learns from labels"):
+        fit(build(), [batch(pictures(model, 4))], optimizer, dense_objective)
+
+
+def test_an_empty_loader_is_named() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"toy: the loader is empty; does drop_last"):
+        fit(model, [], make_optimizer(model), name="toy")
+
+
+def test_a_group_that_never_trains_is_named() -> None:
+    def groups(**options: Any) -> torch.optim.Optimizer:
+        model = spot_vit.sparsify(build(), keep=0.5, at=[1, 2])
+        return torch.optim.AdamW(spot_vit.param_groups(model, **options))
+
+    model = make_model()
+    words = r"3 epochs, .*: backbone \(freeze_epochs=5\), backbone_no_decay \(freeze_epochs=5\);"
+    with pytest.warns(UserWarning, match=words):
+        fit(model, make_loader(), groups(), dense_objective, epochs=3)
+    with pytest.warns(UserWarning, match="rest for all of them"):
+        fit(model, make_loader(), groups(freeze_epochs=1), dense_objective, epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, make_loader(), groups(freeze_epochs=1), dense_objective, epochs=2)
+        fit(model, make_loader(), make_optimizer(model), epochs=1)

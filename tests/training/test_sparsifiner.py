@@ -16,6 +16,7 @@ from spot_vit.training.sparsifiner import (
     ReconstructionObjective,
     SparsifinerObjective,
     finetune,
+    learn_connectivity,
     train_connectivity,
     training_of,
 )
@@ -37,7 +38,8 @@ def make(size: int = 32, **connectivity: Any) -> tuple[Any, Any]:
     ).eval()
     for parameter in dense.parameters():  # random weights everywhere, biases too
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return spot_vit.sparsify_attention(copy.deepcopy(dense), 0.25, **connectivity), dense
+    model = spot_vit.sparsify_attention(copy.deepcopy(dense), 0.25, **connectivity)
+    return learn_connectivity(model), dense
 
 
 def data(count: int = B, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -107,9 +109,11 @@ def test_no_tensor_of_tokens_times_tokens_is_alive(tile: int) -> None:
         assert watch.numel <= 128 * tokens  # the hidden layer of an MLP
 
 
+@pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize("spot", [False, True])
-def test_in_the_first_stage_only_connectivity_learns(spot: bool) -> None:
+def test_in_the_first_stage_only_connectivity_learns(spot: bool, on: bool) -> None:
     model, _ = make()
+    learn_connectivity(model, on)
     if spot:
         spot_vit.sparsify(model, keep=0.5, at=[1])
     before = copy.deepcopy(model.state_dict())
@@ -118,7 +122,7 @@ def test_in_the_first_stage_only_connectivity_learns(spot: bool) -> None:
     after = model.state_dict()
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {name for name in after if ".connectivity." in name}
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_as_before(model, on)
     assert result["reconstruction"] * 0.01 == pytest.approx(result["loss"], rel=1e-5)
     fresh = make()[0]
     if spot:
@@ -145,8 +149,16 @@ def test_a_teacher_with_other_weights_is_reconstructed() -> None:
     torch.testing.assert_close(parts["reconstruction"], expected.detach(), rtol=1e-5, atol=0)
 
 
-def test_in_the_second_stage_connectivity_rests() -> None:
+def assert_as_before(model: Any, on: bool) -> None:
+    """Gradients of predictors are on or off as they were, all others' on."""
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad is (on or ".connectivity." not in name), name
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_in_the_second_stage_connectivity_rests(on: bool) -> None:
     model, dense = make()
+    learn_connectivity(model, on)
     before = copy.deepcopy(model.state_dict())
     loader = DataLoader(TensorDataset(*data(4)), batch_size=2)
     result = finetune(model, loader, dense, lr=1e-3, name="test")
@@ -154,7 +166,7 @@ def test_in_the_second_stage_connectivity_rests() -> None:
     still = {name for name in after if torch.equal(after[name], before[name])}
     fixed = {"pos_embed", "cls_token"}  # as in DynamicViT's recipe
     assert still == fixed | {name for name in after if ".connectivity." in name}
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_as_before(model, on)
     assert {"ce", "kl", "mse"} < set(result) and "ratio" not in result
 
 
@@ -212,6 +224,104 @@ def test_self_distillation_teaches_predictors_and_nothing_else() -> None:
             assert without is None and along.abs().max() > 0
         elif without is not None:
             assert torch.equal(without, along)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_finetuning_with_self_distillation_trains_predictors_too(on: bool) -> None:
+    model, dense = make()
+    learn_connectivity(model, on)
+    before = copy.deepcopy(model.state_dict())
+    loader = DataLoader(TensorDataset(*data(4)), batch_size=2)
+    called = []
+    result = finetune(
+        model, loader, dense, lr=1e-3, self_distillation=0.002,
+        after_backward=lambda: called.append(1),
+    )  # fmt: skip
+    assert len(called) == 2 and result["own"] > 0
+    after = model.state_dict()
+    assert all(not torch.equal(after[n], before[n]) for n in after if ".connectivity.proj" in n)
+    assert_as_before(model, on)
+
+
+def test_whoever_trains_predictors_is_told_to_switch_them_on() -> None:
+    model, dense = make()
+    learn_connectivity(model, False)
+    assert not any("predictor" in group["name"] for group in spot_vit.param_groups(model))
+    batch = data()
+    for objective in (
+        ReconstructionObjective(), SparsifinerObjective(dense, self_distillation=0.1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"learn_connectivity\(model\)"):
+            objective(model, *batch)
+        with torch.no_grad():  # only looked at
+            objective(model, *batch)
+    assert learn_connectivity(model) is model
+    assert any("predictor" in group["name"] for group in spot_vit.param_groups(model))
+    ReconstructionObjective()(model, *batch)[0].backward()
+
+
+def official(model: Any, seen: dict[int, Operands]) -> Tensor:
+    """Self-distillation as the public code has it: the map that names the keys, against its own."""
+    losses = []
+    for b, p in predictors(model).items():
+        config = p.config
+        q, k = (seen[b].q.transpose(1, 2), seen[b].k.transpose(1, 2))
+        unmasked = (q @ k.mT * seen[b].scale).softmax(dim=-1)
+        if p.proj_c_q is not None:
+            q, k = p.proj_c_q(q), p.proj_c_k(k)
+        cheap = (q @ (k.permute(0, 1, 3, 2) @ p.proj_n)) * H**-0.5
+        coefficients = cheap[..., 1:, :].softmax(dim=-1)
+        if config.coef_topk is not None:
+            count = min(config.coef_topk, coefficients.shape[-1])
+            values, places = coefficients.topk(count, sorted=False)
+            coefficients = torch.zeros_like(coefficients).scatter_(-1, places, values)
+        elif config.coef_threshold is not None:
+            coefficients = torch.nn.Threshold(config.coef_threshold, 0.0)(coefficients)
+        up = p.proj_n if p.proj_back_n is None else p.proj_back_n
+        basis = torch.nn.Threshold(config.basis_threshold, 0.0)(up.permute(1, 0).abs())
+        losses.append(F.mse_loss(coefficients @ basis, unmasked[..., 1:, :], reduction="sum"))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reduce_n": 2, "coef_topk": 3},
+        {"reduce_n": 2, "coef_topk": None, "coef_threshold": 0.12},
+        {"reduce_n": 2, "coef_topk": None, "basis_threshold": 0.0},
+        {"reduce_n": 2, "coef_topk": 8, "share_inout_proj": True},
+    ],
+)
+@pytest.mark.parametrize("tile", [5, 100])
+def test_self_distillation_and_its_gradients_are_those_of_the_public_code(
+    fields: dict[str, Any], tile: int
+) -> None:
+    model = make(**fields)[0].double()
+    for predictor in predictors(model).values():
+        for parameter in predictor.parameters():
+            parameter.data.mul_(3)  # so that coefficients differ
+    seen = operands(model, data()[0].double())
+    weights = [p for predictor in predictors(model).values() for p in predictor.parameters()]
+    expected = official(model, seen)
+    found = reconstruction_loss(predictors(model), seen, seen, tile, thresholds=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    plain = reconstruction_loss(predictors(model), seen, seen, tile)
+    assert (plain.double() - expected).abs() > 1e-3 * expected
+    for ours, theirs in zip(
+        torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+
+
+def test_the_objective_distils_the_thresholded_map() -> None:
+    model, dense = make()
+    model.train()
+    images, target = data()
+    with torch.no_grad(), record_operands(model) as seen:
+        model(images)
+    objective = SparsifinerObjective(dense, self_distillation=0.002)
+    _, parts = objective(model, images, target)
+    torch.testing.assert_close(parts["own"], official(model, seen).detach(), rtol=1e-5, atol=0)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -13,7 +13,11 @@ import spot_vit
 import torch
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.predictor import predictor_parameters
-from spot_vit.training.sparsifiner import ReconstructionObjective
+from spot_vit.training.sparsifiner import (
+    ReconstructionObjective,
+    SparsifinerObjective,
+    learn_connectivity,
+)
 from spot_vit.utils.modes import unwrap
 from support.models import build
 from support.wrapped import WRAPPERS, wrapped
@@ -22,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINED = [kind for kind in WRAPPERS if kind != "EMA"]  # which is not trained itself
 
 
-def sparse(spot: bool = True) -> Any:
+def sparse(spot: bool = True, on: bool = True) -> Any:
     torch.manual_seed(0)
     model = spot_vit.sparsify_attention(build(), 0.4, reduce_n=2, backend="sparse")
+    learn_connectivity(model, on)
     return spot_vit.sparsify(model, keep=0.6, at=[1, 2], train_decision="topk") if spot else model
 
 
@@ -98,27 +103,24 @@ distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_connectivity_as_one_does(tmp_path: Path) -> None:
+def run_ranks(script: str, folder: Path, *arguments: str) -> list[Any]:
+    """What two processes saved, which run the script with rank, store and file."""
     path = [ROOT / "python", ROOT, ROOT / "tests", ROOT / "tests/training"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     ranks = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                TWO_RANKS,
-                str(rank),
-                str(tmp_path / "store"),
-                str(tmp_path / f"{rank}.pt"),
-            ],
+            [sys.executable, "-c", script, str(rank), folder / "store", folder / f"{rank}.pt",
+             *arguments],
             env=environment,
         )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    (gradients, weights), theirs = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
-    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_train_connectivity_as_one_does(tmp_path: Path) -> None:
+    (gradients, weights), theirs = run_ranks(TWO_RANKS, tmp_path)
     for mine, other in zip((gradients, weights), theirs, strict=True):
         assert all(torch.equal(mine[name], other[name]) for name in mine)
     model = sparse()
@@ -129,3 +131,63 @@ def test_two_processes_train_connectivity_as_one_does(tmp_path: Path) -> None:
     for name, parameter in own.items():  # the loss is a sum over images
         torch.testing.assert_close(2 * gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
         assert not torch.equal(weights[name], parameter), name
+
+
+FINETUNED = """
+import sys, torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+import spot_vit
+from support.models import build
+from spot_vit.training.sparsifiner import SparsifinerObjective
+from test_wrapped import loader, sparse
+
+torch.set_num_threads(1)
+rank, store, path, how = int(sys.argv[1]), *sys.argv[2:]
+distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+inside = sparse(spot=False, on=how in ("on", "loop"))
+model = DistributedDataParallel(inside)  # nothing is unused
+batches = [(images[rank::2], labels[rank::2]) for images, labels in loader(3)]
+own = 0.0 if how == "rests" else 0.002
+if how == "loop":
+    objective = SparsifinerObjective(build(), self_distillation=own)
+    groups = spot_vit.param_groups(model, 1e-3, backbone_lr_scale=1.0, freeze_epochs=0,
+                                   head="pretrained")
+    spot_vit.fit(model, batches, torch.optim.AdamW(groups), objective)
+else:
+    spot_vit.finetune(model, batches, build(), lr=1e-3, self_distillation=own)
+torch.save({name: p.detach() for name, p in inside.named_parameters()}, path)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("how", ["rests", "off", "on", "loop"])
+def test_two_processes_finetune_as_one_does_with_nothing_unused(how: str, tmp_path: Path) -> None:
+    """Predictors off or on before the wrapping; DDP averages theirs, or finetune does."""
+    mine, theirs = run_ranks(FINETUNED, tmp_path, how)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    alone, start = sparse(spot=False), sparse(spot=False)
+    # Reconstruction is a sum over images, and the mean over processes half of it.
+    own = 0.0 if how == "rests" else 0.001
+    spot_vit.finetune(alone, loader(3), build(), lr=1e-3, self_distillation=own)
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(mine[name], parameter, rtol=2e-2, atol=3e-4, msg=name)
+        moved = not torch.equal(mine[name], start.get_parameter(name))
+        assert moved is not (name in ("cls_token", "pos_embed") or (
+            how == "rests" and ".connectivity." in name)), name  # fmt: skip
+
+
+def test_what_a_wrapped_model_cannot_do_is_refused_with_the_cure() -> None:
+    images, target = loader(1)[0]
+    objective = SparsifinerObjective(build(), self_distillation=0.1)
+    with wrapped(sparse(spot=False, on=False), "DDP") as outside:
+        with pytest.raises(ValueError, match=r"learn_connectivity: the model is wrapped"):
+            learn_connectivity(outside)
+        with pytest.raises(ValueError, match=r"learn_connectivity\(model\) before .* wrapped"):
+            objective(outside, images, target)
+        spot_vit.finetune(outside, loader(1), build(), self_distillation=0.1)
+    with (
+        wrapped(sparse(spot=False), "DDP") as outside,
+        pytest.raises(ValueError, match=r"find_unused_parameters=True.* takes them for unused"),
+    ):
+        objective(outside, images, target)

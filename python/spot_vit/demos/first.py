@@ -72,8 +72,9 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
         weight_decay=recipe.weight_decay,
         backbone_lr_scale=recipe.extra_lr / recipe.predictor_lr,
         freeze_epochs=0,
+        head="pretrained",
     )
-    objective = SpotObjective(spot.spot_config.keep_ratios(), teacher=copy.deepcopy(dense))
+    objective = SpotObjective(teacher=copy.deepcopy(dense))
     train_phase(spot, groups, recipe, seed, "SPOT ViT", objective)
 
     models = {"dense": dense, "dense, longer": longer, "SPOT": spot}
@@ -111,10 +112,9 @@ def _compare(models: dict[str, Any], recipe: Recipe, test: ClutteredDigits) -> l
         for size in _BATCH_SIZES
     }
     batch = test.batch(range(recipe.batch_size))
-    ratios = models["SPOT"].spot_config.keep_ratios()
     training = compare_training(
         models,
-        {name: SpotObjective(ratios) if name == "SPOT" else dense_objective for name in models},
+        {name: SpotObjective() if name == "SPOT" else dense_objective for name in models},
         batch.image,
         batch.label,
         rounds=max(recipe.latency_rounds // 4, 2),

@@ -157,10 +157,10 @@ def trained_sparse(
         weight_decay=recipe.weight_decay,
         backbone_lr_scale=recipe.extra_lr / recipe.predictor_lr,
         freeze_epochs=0,
+        head="pretrained",
     )
     draw = sample_keep and SampledKeep(*sample_keep, seed=seed)
-    ratios = draw or model.spot_config.keep_ratios()
-    objective = SpotObjective(ratios, teacher=copy.deepcopy(dense))
+    objective = SpotObjective(draw, teacher=copy.deepcopy(dense))
     config = {
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,

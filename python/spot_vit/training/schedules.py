@@ -116,7 +116,8 @@ class NoiseSchedule:
     def at(self, step: int) -> float:
         """The scale of the noise at a step."""
         level = min(step * self.levels // self.steps, self.levels - 1)
-        return self.start + (self.end - self.start) * level / (self.levels - 1)
+        share = level / (self.levels - 1)
+        return self.start * (1 - share) + self.end * share
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[float]:

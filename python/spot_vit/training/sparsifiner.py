@@ -374,5 +374,7 @@ def finetune(
         options["after_backward"] = _averaging(model, unknown, options.get("after_backward"))
         objective._averaged = True
     with training_of(model, backbone=True, connectivity=self_distillation > 0):
-        groups = param_groups(model, top, weight_decay, lr / top, freeze_epochs=0)
+        groups = param_groups(
+            model, top, weight_decay, lr / top, freeze_epochs=0, head="pretrained"
+        )
         return fit(model, loader, torch.optim.AdamW(groups), wrap(objective), **options)

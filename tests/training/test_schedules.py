@@ -1,0 +1,106 @@
+"""Schedules: the budget by EViT's formula, the noise by levels, and both gone afterwards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from spot_vit import sparsify
+from spot_vit.training.fit import fit
+from spot_vit.training.objectives import SpotObjective
+from spot_vit.training.schedules import KeepSchedule, NoiseSchedule
+from support.models import build, images
+from torch import nn
+
+
+def published(step: int, per_epoch: int, start: int, end: int, keep: float) -> float:
+    """EViT's keep rate at a step, as its code has it."""
+    epoch = step // per_epoch
+    if epoch < start:
+        return 1.0
+    if epoch >= end:
+        return keep
+    share = (step - per_epoch * start) / (per_epoch * (end - start))
+    return keep + (1 - keep) * (math.cos(share * math.pi) + 1) * 0.5
+
+
+def test_the_budget_is_that_of_the_published_formula_at_every_step() -> None:
+    model: Any = sparsify(build(), method="evit", keep=0.5, at=[1, 2, 3]).train()
+    schedule, x = KeepSchedule(4, start=2, end=5), images(model, 2)
+    seen = []
+    for step in range(24):
+        rate = published(step, 4, 2, 5, 0.5)
+        with schedule(model) as ratios:
+            assert ratios == pytest.approx([rate, rate**2, rate**3], abs=3e-6)
+            index = model(x, aux=True).index
+        alive = 16
+        for stage in index:
+            keep = math.ceil(rate * alive)
+            assert stage.shape[1] == keep
+            alive = keep + (keep < alive)  # the fused token competes
+        assert model.spot_config.keep == 0.5
+        seen.append(index[-1].shape[1])
+    assert seen[0] == 16 and seen[-1] < 5 and sorted(seen, reverse=True) == seen
+    assert schedule.step == 24
+
+
+def test_a_list_of_ratios_falls_stage_by_stage_and_a_step_can_be_set() -> None:
+    model: Any = sparsify(build(), keep=(0.8, 0.4), at=[1, 2])
+    schedule = KeepSchedule(10, start=0, end=2, step=10)
+    with schedule(model) as ratios:
+        assert ratios == pytest.approx([0.9, 0.7])  # half way
+    schedule.step = 20
+    with schedule(model) as ratios:
+        assert ratios == [0.8, 0.4]
+    with pytest.raises(RuntimeError, match="inside"), KeepSchedule(10)(model):
+        raise RuntimeError("inside")
+    assert model.spot_config.keep == (0.8, 0.4)
+
+
+@pytest.mark.parametrize("method", ["evit", "spot"])
+def test_fit_follows_the_schedule(method: str) -> None:
+    model: Any = sparsify(build(), method=method, keep=0.5, at=[1, 2])
+    batches = [(images(model, 2), torch.tensor([0, 1])) for _ in range(2)]
+    seen = []
+    model.register_forward_pre_hook(lambda net, args: seen.append(net.spot_config.keep))
+    schedule = KeepSchedule(len(batches), start=1, end=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    report = fit(model, batches, optimizer, SpotObjective(schedule), epochs=3)
+    assert seen == pytest.approx([1, 1, 1, 0.75, 0.5, 0.5])
+    assert model.spot_config.keep == 0.5 and "ratio" in report
+
+
+def test_noise_falls_by_levels_and_the_own_is_back() -> None:
+    model: Any = sparsify(build(), at=[1, 2], train_decision="topk", noise=0.7)
+    schedule = NoiseSchedule(10, start=1.0, end=0.0, levels=5)
+    seen = []
+    for _ in range(12):
+        with schedule(model) as noise:
+            assert model.spot_config.noise == model.spot_config.noise_scale == noise
+        assert model.spot_config.noise == 0.7
+        seen.append(noise)
+    assert seen == [1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0, 0, 0, 0]
+    seen.clear()
+    model.register_forward_pre_hook(lambda net, args: seen.append(net.spot_config.noise))
+    objective = SpotObjective(noise=NoiseSchedule(2, 0.5, 0.1, levels=2))
+    for _ in range(3):
+        objective(model.train(), images(model, 2), torch.tensor([0, 1]))
+    assert seen == [0.5, 0.1, 0.1] and model.spot_config.noise == 0.7
+
+
+def test_what_cannot_work_is_refused() -> None:
+    for wrong in ({"start": -1}, {"start": 5, "end": 4}):
+        with pytest.raises(ValueError, match="0 <= start <= end"):
+            KeepSchedule(10, **wrong)
+    with pytest.raises(ValueError, match="steps_per_epoch: expected at least 1, got 0"):
+        KeepSchedule(0)
+    for wrong in ({"steps": 0}, {"steps": 5, "levels": 1}):
+        with pytest.raises(ValueError, match="steps >= 1 and levels >= 2"):
+            NoiseSchedule(**wrong)
+    with pytest.raises(ValueError, match="scales of 0 or more"):
+        NoiseSchedule(5, start=-0.1)
+    for schedule in (KeepSchedule(1), NoiseSchedule(1)):
+        with pytest.raises(TypeError, match="expected a SPOT model"), schedule(nn.Linear(2, 2)):
+            pass
