@@ -1,4 +1,4 @@
-"""Schedules: the budget by EViT's formula, the noise by levels, and both gone afterwards."""
+"""Schedules: the budget by EViT's formula, the noise evenly, and both gone afterwards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spot_vit.training.objectives import SpotObjective
 from spot_vit.training.schedules import KeepSchedule, NoiseSchedule
 from support.models import build, images
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 
 def published(step: int, per_epoch: int, start: int, end: int, keep: float) -> float:
@@ -72,22 +73,32 @@ def test_fit_follows_the_schedule(method: str) -> None:
     assert model.spot_config.keep == 0.5 and "ratio" in report
 
 
-def test_noise_falls_by_levels_and_the_own_is_back() -> None:
+def test_noise_falls_evenly_and_the_own_is_back() -> None:
     model: Any = sparsify(build(), at=[1, 2], train_decision="topk", noise=0.7)
-    schedule = NoiseSchedule(10, start=1.0, end=0.0, levels=5)
+    schedule = NoiseSchedule(8, start=1.0, end=0.0)
     seen = []
-    for _ in range(12):
+    for _ in range(10):
         with schedule(model) as noise:
             assert model.spot_config.noise == model.spot_config.noise_scale == noise
         assert model.spot_config.noise == 0.7
         seen.append(noise)
-    assert seen == [1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0, 0, 0, 0]
+    assert seen == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0]
     seen.clear()
     model.register_forward_pre_hook(lambda net, args: seen.append(net.spot_config.noise))
-    objective = SpotObjective(noise=NoiseSchedule(2, 0.5, 0.1, levels=2))
+    objective = SpotObjective(noise=NoiseSchedule(1, 0.5, 0.1))
     for _ in range(3):
         objective(model.train(), images(model, 2), torch.tensor([0, 1]))
     assert seen == [0.5, 0.1, 0.1] and model.spot_config.noise == 0.7
+
+
+def test_a_compiled_model_is_not_compiled_anew_for_every_scale(fresh_compiler: None) -> None:
+    model: Any = sparsify(build(), keep=0.5, at=[1, 2], train_decision="topk").train()
+    counter = CompileCounter()
+    compiled, schedule = torch.compile(model, backend=counter), NoiseSchedule(12)
+    for _ in range(13):
+        with schedule(compiled):
+            compiled(images(model, 2))
+    assert counter.frame_count <= 3  # the first one, any other, and none
 
 
 def test_what_cannot_work_is_refused() -> None:
@@ -96,9 +107,8 @@ def test_what_cannot_work_is_refused() -> None:
             KeepSchedule(10, **wrong)
     with pytest.raises(ValueError, match="steps_per_epoch: expected at least 1, got 0"):
         KeepSchedule(0)
-    for wrong in ({"steps": 0}, {"steps": 5, "levels": 1}):
-        with pytest.raises(ValueError, match="steps >= 1 and levels >= 2"):
-            NoiseSchedule(**wrong)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        NoiseSchedule(0)
     with pytest.raises(ValueError, match="scales of 0 or more"):
         NoiseSchedule(5, start=-0.1)
     for schedule in (KeepSchedule(1), NoiseSchedule(1)):

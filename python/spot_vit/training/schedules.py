@@ -83,7 +83,7 @@ def _towards_one(keep: Any, share: float) -> Any:
 
 
 class NoiseSchedule:
-    """Noise of the decisions that falls in the course of a training (our choice).
+    """Noise of the decisions that changes evenly in the course of a training (our choice).
 
     Exploration at first, and at the end the selection of inference. An objective takes one as
     `noise`; in a loop of your own put `with schedule(model):` around the training forward pass.
@@ -93,30 +93,25 @@ class NoiseSchedule:
         steps: passes until `end` is reached.
         start: scale of the noise at first, as `SpotConfig.noise`.
         end: scale of the noise at the end.
-        levels: number of values it takes on the way, each as long as the others: a compiled model
-            is compiled for each of them.
         step: passes that were made already, where training goes on from a checkpoint.
 
     Attributes:
         step: passes so far.
 
     Raises:
-        ValueError: a scale below 0, or no step or level.
+        ValueError: a scale below 0, or no step.
     """
 
-    def __init__(
-        self, steps: int, start: float = 1.0, end: float = 0.0, levels: int = 5, step: int = 0
-    ) -> None:
-        if steps < 1 or levels < 2:
-            raise ValueError(f"expected steps >= 1 and levels >= 2, got {steps} and {levels}")
+    def __init__(self, steps: int, start: float = 1.0, end: float = 0.0, step: int = 0) -> None:
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
         if not (0 <= start < math.inf and 0 <= end < math.inf):
             raise ValueError(f"expected scales of 0 or more, got start={start}, end={end}")
-        self.steps, self.start, self.end, self.levels, self.step = steps, start, end, levels, step
+        self.steps, self.start, self.end, self.step = steps, start, end, step
 
     def at(self, step: int) -> float:
         """The scale of the noise at a step."""
-        level = min(step * self.levels // self.steps, self.levels - 1)
-        share = level / (self.levels - 1)
+        share = min(step / self.steps, 1.0)
         return self.start * (1 - share) + self.end * share
 
     @contextmanager
