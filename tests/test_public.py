@@ -11,6 +11,7 @@ import spot_vit
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
+    "AttentionMap",
     "ClutteredDigits",
     "CorruptedDigits",
     "LossWeights",
@@ -21,8 +22,10 @@ PUBLIC = {
     "SpotObjective",
     "SpotOutput",
     "Teacher",
+    "TokenPass",
     "UnsupportedModelError",
     "__version__",
+    "attention_maps",
     "attention_seen",
     "compare_latency",
     "compare_training",

@@ -29,12 +29,10 @@ if TYPE_CHECKING:
     from spot_vit.models.convert import restore, set_keep, sparsify, supported
     from spot_vit.models.loop import SpotOutput
     from spot_vit.models.published import convert_checkpoint
-    from spot_vit.models.sparsifiner import (
-        dense_attention,
-        record_operands,
-        set_grid,
-        sparsify_attention,
-    )
+    from spot_vit.models.recording import attention_maps, record_operands
+    from spot_vit.models.sparsifiner import dense_attention, set_grid, sparsify_attention
+    from spot_vit.models.token_pass import TokenPass
+    from spot_vit.nn.operands import AttentionMap
     from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
     from spot_vit.training.connectivity_init import start_from_regions
     from spot_vit.training.fit import fit
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
     from spot_vit.training.sparsifiner import SparsifinerObjective, finetune, train_connectivity
 
 _HOME = {
+    "AttentionMap": "spot_vit.nn.operands",
     "ClutteredDigits": "spot_vit.data.digits",
     "CorruptedDigits": "spot_vit.data.corruptions",
     "LossWeights": "spot_vit.training.losses",
@@ -56,8 +55,10 @@ _HOME = {
     "SpotObjective": "spot_vit.training.objectives",
     "SpotOutput": "spot_vit.models.loop",
     "Teacher": "spot_vit.training.losses",
+    "TokenPass": "spot_vit.models.token_pass",
     "UnsupportedModelError": "spot_vit.models.adapters.find",
     "__version__": "spot_ext",
+    "attention_maps": "spot_vit.models.recording",
     "attention_seen": "spot_vit.training.reconstruction",
     "compare_latency": "spot_vit.measure.latency",
     "compare_training": "spot_vit.measure.latency",
@@ -73,7 +74,7 @@ _HOME = {
     "mhsa_flops": "spot_vit.measure.attention_flops",
     "paired_difference": "spot_vit.evaluation.statistics",
     "param_groups": "spot_vit.training.param_groups",
-    "record_operands": "spot_vit.models.sparsifiner",
+    "record_operands": "spot_vit.models.recording",
     "restore": "spot_vit.models.convert",
     "save_checkpoint": "spot_vit.training.checkpoint",
     "save_kept": "spot_vit.evaluation.pictures",
@@ -89,6 +90,7 @@ _HOME = {
 """The public names, and the module that each comes from."""
 
 __all__ = [
+    "AttentionMap",
     "ClutteredDigits",
     "CorruptedDigits",
     "LossWeights",
@@ -99,8 +101,10 @@ __all__ = [
     "SpotObjective",
     "SpotOutput",
     "Teacher",
+    "TokenPass",
     "UnsupportedModelError",
     "__version__",
+    "attention_maps",
     "attention_seen",
     "compare_latency",
     "compare_training",

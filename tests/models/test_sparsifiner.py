@@ -8,7 +8,8 @@ import pytest
 import spot_vit
 import timm
 import torch
-from spot_vit.models.sparsifiner import dense_attention, predictors, record_operands
+from spot_vit.models.recording import record_operands
+from spot_vit.models.sparsifiner import dense_attention, predictors
 from spot_vit.nn.attention import AttentionRequest, attend_to_named
 from support.sparsifiner import (
     EVERY,

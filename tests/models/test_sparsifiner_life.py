@@ -10,7 +10,8 @@ import pytest
 import spot_vit
 import timm
 import torch
-from spot_vit.models.sparsifiner import dense_attention, predictors, record_operands
+from spot_vit.models.recording import record_operands
+from spot_vit.models.sparsifiner import dense_attention, predictors
 from support.models import VARIANTS
 from support.sparsifiner import (
     BIASED,

@@ -87,7 +87,7 @@ def test_the_auxiliary_head_sees_kept_patches_only():
     kept = masked.tokens[:, 1:].gather(1, out.index[-1][..., None].expand(-1, -1, 48))
     dense = model.aux_head(kept).amax(dim=1)
     torch.testing.assert_close(masked.logits, model.head(masked.tokens[:, 0]) + 0.5 * dense)
-    over_all = model.forward_head(masked.tokens)
+    over_all = model.logits(masked.tokens)
     assert not torch.allclose(masked.logits, over_all, atol=1e-3)
     nothing = masked.tokens.new_zeros(3, 16)
     assert torch.equal(model.logits(masked.tokens, nothing), over_all)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import spot_vit
 import torch
-from spot_vit.models.sparsifiner import dense_attention, predictors, record_operands
+from spot_vit.models.recording import record_operands
+from spot_vit.models.sparsifiner import dense_attention, predictors
 from spot_vit.nn.operands import Operands
 from spot_vit.training.connectivity_init import _regions, start_from_regions
 from spot_vit.training.reconstruction import attention_seen, reconstruction_loss

@@ -24,10 +24,10 @@ from spot_vit.measure.attention_flops import mhsa_flops
 from spot_vit.measure.flops import count_flops
 from spot_vit.measure.latency import compare_latency
 from spot_vit.models.convert import sparsify
+from spot_vit.models.recording import record_operands
 from spot_vit.models.sparsifiner import (
     dense_attention,
     predictors,
-    record_operands,
     sparsify_attention,
 )
 from spot_vit.nn.attention_backend import choose

@@ -27,7 +27,8 @@ class LayerFlops:
 
     Attributes:
         name: "stem", "blocks.0", ..., "head".
-        tokens: tokens that enter it, prefix included; 0 where they are pixels or feature maps.
+        tokens: tokens that its attention sees, prefix included; 0 where they are pixels or feature
+            maps.
         attention: projections and the two products with the map, of which sparse attention needs
             the named entries alone; without statistics.
         mlp: the block's MLP.
@@ -130,7 +131,7 @@ class _Watch:
         self.blocks = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
         self.root = type(model).__name__
         self.statistics = 0  # running, in FLOPs
-        self.tokens: list[int] = []  # entering each block
+        self.tokens: list[int] = []  # that attend, in each block
         self.leaving = 0  # the last block
         self.marks: list[tuple[int, int]] = []  # total and statistics, before and after each block
         predictors = predictors_in(model, Predictor)
@@ -198,6 +199,10 @@ class _Watch:
                 block.register_forward_hook(self._ends),
             ):
                 self._stack.callback(handle.remove)
+            attention = getattr(block, "attn", None)
+            if isinstance(attention, nn.Module):  # tokens may go between the two
+                watching = attention.register_forward_pre_hook(self._attends)
+                self._stack.callback(watching.remove)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
@@ -211,6 +216,9 @@ class _Watch:
     def _starts(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self.tokens.append(_tokens(args[0]))
         self._mark()
+
+    def _attends(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
+        self.tokens[-1] = _tokens(args[0])
 
     def _ends(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._mark()
@@ -239,8 +247,7 @@ class _Watch:
         total = self.counter.get_total_flops()
         if not self.blocks:
             return (LayerFlops("model", 0, other=total // 2),)
-        # What runs between two blocks, such as a predictor, belongs to the second one.
-        begin = self.marks[0][0] - self._of_predictors(0, self.scoring)
+        begin = self.marks[0][0]
         result = [LayerFlops("stem", 0, other=begin // 2)]
         before = 0
         for b, tokens in enumerate(self.tokens):

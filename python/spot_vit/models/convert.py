@@ -20,10 +20,14 @@ from spot_vit.models.adapters.find import (
     model_adapter,
 )
 from spot_vit.models.loop import SpotLoop
+from spot_vit.nn.predictor import beside
 from spot_vit.nn.relevance import TokenRelevance
-from spot_vit.utils.modes import unwrap
+from spot_vit.utils.modes import blocks_of, unwrap
 
 M = TypeVar("M", bound=nn.Module)
+
+HEAD_WIDTH = 256
+"""Widest head that attention with masks or statistics takes."""
 
 
 def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
@@ -52,6 +56,11 @@ def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
         raise TypeError(
             "the model is a SPOT model already; set_keep changes its budget, restore undoes it"
         )
+    if config is not None and not isinstance(config, SpotConfig):
+        name = "method" if isinstance(config, str) else "keep"
+        raise TypeError(
+            f"config must be a SpotConfig, got {config!r}; say sparsify(model, {name}={config!r})"
+        )
     _sparsify(model, config or SpotConfig(), overrides)
     return model
 
@@ -63,10 +72,11 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
     config = config.replace(**overrides)
     entry, block_entries = model_adapter(model), block_adapters(model)
     attention_entries = attention_adapters(model)
-    blocks = list(model.blocks)
+    blocks = blocks_of(model)
     config = config.replace(at=config.decision_blocks(len(blocks)))
     assert config.at is not None
     config.ratios(len(config.at))  # a list of ratios must name every stage
+    _check_heads(blocks, config)
     stages = [config.at.index(b) if b in config.at else None for b in range(len(blocks))]
     new = [
         _relevance_for(block, config) if config.learned and stage is not None else None
@@ -84,15 +94,29 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
     for b, block in enumerate(blocks):
         block.__class__ = block_entries[b].adapter
         block.attn.__class__ = attention_entries[b].adapter
-        block.stage, block.relevance = stages[b], new[b]
-    model._configure(config)
-    model.train(model.training)
-    if isinstance(budget, Mapping):
-        try:
+        block.stage, block.relevance, block.cuts = stages[b], new[b], False
+    try:
+        model._configure(config)
+        model.train(model.training)
+        if isinstance(budget, Mapping):
             set_keep(model, budget)
-        except BaseException:
-            restore(model)
-            raise
+    except BaseException:
+        _restore(model)
+        raise
+
+
+def _check_heads(blocks: list[Any], config: SpotConfig) -> None:
+    """Raises where attention with masks or statistics has no kernel for the width of a head."""
+    for b, block in enumerate(blocks):
+        attention = block.attn
+        width = getattr(attention, "head_dim", None)
+        if width is None:
+            width = attention.proj.weight.shape[0] // attention.num_heads
+        if width > HEAD_WIDTH and (config.learned or config.cuts_inside):
+            raise ValueError(
+                f"heads of blocks.{b} are {width} wide; attention with masks or statistics takes "
+                f"at most {HEAD_WIDTH}"
+            )
 
 
 def restore(model: M) -> M:
@@ -107,21 +131,40 @@ def restore(model: M) -> M:
 
 
 def _restore(model: Any) -> None:
+    """Undoes everything; looks first, so that a model it cannot restore stays as it is."""
     original = {
         entry.adapter: entry.target
         for entry in itertools.chain(MODELS.values(), BLOCKS.values(), ATTENTIONS.values())
     }
+    spot = isinstance(model, SpotLoop)
+    blocks = blocks_of(model)
+    classes: list[tuple[Any, type]] = []
+    for b, block in enumerate(blocks):
+        if spot and type(block) not in original:
+            raise _changed(f"blocks.{b}", block)
+        classes.append((block.attn, original.get(type(block.attn), type(block.attn))))
+        if spot:
+            classes.append((block, original[type(block)]))
+    if spot:
+        if type(model) not in original:
+            raise _changed("the model", model)
+        classes.append((model, original[type(model)]))
+
     if sparsifiner.is_sparse(model):
         sparsifiner.remove(model)
-    spot = isinstance(model, SpotLoop)
-    for block in model.blocks:
-        block.attn.__class__ = original.get(type(block.attn), type(block.attn))
-        if spot:
-            block.__class__ = original[type(block)]
-            del block.stage, block.relevance
     if spot:
+        for block in blocks:
+            del block.stage, block.relevance, block.cuts
         del model.spot_config, model._spot_ratios
-        model.__class__ = original[type(model)]
+    for module, target in classes:
+        module.__class__ = target
+
+
+def _changed(where: str, module: nn.Module) -> TypeError:
+    return TypeError(
+        f"{where} is a {type(module).__name__} now, so something changed its class after sparsify "
+        "(fully_shard does); restore the model before that, or undo it first"
+    )
 
 
 Keep = float | list[float] | tuple[float, ...] | Mapping[str, Any]
@@ -191,4 +234,4 @@ def _relevance_for(block: Any, config: SpotConfig) -> TokenRelevance:
     dim = weight.shape[0]
     d_remap = (config.d_remap or dim) if "embed" in config.evidence else 0
     relevance = TokenRelevance(dim, config.num_features(block.attn.num_heads), d_remap)
-    return relevance.to(device=weight.device, dtype=weight.dtype)
+    return beside(relevance, weight)

@@ -1,4 +1,4 @@
-"""The block loop that all converted models share: decide, cut or mask, run the block.
+"""What all converted models share: their forward methods, around a sparse pass of the blocks.
 
 Model adapters inherit it in front of the timm class and say how their tokens, head and pooling
 work. All state of a forward pass is local to it.
@@ -9,21 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-import spot_ext
+from spot_vit.config.fields import one_of
 from spot_vit.config.spot import SpotConfig
-from spot_vit.models.state import TokenState
-from spot_vit.nn.attention import AttentionRequest, Cut, refuse_masks
-from spot_vit.nn.decide import gumbel_mask, mask_of, topk_mask
-from spot_vit.nn.evidence import EvidenceHistory
+from spot_vit.models.state import FILLS, TokenState
+from spot_vit.models.token_pass import TokenPass
+from spot_vit.nn.attention import refuse_masks
 from spot_vit.nn.pooling import pool_kept
 from spot_vit.nn.positional import PositionTables
+from spot_vit.utils.modes import blocks_of
 
 
 @dataclasses.dataclass
@@ -54,15 +53,6 @@ class SpotOutput:
 torch.export.register_dataclass(SpotOutput, serialized_type_name="spot_vit.SpotOutput")
 
 
-class _Stage(NamedTuple):
-    """One decision of one pass."""
-
-    num_keep: int
-    cuts: bool  # whether it keeps fewer than there are
-    given: Tensor | None  # [B, num_keep] grid positions to keep instead of deciding
-    scores: bool  # whether the predictor runs
-
-
 class SpotLoop(nn.Module):
     """Mixin: the forward pass of a converted model."""
 
@@ -84,15 +74,12 @@ class SpotLoop(nn.Module):
         def _tokens(self, x: Tensor) -> tuple[Tensor, PositionTables]:
             """Image [B, 3, H, W] to tokens [B, P+N, C], ready for the first block, and tables."""
 
-        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-            """Logits from tokens."""
-
     @property
     def _pools_prefix(self) -> bool:
         """Whether the head pools over prefix tokens together with patches."""
         return getattr(self, "pool_include_prefix", False)
 
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
+    def _head_kept(self, x: Tensor, mask: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits from tokens [B, P+N, C], pooled over the prefix and those in `mask` [B, N]."""
         x = pool_kept(
             x,
@@ -102,7 +89,8 @@ class SpotLoop(nn.Module):
             include_prefix=self._pools_prefix,
             attn_pool=getattr(self, "attn_pool", None),
         )
-        return self.head(self.head_drop(self.fc_norm(x)))
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
 
     @property
     def _pools_patches(self) -> bool:
@@ -118,6 +106,8 @@ class SpotLoop(nn.Module):
             ratios = tuple(now / then for then, now in zip(before, ratios, strict=False))
         self._spot_ratios = tuple((ratio.numerator, ratio.denominator) for ratio in ratios)
         self.spot_config = config
+        for block in blocks_of(self):
+            block.cuts = block.stage is not None and ratios[block.stage] < 1
 
     # ---- public ----------------------------------------------------------------------------------
 
@@ -145,25 +135,82 @@ class SpotLoop(nn.Module):
             [B, classes], or `SpotOutput` with `aux=True`.
         """
         refuse_masks(attn_mask, is_causal)
-        state = self._run_blocks(x, kept=kept, every_decision=aux)
+        state = self._final(x, kept, every_decision=aux)
+        tokens = self.norm(state.tokens)
+        logits = self._head(tokens, state.pooled())
+        return self._output(logits, tokens, state) if aux else logits
+
+    def forward_features(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        kept: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Final normalised tokens: all of them where training masks, otherwise survivors.
+
+        The tensor knows which of its tokens are kept: `forward_head` of it is what `forward` gives.
+        """
+        refuse_masks(attn_mask, is_causal)
+        state = self._final(x, kept)
+        tokens = self.norm(state.tokens)
+        mask = state.pooled()
+        if mask is not None and self._pools_patches:
+            tokens.spot_pooled = mask
+        return tokens
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, or the pooled features before them, of what `forward_features` returned.
+
+        Args:
+            x: [B, P+N, C] final tokens.
+            pre_logits: features instead of logits.
+
+        Raises:
+            ValueError: the head pools over patches, some of which do not count, and `x` is another
+                tensor than `forward_features` returned, so that nothing says which.
+        """
+        mask = getattr(x, "spot_pooled", None)
+        if mask is None and self._pools_patches and self._hides and x.dim() == 3:
+            raise ValueError(
+                "this head pools over patch tokens, and some of them do not count (training masks "
+                "them, or they are fused tokens): give forward_head the very tensor that "
+                "forward_features returned, or call the model, with aux=True for tokens and masks"
+            )
+        return self._head(x, mask, pre_logits)
+
+    def _head(self, x: Tensor, mask: Tensor | None, pre_logits: bool = False) -> Tensor:
+        """The timm head, over the patches in `mask` [B, N] where that makes a difference."""
+        if mask is None or not self._pools_patches:
+            return super().forward_head(x, pre_logits)  # type: ignore[misc]
+        return self._head_kept(x, mask, pre_logits)
+
+    @property
+    def _hides(self) -> bool:
+        """Whether a pass may end with patch tokens that the head must not pool over."""
+        config = self.spot_config
+        masks = self.training and config.learned
+        if not (masks or (config.cuts_inside and config.fuses)):
+            return False
+        return any(block.cuts for block in blocks_of(self))
+
+    def _final(
+        self, x: Tensor, kept: Sequence[Tensor] | None, every_decision: bool = False
+    ) -> TokenState:
+        """The state behind the last block; refuses to leave a pooling head without tokens."""
+        run = TokenPass(self, x, kept, every_decision, dense=False)
+        run.run()
+        state = run.state
         if self._pools_patches and state.x.shape[1] == state.front and state.grid:
             raise ValueError(
                 f"keep={self.spot_config.keep} leaves none of {state.grid} patch tokens at the "
                 "last stage, and this model's head pools over them"
             )
-        tokens = self.norm(state.tokens)
-        mask = state.pooled()
-        logits = self.forward_head(tokens) if mask is None else self._head_kept(tokens, mask)
-        if not aux:
-            return logits
-        return SpotOutput(logits, tokens, state.all_masks(), state.logp, state.index)
+        return state
 
-    def forward_features(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """Final normalised tokens: all of them where training masks, otherwise survivors."""
-        refuse_masks(attn_mask, is_causal)
-        return self.norm(self._run_blocks(x).tokens)
+    def _output(self, logits: Tensor, tokens: Tensor, state: TokenState) -> SpotOutput:
+        return SpotOutput(logits, tokens, state.all_masks(), state.logp, state.index)
 
     def forward_intermediates(
         self,
@@ -177,201 +224,74 @@ class SpotLoop(nn.Module):
         output_dict: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        kept: Sequence[Tensor] | None = None,
+        fill: str = "last",
+        aux: bool = False,
     ) -> Any:
-        """Block outputs as timm gives them, on the full grid.
+        """Block outputs as timm gives them, on the full grid, in training as in inference.
 
-        A token that was dropped keeps the last value it had, so maps stay dense. The final features
-        are those of `forward_features`: survivors only, where training does not mask.
+        The final features are those of `forward_features`: survivors only, where training does not
+        mask. Arguments not named here are timm's.
+
+        Args:
+            x: images [B, 3, H, W].
+            indices: blocks to take, or how many of the last.
+            return_prefix_tokens: give prefix tokens beside each map.
+            norm: apply the final norm to maps; it was trained on the last block's tokens alone.
+            stop_early: run no blocks behind the last one taken.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: leave the final features out.
+            output_dict: return a dictionary.
+            attn_mask: not supported.
+            is_causal: not supported.
+            kept: decisions to use instead of the predictor's, see `forward`.
+            fill: what stands where a token was dropped: "last", the last value it had; "nearest",
+                the value of the nearest token that is left; "zero".
+            aux: return a pair: timm's result, and the `SpotOutput` of the same pass (its logits are
+                those of the blocks that ran).
         """
         refuse_masks(attn_mask, is_causal)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        one_of("output_fmt", output_fmt, ("NCHW", "NLC"))
+        one_of("fill", fill, FILLS)
         take, last = feature_take_indices(len(self.blocks), indices)
-        state = self._run_blocks(x, take=take, stop=last + 1 if stop_early else None)
-        full = [state.taken[b] for b in sorted(state.taken)]
+        run = TokenPass(
+            self,
+            x,
+            kept,
+            every_decision=aux,
+            dense=fill == "last",
+            stop=last + 1 if stop_early else None,
+        )
+        taken = {}
+        for b in range(len(run.blocks)):
+            run.block(b)
+            if b in take:
+                taken[b] = run.on_grid(fill)
+        full = [taken[b] for b in sorted(taken)]
         if norm:
             full = [self.norm(y) for y in full]
         prefix = [y[:, : self.num_prefix_tokens] for y in full]
         maps = [y[:, self.num_prefix_tokens :] for y in full]
         if output_fmt == "NCHW":
-            grid = self._grid(*x.shape[-2:])
-            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
+            maps = [y.transpose(1, 2).unflatten(2, run.shape).contiguous() for y in maps]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        result: Any
         if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
+            result = {"image_intermediates": maps}
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(state.tokens)
+                result["image_features"] = self.norm(run.tokens)
+        else:
+            result = list(zip(maps, prefix, strict=True)) if with_prefix else maps
+            if not intermediates_only:
+                result = (self.norm(run.tokens), result)
+        if not aux:
             return result
-        outputs: list[Any] = list(zip(maps, prefix, strict=True)) if with_prefix else maps
-        return outputs if intermediates_only else (self.norm(state.tokens), outputs)
+        tokens = self.norm(run.tokens)
+        return result, self._output(self._head(tokens, run.state.pooled()), tokens, run.state)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image."""
         return self.patch_embed.dynamic_feat_size((height, width))
-
-    # ---- the loop --------------------------------------------------------------------------------
-
-    def _run_blocks(
-        self,
-        image: Tensor,
-        kept: Sequence[Tensor] | None = None,
-        every_decision: bool = False,
-        take: Sequence[int] = (),
-        stop: int | None = None,
-    ) -> TokenState:
-        """Runs the blocks.
-
-        `every_decision` runs the predictor even where nothing would be cut; `take` names blocks
-        whose output is wanted on the full grid; `stop` is the number of blocks to run.
-        """
-        config = self.spot_config
-        blocks = list(self.blocks)[:stop]
-        x, tables = self._tokens(image)
-        grid = x.shape[1] - self.num_prefix_tokens
-        state = TokenState(x, tables, EvidenceHistory(config), self.num_prefix_tokens, grid)
-        state.sparse = any(block.attn.sparse for block in blocks)
-        at = [b for b, block in enumerate(blocks) if block.stage is not None]
-        stages = self._stages(grid, at, kept, every_decision)
-        for b, block in enumerate(blocks):
-            stage = stages.get(b)
-            if stage is not None and take:
-                state.dropped = state.on_grid()
-            if stage is not None and not config.cuts_inside:
-                self._decide(state, block.relevance, stage)
-            self._run_block(state, b, block, stages)
-            if b in take:
-                state.taken[b] = state.on_grid()
-        return state
-
-    def _stages(
-        self,
-        grid: int,
-        at: Sequence[int],
-        kept: Sequence[Tensor] | None,
-        every_decision: bool,
-    ) -> dict[int, _Stage]:
-        """What is to be done before (EViT: in) which block."""
-        config = self.spot_config
-        if kept is not None:
-            check_kept(kept, len(at))
-        stages, alive = {}, grid
-        for k, b in enumerate(at):
-            given = None if kept is None else kept[k]
-            over, under = self._spot_ratios[k]
-            if given is not None:
-                num_keep = given.shape[1]
-            elif config.cuts_inside:  # the ratio is of what reaches the stage, rounded up
-                num_keep = -(-alive * over // under)
-            else:
-                num_keep = grid * over // under
-            # A stage that cuts nothing needs no scores, except where someone wants to see them.
-            asked = self.training or every_decision or num_keep != alive
-            scores = config.learned and (asked if given is None else config.fuses)
-            stages[b] = _Stage(num_keep, num_keep != alive, given, scores)
-            alive = num_keep + (config.cuts_inside and config.fuses and num_keep != alive)
-        return stages
-
-    def _decide(self, state: TokenState, relevance: nn.Module, stage: _Stage) -> None:
-        config = self.spot_config
-        masks = self.training and config.learned
-        logp = None
-        if stage.scores:
-            logp = relevance(state.patches, state.history.features(), state.mask)
-            if stage.given is None:
-                state.logp.append(logp)
-        weight = None
-        if config.fuses and stage.cuts:
-            shape = (state.x.shape[0], state.x.shape[1] - state.front)
-            weight = (
-                state.x.new_ones(shape) if logp is None else logp[..., 0].exp().to(state.x.dtype)
-            )
-        if masks:
-            state.hide(self._mask(state, logp, stage), weight)
-        elif not stage.cuts:
-            state.keep_all()
-        else:
-            state.cut(self._index(state, logp, stage), weight)
-
-    def _mask(self, state: TokenState, logp: Tensor | None, stage: _Stage) -> Tensor:
-        """[B, N] of 0 and 1: what training keeps."""
-        config = self.spot_config
-        if stage.given is None:
-            assert logp is not None
-            if config.train_decision == "topk":
-                return topk_mask(logp, state.mask, stage.num_keep, config.tau)
-            return gumbel_mask(logp, state.mask, config.tau)
-        eager = not torch.compiler.is_compiling()
-        if eager and ((stage.given < 0) | (stage.given >= state.grid)).any():
-            raise ValueError(f"kept names a position out of range for {state.grid} patch tokens")
-        mask = mask_of(stage.given, state.grid, state.x.dtype)
-        if eager and state.mask is not None and (mask > state.mask).any():
-            raise ValueError("kept names a token that was not kept by the stage before")
-        return mask
-
-    def _index(self, state: TokenState, logp: Tensor | None, stage: _Stage) -> Tensor:
-        """[B, num_keep] positions among the patch tokens alive: what stays."""
-        if stage.given is not None:
-            return state.among_alive(stage.given)
-        if logp is None:
-            assert self.spot_config.row.by_chance, "nothing scores the tokens"
-            shape = (state.x.shape[0], state.x.shape[1] - state.front)
-            scores = torch.rand(shape, device=state.x.device)
-        else:
-            scores = logp[..., 0]
-        return spot_ext.select_tokens(scores, stage.num_keep)
-
-    def _run_block(
-        self, state: TokenState, b: int, block: nn.Module, stages: dict[int, _Stage]
-    ) -> None:
-        """Runs one block on `state.x`, and what is asked of it besides."""
-        need_stats = self._needs_stats(b, stages)
-        cut = None
-        stage = stages.get(b)
-        if stage is not None and self.spot_config.cuts_inside and stage.cuts:
-            index = None if stage.given is None else state.among_alive(stage.given)
-            cut = Cut(stage.num_keep, self.spot_config.fuses, index)
-        arguments = state.tables.arguments(b)
-        moved = state.tables.tied and state.tables is not state.full_tables
-        moved = moved or state.columns is not None
-        plain = not need_stats and state.mask is None and cut is None and not moved
-        if not plain:
-            arguments["request"] = AttentionRequest(
-                state.front,
-                self.has_class_token,
-                state.tables,
-                state.mask,
-                need_stats,
-                cut,
-                state.columns,
-                state.grid,
-            )
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-            result = checkpoint(block, state.x, use_reentrant=False, **arguments)
-        else:
-            result = block(state.x, **arguments)
-        state.x = result if plain else result.x
-        if cut is not None:
-            state.was_cut(result.x, result.kept, cut.fuse)
-        elif stage is not None and self.spot_config.cuts_inside:
-            state.keep_all()
-        if need_stats:
-            state.history.update(result.stats[:, state.front :], state.count())
-
-    def _needs_stats(self, b: int, stages: dict[int, _Stage]) -> bool:
-        """Whether a later decision looks at the statistics of block `b`."""
-        config = self.spot_config
-        later = [place for place, stage in stages.items() if place > b and stage.scores]
-        if not later or not config.uses_statistics:
-            return False
-        return "moments" in config.evidence or b + 1 in later
-
-
-def check_kept(kept: Sequence[Tensor], stages: int) -> None:
-    """Raises unless `kept` names the tokens of every stage."""
-    if len(kept) != stages:
-        raise ValueError(f"kept must give {stages} index tensors, one per stage, got {len(kept)}")
-    for k, index in enumerate(kept):
-        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 2:
-            raise TypeError(f"kept[{k}] must be an int64 tensor [B, n]")

@@ -11,8 +11,8 @@ from torch import nn
 from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.models.adapters.find import ATTENTIONS, attention_adapters, model_adapter, refused
 from spot_vit.nn.connectivity import ConnectivityPredictor
-from spot_vit.nn.operands import Operands, Recorder
-from spot_vit.utils.modes import unwrap
+from spot_vit.nn.predictor import beside
+from spot_vit.utils.modes import blocks_of, unwrap
 from spot_vit.utils.sizes import grid_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -65,16 +65,15 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
     entries = attention_adapters(model)
     blocks = config.sparse_blocks(len(entries))
     config = config.replace(blocks=blocks)
+    modules = [block.attn for block in blocks_of(model)]
     fitting = [target.__name__ for target, e in ATTENTIONS.items() if e.refuse_sparse is None]
     for b in blocks:
         if reason := entries[b].refuse_sparse:
-            raise refused(f"blocks.{b}.attn", model.blocks[b].attn, reason, fitting)
+            raise refused(f"blocks.{b}.attn", modules[b], reason, fitting)
     grid = grid_of(model)
-    new = {
-        b: _predictor(model.blocks[b].attn, model.num_prefix_tokens, grid, config) for b in blocks
-    }
+    new = {b: _predictor(modules[b], model.num_prefix_tokens, grid, config) for b in blocks}
     for b, predictor in new.items():
-        attention = model.blocks[b].attn
+        attention = modules[b]
         attention.__class__ = entries[b].adapter
         attention.connectivity = predictor.train(attention.training)
     model.sparsifiner_config = config
@@ -94,7 +93,7 @@ def configure(model: Any, config: SparsifinerConfig) -> None:
 
 def predictors(model: Any) -> dict[int, ConnectivityPredictor]:
     """The connectivity predictors by block, of a model that may be wrapped."""
-    attentions = {b: block.attn for b, block in enumerate(unwrap(model).blocks)}
+    attentions = {b: block.attn for b, block in enumerate(blocks_of(unwrap(model)))}
     return {b: a.connectivity for b, a in attentions.items() if getattr(a, "sparse", False)}
 
 
@@ -107,8 +106,9 @@ def set_grid(model: M, grid: tuple[int, int]) -> M:
 
 def remove(model: Any) -> None:
     """Takes the predictors away; classes stay."""
-    for b in predictors(model):
-        del model.blocks[b].attn.connectivity
+    for block in blocks_of(model):
+        if getattr(block.attn, "sparse", False):
+            del block.attn.connectivity
     del model.sparsifiner_config
 
 
@@ -118,7 +118,7 @@ def _predictor(
     weight: nn.Parameter = attention.proj.weight
     sizes = attention.head_dim, attention.num_heads, num_prefix, grid
     predictor = ConnectivityPredictor(*sizes, config)
-    return predictor.to(device=weight.device, dtype=weight.dtype)
+    return beside(predictor, weight)
 
 
 # ---- for training --------------------------------------------------------------------------------
@@ -138,29 +138,3 @@ def dense_attention(model: Any) -> Iterator[Any]:
     finally:
         for predictor, enabled in before.items():
             predictor.enabled = enabled
-
-
-@contextmanager
-def record_operands(model: Any) -> Iterator[dict[int, Operands]]:
-    """A context in which forward passes note q and k of every block, by its index.
-
-    Works on a timm model too, such as a dense teacher. Memory is linear in the number of tokens:
-    q and k as they are, with their graph outside `torch.no_grad()`. Not for compiled models.
-
-    Args:
-        model: a timm model of a supported class, converted or not, wrapped or not.
-    """
-    model = unwrap(model)
-    operands: dict[int, Operands] = {}
-    modules = [block.attn for block in model.blocks]
-    classes = [type(module) for module in modules]
-    adapters = attention_adapters(model)
-    try:
-        for b, (module, entry) in enumerate(zip(modules, adapters, strict=True)):
-            module.__class__ = entry.adapter
-            module.recorder = Recorder(b, model.num_prefix_tokens, operands)
-        yield operands
-    finally:
-        for module, original in zip(modules, classes, strict=True):
-            module.__class__ = original
-            vars(module).pop("recorder", None)

@@ -13,6 +13,9 @@ from spot_vit.nn.decide import mask_of
 from spot_vit.nn.evidence import EvidenceHistory
 from spot_vit.nn.positional import PositionTables
 
+FILLS = ("last", "nearest", "zero")
+"""What may stand on the full grid where a token was dropped."""
+
 
 @dataclasses.dataclass
 class TokenState:
@@ -23,13 +26,13 @@ class TokenState:
     """
 
     x: Tensor  # [B, P + fused + alive, C]
+    tables: PositionTables
     full_tables: PositionTables  # of the full grid
     history: EvidenceHistory
     num_prefix: int  # P, the model's own
     grid: int  # N, patch tokens of the full grid
     num_fused: int = 0  # tokens that soft sparsification added; they stay
     num_rivals: int = 0  # tokens that EViT added; they compete
-    tables: PositionTables = dataclasses.field(init=False)
     mask: Tensor | None = None  # [B, N] where training masks, after the first decision
     position: Tensor | None = None  # [B, alive] grid positions, after the first cut
     columns: Tensor | None = None  # [B, P + fused + alive] as in `AttentionRequest`, if sparse
@@ -38,10 +41,16 @@ class TokenState:
     masks: list[Tensor] = dataclasses.field(default_factory=list)
     logp: list[Tensor] = dataclasses.field(default_factory=list)
     index: list[Tensor] = dataclasses.field(default_factory=list)
-    taken: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.tables = self.full_tables
+    def copy(self) -> TokenState:
+        """A state that goes on from here, and leaves this one as it is."""
+        return dataclasses.replace(
+            self,
+            history=self.history.copy(),
+            masks=[*self.masks],
+            logp=[*self.logp],
+            index=[*self.index],
+        )
 
     @property
     def front(self) -> int:
@@ -59,6 +68,12 @@ class TokenState:
         if not self.num_fused:
             return self.x
         return torch.cat([self.x[:, : self.num_prefix], self.patches], dim=1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a block can run on the tokens as timm wrote it: nothing hidden or displaced."""
+        moved = self.tables.tied and self.tables is not self.full_tables
+        return self.mask is None and not moved and self.columns is None
 
     def count(self) -> Tensor | int:
         """Number of patch tokens alive: [B] where masked, or the same for all."""
@@ -163,15 +178,53 @@ class TokenState:
     def _none(self) -> Tensor:
         return torch.empty(self.x.shape[0], 0, dtype=torch.int64, device=self.x.device)
 
-    def on_grid(self) -> Tensor:
-        """[B, P + N, C] tokens of the full grid; dropped ones have the last value they had."""
-        if self.position is None:
+    def on_grid(self, fill: str = "last", shape: tuple[int, int] | None = None) -> Tensor:
+        """[B, P + N, C] tokens of the full grid.
+
+        Args:
+            fill: what stands where tokens were dropped: "last", the last value they had, which
+                `note_dropped` noted; "nearest", the value of the nearest one that is there; "zero".
+            shape: rows and columns of the grid, for "nearest".
+        """
+        if self.position is None and self.mask is None:
             return self.tokens
-        background = self.dropped
-        if background is not None and self.num_rivals:
-            background = F.pad(background, (0, 0, 0, self.num_rivals))
-        size = self.grid + self.num_rivals
-        full = spot_ext.scatter_tokens(
-            self.tokens, self.position, size, self.num_prefix, background
-        )
-        return full[:, : self.num_prefix + self.grid]
+        background = self.dropped if fill == "last" else None
+        if self.mask is not None:
+            gone = self.mask.detach() < 0.5
+            gone = F.pad(gone, (self.num_prefix, 0))[..., None]  # prefix tokens never go
+            other = self.tokens.new_zeros(()) if background is None else background
+            full = torch.where(gone, other, self.tokens)
+        else:
+            if background is not None and self.num_rivals:
+                background = F.pad(background, (0, 0, 0, self.num_rivals))
+            size = self.grid + self.num_rivals
+            full = spot_ext.scatter_tokens(
+                self.tokens, self.positions(), size, self.num_prefix, background
+            )[:, : self.num_prefix + self.grid]
+        if fill != "nearest":
+            return full
+        assert shape is not None
+        place = nearest_alive(self.all_masks()[-1] > 0.5, shape)
+        prefix = torch.arange(self.num_prefix, device=place.device).expand(len(place), -1)
+        place = torch.cat([prefix, place + self.num_prefix], dim=1)
+        return full.gather(1, place[..., None].expand(-1, -1, full.shape[2]))
+
+    def note_dropped(self) -> None:
+        """Notes the values that tokens have, in front of a decision that may drop some."""
+        self.dropped = self.on_grid()
+
+
+def nearest_alive(alive: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The nearest grid position that is alive, of every position; itself where it is.
+
+    Args:
+        alive: [B, N] bool, at least one an image.
+        shape: rows and columns of the grid, N together.
+
+    Returns:
+        [B, N] int64; of several at the same distance the first.
+    """
+    rows, columns = (torch.arange(n, device=alive.device, dtype=torch.float32) for n in shape)
+    place = torch.cartesian_prod(rows, columns)
+    distance = (place[:, None] - place).square().sum(dim=-1)
+    return distance.masked_fill(~alive[:, None], float("inf")).argmin(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,9 @@ class Cut(NamedTuple):
     kept: Tensor | None
 
 
-class AttentionRequest(NamedTuple):
-    """What the loop asks of a block besides its tokens.
+@dataclasses.dataclass
+class AttentionRequest:
+    """What is asked of attention besides its output, and what it notes in answer.
 
     Attributes:
         num_prefix: tokens in front of the patches, fused ones included.
@@ -41,6 +43,8 @@ class AttentionRequest(NamedTuple):
         columns: [B, P+N] token of the full grid that each token is, the number of those for tokens
             of no grid; None while all are there. For attention with a connectivity predictor.
         num_patches: of the full grid, where `columns` is given.
+        position: [B, n] grid positions of the patches; None while all are there.
+        stats: the answer: [B, P+N, H, 6] statistics, or None.
     """
 
     num_prefix: int
@@ -51,20 +55,8 @@ class AttentionRequest(NamedTuple):
     cut: Cut | None = None
     columns: Tensor | None = None
     num_patches: int | None = None
-
-
-class BlockResult(NamedTuple):
-    """What a block gives back for a request.
-
-    Attributes:
-        x: [B, P+N, C] tokens.
-        stats: [B, P+N, H, 6] statistics of its attention, or None.
-        kept: [B, n] positions that its cut kept, or None.
-    """
-
-    x: Tensor
-    stats: Tensor | None
-    kept: Tensor | None
+    position: Tensor | None = None
+    stats: Tensor | None = None
 
 
 def attend(
@@ -75,8 +67,8 @@ def attend(
     scale: float,
     bias: Tensor | None = None,
     connectivity: ConnectivityPredictor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention with what the request asks for.
+) -> Tensor:
+    """Attention with what the request asks for; statistics are noted in it.
 
     Args:
         q: [B, N, H, D].
@@ -88,28 +80,29 @@ def attend(
         connectivity: predictor of the keys that each query sees, or None for all keys.
 
     Returns:
-        [B, N, H * D], and the statistics [B, N, H, 6] or None.
+        [B, N, H * D].
     """
     need_stats = request.need_stats or request.cut is not None
     if connectivity is not None and connectivity.sparse(q.shape[1], request.num_patches):
         out, stats = attend_to_named(q, k, v, request, scale, connectivity, need_stats)
-        return out.flatten(2), stats if need_stats else None
-    if request.keep is None and not need_stats:
+    elif request.keep is None and not need_stats:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return out.transpose(1, 2).flatten(2), None
-    out, stats = spot_ext.attention_stats(
-        q,
-        k,
-        v,
-        request.keep,
-        bias,
-        scale=scale,
-        num_prefix=request.num_prefix,
-        class_token=request.class_token,
-        need_stats=need_stats,
-    )
-    return out.flatten(2), stats if need_stats else None
+        return out.transpose(1, 2).flatten(2)
+    else:
+        out, stats = spot_ext.attention_stats(
+            q,
+            k,
+            v,
+            request.keep,
+            bias,
+            scale=scale,
+            num_prefix=request.num_prefix,
+            class_token=request.class_token,
+            need_stats=need_stats,
+        )
+    request.stats = stats if need_stats else None
+    return out.flatten(2)
 
 
 def attend_to_named(
@@ -125,8 +118,7 @@ def attend_to_named(
 
     Both backends give the same result: one reads those keys alone, the other all of them.
     """
-    queries = q[:, request.num_prefix :]
-    index = connectivity(queries, k, request.columns, request.keep, request.num_patches)
+    index = named_index(q, k, request, connectivity)
     if connectivity.backend(q, index.shape[3]) == "sparse":
         return spot_ext.sparse_attention(
             q,
@@ -166,6 +158,14 @@ def attend_to_named(
     return out, stats
 
 
+def named_index(
+    q: Tensor, k: Tensor, request: AttentionRequest, connectivity: ConnectivityPredictor
+) -> Tensor:
+    """[B, H, N-P, K] keys that the predictor names for each patch query."""
+    queries = q[:, request.num_prefix :]
+    return connectivity(queries, k, request.columns, request.keep, request.num_patches)
+
+
 def _with_a_token_for_nothing(
     q: Tensor, k: Tensor, v: Tensor, named: Tensor, at: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,9 +182,7 @@ def _with_a_token_for_nothing(
     return q, k, v, named
 
 
-def cut_inside(
-    x: Tensor, stats: Tensor | None, request: AttentionRequest
-) -> tuple[Tensor, Tensor | None]:
+def cut_inside(x: Tensor, request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """EViT's cut: the tokens the class token attends to most, averaged over heads, stay.
 
     The others are added up, weighted by that attention (not normalised, as published), into one
@@ -193,8 +191,8 @@ def cut_inside(
     cut = request.cut
     if cut is None:
         return x, None
-    assert stats is not None
-    score = stats[:, request.num_prefix :, :, 0].mean(dim=2)
+    assert request.stats is not None
+    score = request.stats[:, request.num_prefix :, :, 0].mean(dim=2)
     index = cut.kept
     if index is None:
         index = spot_ext.select_tokens(score, cut.num_keep)

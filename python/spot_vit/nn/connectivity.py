@@ -24,7 +24,7 @@ import spot_ext
 from spot_vit.config.fields import exact
 from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.nn.attention_backend import choose
-from spot_vit.nn.predictor import Predictor
+from spot_vit.nn.predictor import Predictor, plain_layer
 
 STD = 0.02  # of all weights at first, published
 
@@ -119,6 +119,7 @@ class ConnectivityPredictor(Predictor):
             [B, H, M, R], rows sum to 1.
         """
         down, _ = self.weights(self._patches(k, columns, num_patches))
+        q, k, projections = self._projected(q, k)
         if columns is not None:
             down = F.pad(down, (0, 0, 0, 1))[columns]  # [B, N, R]
         if keep is not None:
@@ -128,17 +129,23 @@ class ConnectivityPredictor(Predictor):
         # [B, R, H * D]; not matmul, which would copy keys that are a view of qkv.
         keys = down.mT.expand(k.shape[0], -1, -1).bmm(k.flatten(2))
         keys = keys.unflatten(2, k.shape[2:])
-        if self.proj_c_q is not None and self.proj_c_k is not None:
+        if projections:
             # [B, R, H, c]: the bias of every key is added up as the keys are.
-            bias = down.sum(dim=-2)[..., None, None] * self.proj_c_k.bias
-            keys = F.linear(keys, self.proj_c_k.weight) + bias
-            q = self.proj_c_q(q)
+            bias = down.sum(dim=-2)[..., None, None] * projections["key_bias"]
+            keys = F.linear(keys, projections["key_weight"]) + bias
+            q = F.linear(q, projections["query_weight"], projections["query_bias"])
         return (q.transpose(1, 2) @ (keys * self.scale).permute(0, 2, 3, 1)).softmax(dim=-1)
 
-    def _projections(self) -> dict[str, Tensor]:
+    def _projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Queries and keys, and the weights that are still to project their channels.
+
+        Layers that cannot be read (see `plain_layer`) are called, and nothing is left to do.
+        """
         if self.proj_c_q is None or self.proj_c_k is None:
-            return {}
-        return {
+            return q, k, {}
+        if not plain_layer(self.proj_c_q, self.proj_c_k):
+            return self.proj_c_q(q), self.proj_c_k(k), {}
+        return q, k, {
             "query_weight": self.proj_c_q.weight, "query_bias": self.proj_c_q.bias,
             "key_weight": self.proj_c_k.weight, "key_bias": self.proj_c_k.bias,
         }  # fmt: skip
@@ -183,8 +190,9 @@ class ConnectivityPredictor(Predictor):
             threshold = config.mask_threshold if config.mask == "threshold" else None
             if config.coef_threshold is None:
                 down, up = self.weights(num_patches)
+                q, k, projections = self._projected(q, k)
                 return spot_ext.predict_connectivity(
-                    q, k, down, up, budget, columns, keep, **self._projections(), scale=self.scale,
+                    q, k, down, up, budget, columns, keep, **projections, scale=self.scale,
                     coef_topk=config.coef_topk, basis_threshold=config.basis_threshold,
                     threshold=threshold,
                 )  # fmt: skip

@@ -50,6 +50,13 @@ class EvidenceHistory:
         self._followed: list[int] = []  # cuts that each of the window has followed
         self._cuts: list[Tensor] = []
 
+    def copy(self) -> EvidenceHistory:
+        """A history that goes on from here, and leaves this one as it is."""
+        new = EvidenceHistory(self.config)
+        new._window, new._followed = [*self._window], [*self._followed]
+        new._cuts = [*self._cuts]
+        return new
+
     def update(self, stats: Tensor, count: Tensor | int) -> None:
         """Adds a block's statistics [B, N, H, 6], which ran over `count` tokens."""
         config = self.config

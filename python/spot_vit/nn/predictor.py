@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 P = TypeVar("P", bound="Predictor")
 
@@ -30,3 +32,33 @@ def predictor_parameters(
         for prefix, module in predictors_in(model, kind).items()
         for name, parameter in module.named_parameters()
     }
+
+
+def beside(predictor: P, weight: Tensor) -> P:
+    """The predictor on the device of a weight of its block, and of its dtype where that is float.
+
+    Weights may be quantised; predictors are not.
+    """
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else None
+    return predictor.to(device=weight.device, dtype=dtype or torch.float32)
+
+
+def plain_layer(*layers: nn.Module | None) -> bool:
+    """Whether reading the weights of these layers is the same as calling them.
+
+    It is not where a layer was replaced or wrapped (LoRA), is watched or changed by hooks (pruning,
+    offloading, per-sample gradients), or has weights of a kind of their own (quantised, sharded).
+    """
+    for layer in layers:
+        if layer is None:
+            continue
+        if type(layer) not in (nn.Linear, nn.LayerNorm) or "forward" in layer.__dict__:
+            return False
+        if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks:
+            return False
+        if layer._backward_pre_hooks:
+            return False
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None and is_traceable_wrapper_subclass(parameter):
+                return False
+    return True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spot_ext import token_relevance
-from spot_vit.nn.predictor import Predictor
+from spot_vit.nn.predictor import Predictor, plain_layer
 
 
 class TokenRelevance(Predictor):
@@ -48,6 +50,8 @@ class TokenRelevance(Predictor):
         Returns:
             [B, N, 2] float32 (float64) log-probabilities, index 0 = keep.
         """
+        if not plain_layer(self.norm, self.remap, self.fc1, self.fc2, self.fc3):
+            return self._by_layers(tokens, features, keep)
         like = self.fc1.weight if self.norm is None else tokens
         return token_relevance(
             None if self.norm is None else tokens,
@@ -65,3 +69,16 @@ class TokenRelevance(Predictor):
             self.fc3.bias,
             eps=1e-5 if self.norm is None else self.norm.eps,
         )
+
+    def _by_layers(self, tokens: Tensor, features: Tensor | None, keep: Tensor | None) -> Tensor:
+        """The same, by calling the layers one by one."""
+        parts = [] if features is None else [features.to(tokens.dtype)]
+        if self.norm is not None and self.remap is not None:
+            local, shared = F.gelu(self.remap(self.norm(tokens))).chunk(2, dim=-1)
+            weight = shared.new_ones(shared.shape[:2]) if keep is None else keep.to(shared.dtype)
+            total = weight.sum(dim=1, keepdim=True).clamp(min=1)
+            mean = torch.einsum("bn,bnd->bd", weight, shared) / total
+            parts = [local, mean[:, None].expand_as(local), *(f.to(local.dtype) for f in parts)]
+        x = F.gelu(self.fc2(F.gelu(self.fc1(torch.cat(parts, dim=-1)))))
+        logits = self.fc3(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from spot_vit.models.convert import set_keep
 from spot_vit.models.loop import SpotLoop, SpotOutput
-from spot_vit.models.sparsifiner import dense_attention, predictors, record_operands
+from spot_vit.models.recording import record_operands
+from spot_vit.models.sparsifiner import dense_attention, predictors
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.operands import Operands
 from spot_vit.nn.predictor import predictor_parameters

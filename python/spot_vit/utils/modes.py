@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-# Where wrappers keep what they wrap: torch.compile, FSDP, and DDP, DataParallel and EMA models.
-_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "module")
+# Where wrappers keep what they wrap: torch.compile, FSDP, checkpointing or offloading of
+# activations, and DDP, DataParallel and EMA models.
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 
 
 def unwrap(model: Any) -> Any:
@@ -22,6 +23,11 @@ def unwrap(model: Any) -> Any:
         if found is None:
             return model
         model = found
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """The blocks of a model, each without its wrappers."""
+    return [unwrap(block) for block in model.blocks]
 
 
 @contextmanager

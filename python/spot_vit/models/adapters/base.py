@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from spot_vit.nn.attention import AttentionRequest, BlockResult, attend, cut_inside
+from spot_vit.models.step import BlockStep
+from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.operands import Recorder
 from spot_vit.nn.pooling import refuse_attn_pool
 from spot_vit.nn.positional import PositionTables
+from spot_vit.nn.predictor import plain_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,34 +83,56 @@ def names(text: str) -> tuple[str, ...]:
 
 
 class BlockAdapter(nn.Module):
-    """Mixin of block adapters: a block that answers requests.
+    """Mixin of block adapters: a block that takes its part in a sparse pass.
 
     `stage` is the number of the decision taken at this block, or None; `relevance` is its
-    predictor, where the method has one. Both live on the block: models may be cut short.
+    predictor, where the method has one; `cuts` says whether the decision removes anything at the
+    present budget. They live on the block: models may be cut short.
     """
 
     stage: int | None
     relevance: nn.Module | None
+    cuts: bool
 
     if TYPE_CHECKING:  # what an adapter provides
 
-        def _attend(
-            self, x: Tensor, request: AttentionRequest, **arguments: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            """The first half of the block: x plus its attention branch, and statistics."""
+        def _attend(self, x: Tensor, request: AttentionRequest, **arguments: Any) -> Tensor:
+            """The first half of the block: x plus its attention branch."""
 
         def _mix(self, x: Tensor) -> Tensor:
             """The second half: x plus its MLP branch."""
 
     def forward(
-        self, x: Tensor, *args: Any, request: AttentionRequest | None = None, **arguments: Any
-    ) -> Any:
-        """Tokens [B, N, C], by timm's own forward method; with a request a `BlockResult`."""
-        if request is None:
+        self, x: Tensor, *args: Any, step: BlockStep | None = None, **arguments: Any
+    ) -> Tensor:
+        """Tokens [B, N, C] to tokens, by timm's own forward method where nothing else is asked.
+
+        With a `step` it decides, cuts or masks, and leaves what it did in `step.after`.
+        """
+        if step is None:
+            if self.cuts and not torch.compiler.is_compiling():
+                self._warn()
             return super().forward(x, *args, **arguments)
-        x, stats = self._attend(x, request, **arguments)
-        x, kept = cut_inside(x, stats, request)
-        return BlockResult(self._mix(x), stats, kept)
+        state = step.start(x)
+        step.decide(state, self.relevance)
+        request = step.request(state)
+        arguments |= state.tables.arguments(step.block)
+        if step.plain(state):
+            x, kept = super().forward(state.x, *args, **arguments), None
+        else:
+            x = self._attend(state.x, request, **arguments)
+            x, kept = cut_inside(x, request)
+            x = self._mix(x)
+        state.x = x
+        step.finish(state, request, kept)
+        return x
+
+    def _warn(self) -> None:
+        warnings.warn(
+            f"a block of a SPOT model decides (stage {self.stage}), but was called on its own: it "
+            "ran densely. Call the model, or spot_vit.TokenPass from a loop of your own",
+            stacklevel=4,
+        )
 
 
 class LayerScaleBlockAdapter(BlockAdapter):
@@ -120,11 +147,9 @@ class LayerScaleBlockAdapter(BlockAdapter):
     gamma_2: Tensor | None
     drop_path2: nn.Module
 
-    def _attend(
-        self, x: Tensor, request: AttentionRequest, **arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        y, stats = self.attn(self.norm1(x), request=request, **arguments)
-        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), stats
+    def _attend(self, x: Tensor, request: AttentionRequest, **arguments: Any) -> Tensor:
+        y = self.attn(self.norm1(x), request=request, **arguments)
+        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
 
     def _mix(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))
@@ -135,7 +160,7 @@ class AttentionAdapter(nn.Module):
     """Mixin of attention adapters: attention that answers requests, and may be sparse.
 
     `connectivity` predicts what queries see, where `sparsify_attention` put a predictor; `recorder`
-    is there while `record_operands` wants q and k.
+    is there while `record_operands` or `attention_maps` watches.
     """
 
     connectivity: ConnectivityPredictor
@@ -145,8 +170,8 @@ class AttentionAdapter(nn.Module):
 
         def _attend(
             self, x: Tensor, request: AttentionRequest, *args: Any, **arguments: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            """Output [B, N, C], and statistics; further arguments are timm's, masks refused."""
+        ) -> Tensor:
+            """Output [B, N, C]; further arguments are timm's, masks refused."""
 
     @property
     def sparse(self) -> bool:
@@ -159,17 +184,16 @@ class AttentionAdapter(nn.Module):
         *args: Any,
         request: AttentionRequest | None = None,
         **arguments: Any,
-    ) -> Any:
-        """Output [B, N, C]; with a request also the statistics [B, N, H, 6], or None for them.
+    ) -> Tensor:
+        """Output [B, N, C], by timm's own forward method where nothing else is asked.
 
-        Without a request, and with nothing sparse, it runs timm's own forward method.
+        With a request it attends as that says, and notes its statistics there.
         """
-        if request is not None:
-            return self._attend(x, request, *args, **arguments)
-        request = self._own_request(x.shape[1])
+        if request is None:
+            request = self._own_request(x.shape[1])
         if request is None:
             return super().forward(x, *args, **arguments)
-        return self._attend(x, request, *args, **arguments)[0]
+        return self._attend(x, request, *args, **arguments)
 
     def _own_request(self, num_tokens: int) -> AttentionRequest | None:
         """The request that timm's own block cannot make: sparse attention, or operands to note."""
@@ -180,13 +204,19 @@ class AttentionAdapter(nn.Module):
         return None
 
     def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, scale: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output and statistics of q, k, v [B, N, H, D], see `attend`."""
-        if self.recorder is not None:
-            self.recorder(q, k, request.num_prefix, scale)
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        request: AttentionRequest,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Output [B, N, H * D] of q, k, v [B, N, H, D], see `attend`."""
         connectivity = self.connectivity if self.sparse else None
-        return attend(q, k, v, request, scale, connectivity=connectivity)
+        if self.recorder is not None:
+            self.recorder(q, k, request, scale, bias, connectivity)
+        return attend(q, k, v, request, scale, bias, connectivity)
 
 
 def refuse_dropout(attention: Any) -> str | None:
@@ -206,3 +236,17 @@ def refuse_patch_drop(model: Any) -> str | None:
     if model.patch_drop is None or isinstance(model.patch_drop, nn.Identity):
         return None
     return "patch_drop_rate is not 0: random dropping and SPOT would fight over the same tokens"
+
+
+def project_qkv(attention: Any, x: Tensor, separate: bool = False) -> Tensor:
+    """[B, N, 3 * H * D] by a layer `qkv` whose bias is kept apart: in parts, none for the keys.
+
+    As timm does it, one product with the layer's weight, unless something stands in the layer's
+    place or watches it; then that is called. `separate` calls it always.
+    """
+    if attention.q_bias is None:
+        return attention.qkv(x)
+    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    if separate or not plain_layer(attention.qkv):
+        return attention.qkv(x) + bias
+    return F.linear(x, attention.qkv.weight, bias)

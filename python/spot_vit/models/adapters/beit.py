@@ -7,42 +7,31 @@ from typing import Any
 import torch
 from timm.models import beit
 from torch import Tensor
-from torch.nn import functional as F
 
 from spot_vit.models.adapters.base import (
     ATTENTIONS,
     BLOCKS,
     MODELS,
     AdapterEntry,
+    AttentionAdapter,
     LayerScaleBlockAdapter,
     names,
+    project_qkv,
     refuse_dropout,
     register,
 )
 from spot_vit.models.loop import SpotLoop
-from spot_vit.nn.attention import AttentionRequest, attend
-from spot_vit.nn.pooling import pool_kept
+from spot_vit.nn.attention import AttentionRequest
 from spot_vit.nn.positional import BiasTables, PositionTables
 
 
-class SpotBeitAttention(beit.Attention):
+class SpotBeitAttention(AttentionAdapter, beit.Attention):
     """Attention with relative position bias."""
 
-    sparse = False
-
-    def forward(
-        self,
-        x: Tensor,
-        shared_rel_pos_bias: Tensor | None = None,
-        *,
-        request: AttentionRequest | None = None,
-    ) -> Any:
-        """Output [B, N, C]; with a request also the statistics [B, N, H, 6], or None for them."""
-        if request is None:
-            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        parts: Any = (self.q_bias, self.k_bias, self.v_bias)
-        bias = None if self.q_bias is None else torch.cat(parts)
-        qkv = F.linear(x, self.qkv.weight, bias)
+    def _attend(
+        self, x: Tensor, request: AttentionRequest, shared_rel_pos_bias: Tensor | None = None
+    ) -> Tensor:
+        qkv = project_qkv(self, x)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         table = None if shared_rel_pos_bias is None else shared_rel_pos_bias[None]
         if self.relative_position_bias_table is not None:
@@ -50,8 +39,8 @@ class SpotBeitAttention(beit.Attention):
             table = own if table is None else own + table
         if table is not None:
             table = request.tables.bias(table).to(q.dtype)
-        out, stats = attend(q, k, v, request, self.scale, table)
-        return self.proj_drop(self.proj(out)), stats
+        out = self._attention(q, k, v, request, self.scale, table)
+        return self.proj_drop(self.proj(out))
 
 
 class SpotBeitBlock(LayerScaleBlockAdapter, beit.Block):  # type: ignore[misc]
@@ -72,10 +61,9 @@ class SpotBeit(SpotLoop, beit.Beit):
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()
         return self.pos_drop(x), BiasTables(shared)
 
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        pool = {"": "", "avg": "avg"}.get(self.global_pool or "", "token")
-        x = pool_kept(x, mask, pool, self.num_prefix_tokens)
-        return self.head(self.head_drop(self.fc_norm(x)))
+    @property
+    def _pools_patches(self) -> bool:
+        return self.global_pool == "avg"  # any other one reads the class token
 
 
 _BIASED = names("x shared_rel_pos_bias")

@@ -9,7 +9,6 @@ import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spot_vit.models.adapters.base import (
     ATTENTIONS,
@@ -19,6 +18,7 @@ from spot_vit.models.adapters.base import (
     AttentionAdapter,
     LayerScaleBlockAdapter,
     names,
+    project_qkv,
     refuse_dropout,
     refuse_model,
     register,
@@ -53,7 +53,7 @@ class RotaryAttentionAdapter(AttentionAdapter):
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         refuse_masks(attn_mask, is_causal)
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -63,11 +63,11 @@ class RotaryAttentionAdapter(AttentionAdapter):
             )
         if self.num_kv_groups > 1:
             k, v = (t.repeat_interleave(self.num_kv_groups, dim=2) for t in (k, v))
-        out, stats = self._attention(q, k, v, request, self.scale)
+        out = self._attention(q, k, v, request, self.scale)
         out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out)), stats
+        return self.proj_drop(self.proj(out))
 
 
 class SpotEvaAttention(RotaryAttentionAdapter, EvaAttention):  # type: ignore[misc]
@@ -77,12 +77,7 @@ class SpotEvaAttention(RotaryAttentionAdapter, EvaAttention):  # type: ignore[mi
         if self.qkv is None:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             return [project(x).unflatten(2, (self.num_heads, -1)) for project in projections]
-        parts: Any = (self.q_bias, self.k_bias, self.v_bias)
-        bias = None if self.q_bias is None else torch.cat(parts)
-        if self.qkv_bias_separate and bias is not None:
-            qkv = self.qkv(x) + bias
-        else:
-            qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = project_qkv(self, x, self.qkv_bias_separate)
         return qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
 
 

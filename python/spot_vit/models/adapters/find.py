@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+from timm.models._features import FeatureGetterNet
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from spot_vit.models.adapters import beit, eva, lvvit, naflex, vit
 from spot_vit.models.adapters.base import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, AdapterEntry
+from spot_vit.utils.modes import blocks_of, unwrap
 
 FAMILIES = (vit, eva, beit, naflex, lvvit)
 """Modules that register their adapters when imported; a new family is named here."""
@@ -25,13 +28,14 @@ def model_adapter(model: nn.Module) -> AdapterEntry:
 
 def block_adapters(model: Any) -> list[AdapterEntry]:
     """The adapters of its blocks, in order."""
-    return [_find(BLOCKS, block, f"blocks.{b}") for b, block in enumerate(model.blocks)]
+    return [_find(BLOCKS, block, f"blocks.{b}") for b, block in enumerate(blocks_of(model))]
 
 
 def attention_adapters(model: Any) -> list[AdapterEntry]:
     """The adapters of the attention of its blocks, in order."""
     return [
-        _find(ATTENTIONS, block.attn, f"blocks.{b}.attn") for b, block in enumerate(model.blocks)
+        _find(ATTENTIONS, block.attn, f"blocks.{b}.attn")
+        for b, block in enumerate(blocks_of(model))
     ]
 
 
@@ -53,10 +57,25 @@ def _find(
             return entry
     entry_or_none = table.get(type(module))
     if entry_or_none is None:
-        reason = UNSUPPORTED.get(type(module).__name__, "there is no adapter for this class")
+        reason = _why_not(module, where)
     else:
         found = entry_or_none.mismatch(module)
         if found is None:
             return entry_or_none
         reason = found
     raise refused(where, module, reason, [target.__name__ for target in table])
+
+
+def _why_not(module: nn.Module, where: str) -> str:
+    """Why a class has no adapter, and the cure where there is one."""
+    inside: Any = unwrap(module)
+    if inside is not module:
+        return (
+            f"it is a wrapper of {type(inside).__name__}: convert the model first, then wrap or "
+            "compile it"
+        )
+    if isinstance(module, FeatureGetterNet):
+        return "it gives features of a model, which is its .model: convert that"
+    if isinstance(module, FSDPModule):
+        return "fully_shard changed its class: convert the model first, then shard it"
+    return UNSUPPORTED.get(type(module).__name__, "there is no adapter for this class")

@@ -23,11 +23,9 @@ from spot_vit.nn.attention import AttentionRequest
 class SpotLVBlock(BlockAdapter, LVBlock):
     """Pre-norm block with divided residuals."""
 
-    def _attend(
-        self, x: Tensor, request: AttentionRequest, **arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        y, stats = self.attn(self.norm1(x), request=request, **arguments)
-        return x + self.drop_path1(self.ls1(y)) / self.skip_lam, stats
+    def _attend(self, x: Tensor, request: AttentionRequest, **arguments: Any) -> Tensor:
+        y = self.attn(self.norm1(x), request=request, **arguments)
+        return x + self.drop_path1(self.ls1(y)) / self.skip_lam
 
     def _mix(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) / self.skip_lam
@@ -40,8 +38,8 @@ class SpotLVViT(SpotVisionTransformer, LVViT):
     def _pools_patches(self) -> bool:
         return self.num_classes > 0 and self.global_pool == "token"
 
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.logits(x, mask)
+    def _head_kept(self, x: Tensor, mask: Tensor, pre_logits: bool = False) -> Tensor:
+        return LVViT.forward_head(self, x, pre_logits) if pre_logits else self.logits(x, mask)
 
 
 register(

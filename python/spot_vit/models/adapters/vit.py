@@ -35,26 +35,24 @@ class SpotAttention(AttentionAdapter, Attention):
         request: AttentionRequest,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         refuse_masks(attn_mask, is_causal)
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         shape = (x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
         q, k, v = self.qkv(x).reshape(shape).unbind(2)
-        out, stats = self._attention(self.q_norm(q), self.k_norm(k), v, request, self.scale)
+        out = self._attention(self.q_norm(q), self.k_norm(k), v, request, self.scale)
         out = self.norm(out)
         if gate is not None:
             out = out * gate
-        return self.proj_drop(self.proj(out)), stats
+        return self.proj_drop(self.proj(out))
 
 
 class SpotBlock(BlockAdapter, Block):
     """Pre-norm block."""
 
-    def _attend(
-        self, x: Tensor, request: AttentionRequest, **arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        y, stats = self.attn(self.norm1(x), request=request, **arguments)
-        return x + self.drop_path1(self.ls1(y)), stats
+    def _attend(self, x: Tensor, request: AttentionRequest, **arguments: Any) -> Tensor:
+        y = self.attn(self.norm1(x), request=request, **arguments)
+        return x + self.drop_path1(self.ls1(y))
 
     def _mix(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -63,11 +61,9 @@ class SpotBlock(BlockAdapter, Block):
 class SpotResPostBlock(BlockAdapter, ResPostBlock):
     """Block with norms at the end of its branches."""
 
-    def _attend(
-        self, x: Tensor, request: AttentionRequest, **arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        y, stats = self.attn(x, request=request, **arguments)
-        return x + self.drop_path1(self.norm1(y)), stats
+    def _attend(self, x: Tensor, request: AttentionRequest, **arguments: Any) -> Tensor:
+        y = self.attn(x, request=request, **arguments)
+        return x + self.drop_path1(self.norm1(y))
 
     def _mix(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.norm2(self.mlp(x)))
@@ -86,8 +82,9 @@ class SpotVisionTransformer(SpotLoop, VisionTransformer):
 class SpotVisionTransformerDistilled(SpotVisionTransformer, VisionTransformerDistilled):
     """A converted `VisionTransformerDistilled`: its heads read the two prefix tokens."""
 
-    def _head_kept(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.forward_head(x)
+    @property
+    def _pools_patches(self) -> bool:
+        return False
 
 
 _MASKED = names("x attn_mask is_causal")

@@ -1,0 +1,190 @@
+"""One sparse pass through the blocks of a converted model, driven by its own loop or another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import spot_ext
+from spot_vit.models.state import TokenState
+from spot_vit.models.step import BlockStep, Stage
+from spot_vit.nn.evidence import EvidenceHistory
+
+
+class TokenPass:
+    """A sparse pass through the blocks of a converted model.
+
+    For backbones whose blocks run in a loop of their own (detection adapters, for example):
+
+        run = spot_vit.TokenPass(model, images)
+        for block in range(len(model.blocks)):
+            run.block(block)
+            full = run.on_grid()                  # [B, P+N, C], whatever was dropped
+            run.set_grid(full + injected)         # and back to the tokens that are left
+        tokens = model.norm(run.tokens)
+
+    Args:
+        model: a SPOT model, not its wrapper: wrappers around its blocks are called as they are.
+        image: images [B, 3, H, W].
+        kept: decisions to use instead of the predictor's, as in the model's forward method.
+        every_decision: run predictors even where nothing would be cut.
+        dense: whether `on_grid(fill="last")` is wanted; it takes one more tensor a stage.
+        stop: number of blocks to run, all by default.
+
+    Attributes:
+        state: what is known of the tokens; `state.index`, `state.masks` and `state.logp` are those
+            of `SpotOutput`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        image: Tensor,
+        kept: Sequence[Tensor] | None = None,
+        every_decision: bool = False,
+        dense: bool = True,
+        stop: int | None = None,
+    ) -> None:
+        self.model, self.dense = model, dense
+        self.blocks: list[Any] = list(model.blocks)[:stop]
+        x, tables = model._tokens(image)
+        grid = x.shape[1] - model.num_prefix_tokens
+        self.shape = model._grid(*image.shape[-2:])
+        history = EvidenceHistory(model.spot_config)
+        self.state = TokenState(x, tables, tables, history, model.num_prefix_tokens, grid)
+        self.state.sparse = any(block.attn.sparse for block in self.blocks)
+        self._stages = self._plan(kept, every_decision)
+
+    # ---- tokens ----------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, P+n, C] tokens as they are now, fused ones that never compete left out."""
+        return self.state.tokens
+
+    def on_grid(self, fill: str = "last") -> Tensor:
+        """[B, P+N, C] tokens of the full grid; `fill` as in the model's `forward_intermediates`."""
+        return self.state.on_grid(fill, self.shape)
+
+    def set_grid(self, full: Tensor) -> None:
+        """Takes new values [B, P+N, C] for the tokens that are there; those of others are unused.
+
+        Fused tokens keep theirs.
+        """
+        state = self.state
+        if state.num_rivals:
+            raise ValueError(
+                f"method {state.history.config.method!r} fuses tokens that compete and have no "
+                "place on the grid; set_grid needs soft='none'"
+            )
+        if full.shape[1] != state.num_prefix + state.grid:
+            raise ValueError(
+                f"expected [B, {state.num_prefix + state.grid}, C] tokens of the full grid, got "
+                f"{list(full.shape)}"
+            )
+        alive = full
+        if state.position is not None:
+            alive = spot_ext.compact_tokens(full, state.position, state.num_prefix)
+        fused = state.x[:, state.num_prefix : state.front]
+        prefix, patches = alive[:, : state.num_prefix], alive[:, state.num_prefix :]
+        state.x = torch.cat([prefix, fused, patches], dim=1) if state.num_fused else alive
+
+    # ---- blocks ----------------------------------------------------------------------------------
+
+    def run(self, blocks: Iterable[int] | None = None) -> Tensor:
+        """Runs blocks by index, all of them by default, and returns the tokens."""
+        for b in range(len(self.blocks)) if blocks is None else blocks:
+            self.block(b)
+        return self.tokens
+
+    def block(self, b: int) -> Tensor:
+        """Runs block `b`, with whatever is decided there, and returns the tokens."""
+        state, stage = self.state, self._stages.get(b)
+        if stage is not None and self.dense:
+            state.note_dropped()
+        need_stats = self._needs_stats(b)
+        if stage is None and not need_stats and state.plain:
+            state.x = self._call(self.blocks[b], state.x, **state.tables.arguments(b))
+            return self.tokens
+        model = self.model
+        config, masks = model.spot_config, model.training and model.spot_config.learned
+
+        def run(x: Tensor) -> tuple[Tensor, TokenState]:
+            step = BlockStep(state, config, b, stage, need_stats, model.has_class_token, masks)
+            return self.blocks[b](x, step=step), step.after
+
+        x, self.state = self._call(run, state.x)
+        self.state.x = x
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_gradients()
+        return self.tokens
+
+    def _call(self, function: Any, x: Tensor, **arguments: Any) -> Any:
+        model = self.model
+        if model.grad_checkpointing and model.training and not torch.jit.is_scripting():
+            return checkpoint(function, x, use_reentrant=False, **arguments)
+        return function(x, **arguments)
+
+    def _check_gradients(self) -> None:
+        """Raises where a wrapper ran the block without recording what its predictor did."""
+        logp = self.state.logp[-1] if self.state.logp else None
+        if logp is not None and self.state.x.requires_grad and not logp.requires_grad:
+            trained = any(
+                p.requires_grad
+                for block in self.blocks
+                if block.relevance is not None
+                for p in block.relevance.parameters()
+            )
+            if trained:
+                raise RuntimeError(
+                    "predictors got no gradient: reentrant activation checkpointing does not see "
+                    "what a block decides; use use_reentrant=False, or the model's "
+                    "set_grad_checkpointing()"
+                )
+
+    # ---- plan ------------------------------------------------------------------------------------
+
+    def _plan(self, kept: Sequence[Tensor] | None, every_decision: bool) -> dict[int, Stage]:
+        """What is to be done before (EViT: in) which block."""
+        model, grid = self.model, self.state.grid
+        config = model.spot_config
+        at = [b for b, block in enumerate(self.blocks) if block.stage is not None]
+        if kept is not None:
+            check_kept(kept, len(at))
+        stages, alive = {}, grid
+        for k, b in enumerate(at):
+            given = None if kept is None else kept[k]
+            over, under = model._spot_ratios[k]
+            if given is not None:
+                num_keep = given.shape[1]
+            elif config.cuts_inside:  # the ratio is of what reaches the stage, rounded up
+                num_keep = -(-alive * over // under)
+            else:
+                num_keep = grid * over // under
+            # A stage that cuts nothing needs no scores, except where someone wants to see them.
+            asked = model.training or every_decision or num_keep != alive
+            scores = config.learned and (asked if given is None else config.fuses)
+            stages[b] = Stage(num_keep, num_keep != alive, given, scores)
+            alive = num_keep + (config.cuts_inside and config.fuses and num_keep != alive)
+        return stages
+
+    def _needs_stats(self, b: int) -> bool:
+        """Whether a later decision looks at the statistics of block `b`."""
+        config = self.model.spot_config
+        later = [place for place, stage in self._stages.items() if place > b and stage.scores]
+        if not later or not config.uses_statistics:
+            return False
+        return "moments" in config.evidence or b + 1 in later
+
+
+def check_kept(kept: Sequence[Tensor], stages: int) -> None:
+    """Raises unless `kept` names the tokens of every stage."""
+    if len(kept) != stages:
+        raise ValueError(f"kept must give {stages} index tensors, one per stage, got {len(kept)}")
+    for k, index in enumerate(kept):
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 2:
+            raise TypeError(f"kept[{k}] must be an int64 tensor [B, n]")
