@@ -44,5 +44,5 @@ def _heads(model: Any, tokens: Tensor, who: str) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"auxiliary: expected a {who} with LV-ViT's two heads, got {type(model).__name__}"
         )
-    logits = model.head(model.forward_head(tokens, pre_logits=True))
+    logits = model.head(model.head_drop(model.fc_norm(tokens[:, 0])))
     return logits, model.dense_logits(tokens)
