@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from spot_vit.config.sparsifiner import SparsifinerConfig
 
@@ -19,19 +20,42 @@ from spot_vit.config.sparsifiner import SparsifinerConfig
         ({"reduce_c": 1.5}, "reduce_c must be a positive int"),
         ({"coef_topk": 0}, "coef_topk must be a positive int"),
         ({"coef_threshold": 0.05}, "set coef_topk=None"),
-        ({"basis_threshold": -1.0}, "basis_threshold must not be negative"),
-        ({"mask_threshold": float("nan")}, "mask_threshold must not be negative"),
+        ({"basis_threshold": -1.0}, "basis_threshold must be a number of 0"),
+        ({"basis_threshold": ".02"}, "basis_threshold must be a number of 0 or more, got '.02'"),
+        ({"basis_threshold": None}, "basis_threshold must be a number of 0"),
+        ({"share_inout_proj": 1}, "share_inout_proj must be a bool, got 1"),
+        ({"keep_rate": "0.2"}, "keep_rate must be in"),
+        ({"mask_threshold": float("nan")}, "mask_threshold must be a number of 0"),
         ({"scale": "sqrt"}, "scale must be one of"),
         ({"mask": "best"}, "mask must be one of"),
         ({"backend": "gpu"}, "backend must be one of"),
         ({"blocks": []}, "non-empty"),
         ({"blocks": [2, 1]}, "ascend"),
         ({"blocks": [1.0]}, "block indices"),
+        ({"blocks": 3}, r"list of block indices, got 3; for one block: \[3\]"),
+        ({"blocks": "3"}, "non-empty list of block indices, got '3'"),
     ],
 )
 def test_configurations_are_checked(wrong: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         SparsifinerConfig().replace(**wrong)
+
+
+def test_numbers_of_numpy_are_plain_numbers() -> None:
+    config = SparsifinerConfig(
+        keep_rate=np.float32("0.3"), reduce_n=np.int64(4), reduce_c=np.int32(1), coef_topk=None,
+        share_inout_proj=np.bool_(True), coef_threshold=np.float16("0.05"),
+        basis_threshold=np.float32("0.02"), mask_threshold=np.float64(1e-3),
+        blocks=np.array([1, 3]),
+    )  # fmt: skip
+    assert config == SparsifinerConfig(
+        keep_rate=0.3, reduce_n=4, reduce_c=1, coef_topk=None, share_inout_proj=True,
+        coef_threshold=0.05, basis_threshold=0.02, mask_threshold=1e-3, blocks=(1, 3),
+    )  # fmt: skip
+    assert SparsifinerConfig.from_json(config.to_json()) == config
+    assert SparsifinerConfig(blocks=range(1, 3)).blocks == (1, 2)
+    with pytest.raises(ValueError, match="keep_rate must be in"):
+        SparsifinerConfig(keep_rate=np.bool_(True))
 
 
 def test_configurations_go_through_json():

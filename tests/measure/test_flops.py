@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import spot_vit
 import timm
@@ -135,3 +136,26 @@ def test_counting_leaves_the_model_alone():
     spot_vit.count_flops(model, IMAGE)
     assert model.training and not model.blocks[0]._forward_pre_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (224, r"must be \(channels, height, width\), got 224; say \(3, 224, 224\)"),
+        ((224, 224), r"got \(224, 224\)"),
+        ((1, 3, 224, 224), r"got \(1, 3, 224, 224\)"),
+        ((3, 224.0, 224), "224.0"),
+        ((3, 0, 224), r"\(3, 0, 224\)"),
+        ("224", "'224'"),
+    ],
+)
+def test_the_size_of_an_image_is_checked(size: Any, words: str):
+    with pytest.raises(ValueError, match=words):
+        spot_vit.count_flops(meta("vit_tiny_patch16_224"), size)
+
+
+def test_the_size_of_an_image_may_be_of_numpy():
+    model = meta("vit_tiny_patch16_224")
+    expected = spot_vit.count_flops(model, IMAGE).total
+    for size in (np.array(IMAGE), [3, np.int64(224), 224], torch.Size(IMAGE)):
+        assert spot_vit.count_flops(model, size).total == expected

@@ -18,14 +18,30 @@ def exact(ratio: float) -> Fraction:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's scalars, alone or in a tuple, as the int or float that they print as."""
-    if isinstance(value, tuple):
-        return tuple(map(plain, value))
+    """What users and files write, as plain data.
+
+    NumPy's scalars become the bool, int or float that they print as; lists, ranges and arrays of
+    one dimension become tuples.
+    """
     if type(value) in (bool, int, float):
         return value
+    if isinstance(value, list | tuple | range) or getattr(value, "ndim", None) == 1:
+        return tuple(map(plain, value))
+    if getattr(value, "ndim", None) == 0 and value.dtype == bool:
+        return bool(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(str(value)) if isinstance(value, numbers.Real) else value
+
+
+def is_number(value: object) -> bool:
+    """Whether a plain value is an int or a float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a plain value is an int; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

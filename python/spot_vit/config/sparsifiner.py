@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-from spot_vit.config.fields import Fields, one_of, plain
+from spot_vit.config.fields import Fields, is_number, is_whole, one_of, plain
 
 SCALES = ("heads", "channels")
 MASKS = ("topk", "threshold")
@@ -53,41 +52,43 @@ class SparsifinerConfig(Fields):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.blocks, Sequence) and not isinstance(self.blocks, str):
-            object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON and users give lists
-        for name in ("keep_rate", "blocks"):
+        for name in self.names():
             object.__setattr__(self, name, plain(getattr(self, name)))
         one_of("scale", self.scale, SCALES)
         one_of("mask", self.mask, MASKS)
         one_of("backend", self.backend, BACKENDS)
-        rate = self.keep_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
-            raise ValueError(f"keep_rate must be in (0, 1], got {rate!r}")
+        if not is_number(self.keep_rate) or not 0 < self.keep_rate <= 1:
+            raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate!r}")
         for name in ("reduce_n", "reduce_c", "coef_topk"):
             value = getattr(self, name)
             if name == "coef_topk" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if not isinstance(self.share_inout_proj, bool):
+            raise ValueError(f"share_inout_proj must be a bool, got {self.share_inout_proj!r}")
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_threshold takes the place of coef_topk; set coef_topk=None")
         for name in ("coef_threshold", "basis_threshold", "mask_threshold"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value!r}")
+            if name == "coef_threshold" and value is None:
+                continue
+            if not is_number(value) or not value >= 0:
+                raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        if self.blocks is None:
+        blocks = self.blocks
+        if blocks is None:
             return
-        if not self.blocks or any(
-            isinstance(b, bool) or not isinstance(b, int) for b in self.blocks
-        ):
+        if is_whole(blocks):
             raise ValueError(
-                f"blocks must be a non-empty list of block indices, got {self.blocks!r}"
+                f"blocks must be a list of block indices, got {blocks!r}; for one block: [{blocks}]"
             )
-        if list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
-            raise ValueError(f"blocks must ascend from 0 or more, got {list(self.blocks)}")
+        if not isinstance(blocks, tuple) or not blocks or not all(map(is_whole, blocks)):
+            raise ValueError(f"blocks must be a non-empty list of block indices, got {blocks!r}")
+        if list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
+            raise ValueError(f"blocks must ascend from 0 or more, got {list(blocks)}")
 
     def sparse_blocks(self, depth: int) -> tuple[int, ...]:
         """Indices of the sparse blocks of a model of `depth` blocks."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spot_vit.measure.flops import count_flops
+from spot_vit.config.fields import is_number, is_whole, plain
+from spot_vit.measure.flops import count_flops, image_size
 from spot_vit.utils.modes import eval_mode
 from spot_vit.utils.sizes import input_size
 from spot_vit.utils.timing import take_turns
@@ -46,9 +47,17 @@ class Budget:
         if self.latency_ms is None and (self.batch != 1 or self.threads is not None):
             raise ValueError("batch and threads belong to a budget of latency_ms")
         for name in ("gmacs", "latency_ms", "batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} of a budget must be positive, got {value!r}")
+            value = plain(getattr(self, name))
+            if value is None and name != "batch":
+                continue
+            counts = name in ("batch", "threads")
+            fits = is_whole(value) if counts else is_number(value)
+            if not fits or not 0 < value < math.inf:
+                kind = "int" if counts else "number"
+                raise ValueError(f"{name} of a budget must be a positive {kind}, got {value!r}")
+            object.__setattr__(self, name, value)
+        if self.input_size is not None:
+            object.__setattr__(self, "input_size", image_size(self.input_size))
 
     @classmethod
     def from_mapping(cls, budget: Mapping[str, Any]) -> Budget:
@@ -62,6 +71,8 @@ class Budget:
 def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
     """The largest ρ at which a SPOT model stays within the budget; the model is left as it was.
 
+    A budget that the dense model does not exceed gives 1.
+
     Args:
         model: a SPOT model; the blocks where it decides and its method stay as they are.
         budget: fields of `Budget`.
@@ -71,7 +82,7 @@ def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
         `latency_ms`. At least one patch survives the last stage.
 
     Raises:
-        ValueError: a malformed budget, or one out of reach; the reachable range is named.
+        ValueError: a malformed budget, or one below what the smallest ratio costs, which is named.
     """
     wanted = Budget.from_mapping(budget)
     channels, height, width = wanted.input_size or input_size(model)
@@ -128,18 +139,22 @@ def largest_ratio(
         least: the smallest ratio allowed.
         unit: of `cost`, for the message.
 
+    Returns:
+        The ratio; 1 where the target is what 1 costs, or more.
+
     Raises:
-        ValueError: the target lies outside what `least` and 1 cost.
+        ValueError: the target lies below what `least` costs.
     """
+    dense = cost(1.0)
+    if target >= dense:
+        return 1.0
     low, high = max(1, math.ceil(least * steps)), steps
-    cheapest, dense = cost(low / steps), cost(1.0)
-    if not cheapest <= target <= dense:
+    cheapest = cost(low / steps)
+    if target < cheapest:
         raise ValueError(
             f"a budget of {target:g} {unit} is out of reach: keep from {low / steps:g} to 1 costs "
             f"{_outwards(cheapest, up=True)} to {_outwards(dense, up=False)} {unit}"
         )
-    if target == dense:
-        return 1.0
     while high - low > 1:  # low is within the target, high is not
         middle = (low + high) // 2
         if cost(middle / steps) <= target:

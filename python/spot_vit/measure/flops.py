@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from spot_ext.connectivity import coefficient_flops
+from spot_vit.config.fields import is_whole, plain
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.predictor import Predictor, predictors_in
 from spot_vit.utils.modes import eval_mode, unwrap
@@ -90,6 +91,21 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.2f}" if count else ""
 
 
+def image_size(size: Any) -> tuple[int, int, int]:
+    """(channels, height, width) as plain ints, checked.
+
+    Raises:
+        ValueError: anything but three positive ints.
+    """
+    found = plain(size)
+    if isinstance(found, tuple) and len(found) == 3 and all(map(is_whole, found)):
+        channels, height, width = found
+        if min(found) > 0:
+            return channels, height, width
+    example = f"; say (3, {found}, {found})" if is_whole(found) else ""
+    raise ValueError(f"input_size must be (channels, height, width), got {size!r}{example}")
+
+
 def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount:
     """Counts one eval forward pass at the current budget.
 
@@ -104,7 +120,11 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount
 
     Returns:
         Counts per image.
+
+    Raises:
+        ValueError: `input_size` is not three positive ints.
     """
+    input_size = image_size(input_size)
     model = unwrap(model)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
