@@ -36,7 +36,7 @@ def test_a_new_method_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_else_compares_with_a_name() -> None:
     """Sources of published weights have some of the same names and are no methods."""
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "published.py":
+        if path.name in ("published.py", "checkpoint_layouts.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):

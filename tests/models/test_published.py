@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from argparse import Namespace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import spot_vit
 import timm
 import torch
 from spot_vit import convert_checkpoint
-from spot_vit.models.published import SOURCES
+from spot_vit.models.checkpoint_files import KEYS, PREFIXES
+from spot_vit.models.checkpoint_layouts import SOURCES
 from support.published import (
     Sparse,
     dynamicvit_scores,
@@ -135,11 +137,16 @@ def test_dense_weights_leave_the_predictors_of_a_spot_model_alone():
     assert before and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
-def test_distilled_and_deit3_keys():
-    state = random_state("deit")
+def distilled_state(patches: int = 16) -> dict[str, Tensor]:
+    state = random_state("deit", patches=patches)
     state["dist_token"] = torch.ones(1, 1, 48)
-    state["pos_embed"] = torch.ones(1, 18, 48)
+    state["pos_embed"] = torch.ones(1, 2 + patches, 48)
     state["head_dist.weight"], state["head_dist.bias"] = torch.ones(7, 48), torch.ones(7)
+    return state
+
+
+def test_distilled_and_deit3_keys():
+    state = distilled_state()
     distilled = timm.create_model("deit_small_distilled_patch16_224", **SIZES)
     convert_checkpoint(state, "deit", distilled)
     assert (distilled.dist_token == 1).all()
@@ -152,6 +159,10 @@ def test_distilled_and_deit3_keys():
     deit3 = timm.create_model("deit3_small_patch16_224", **SIZES)
     convert_checkpoint(state, "deit", deit3)
     assert (deit3.blocks[2].ls1.gamma == 3).all() and (deit3.blocks[2].ls2.gamma == -3).all()
+    again = timm.create_model("deit3_small_patch16_224", **SIZES)
+    convert_checkpoint(deit3.state_dict(), "deit", again)  # as timm names it
+    own = deit3.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in again.state_dict().items())
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
@@ -217,11 +228,39 @@ def _replace_in_pickle(file: Path, old: bytes, new: bytes) -> None:
             archive.writestr(name, content)
 
 
-def test_objects_of_numpy_are_refused(tmp_path: Path):
+@pytest.mark.parametrize(
+    "beside",
+    [np.array([object()]), np.array([1.0]), np.random.RandomState(0), Fraction(1, 3), Ellipsis],
+    ids=lambda value: type(value).__name__,
+)
+def test_anything_else_is_refused(tmp_path: Path, beside: Any):
     file = tmp_path / "weights.pth"
-    torch.save({"model": random_state("deit"), "best": np.array([object()])}, file)
+    torch.save({"model": random_state("deit"), "best": beside}, file)
     with pytest.raises(ValueError, match="nothing in it was executed"):
         convert_checkpoint(file, "deit")
+
+
+def test_a_training_checkpoint_as_scripts_write_it(tmp_path: Path):
+    """With the optimiser's state, whose rates a cosine of NumPy set, and an average of the model."""
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(image()).sum().backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = np.float64(1e-3) * np.cos(0.3)
+    state = model.state_dict()
+    content = {
+        "model": {name: value + 1 for name, value in state.items()},
+        "optimizer": optimizer.state_dict(),
+        "model_ema": {f"module.{name}": value for name, value in state.items()},
+        "scaler": {"scale": np.float32(65536.0)},
+        "best_acc": np.float64(81.25),
+        "args": Namespace(output_dir=Path("runs"), lr=np.float64(1e-3), eval=False),
+    }
+    torch.save(content, tmp_path / "weights.pth")
+    other = build()
+    convert_checkpoint(tmp_path / "weights.pth", "deit", other, key="model_ema")
+    assert all(torch.equal(state[name], value) for name, value in other.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
@@ -271,12 +310,151 @@ def test_a_model_that_does_not_fit_is_left_as_it_was():
     with pytest.raises(ValueError, match=r"unexpected blocks.1.relevance.*sparsify\(model"):
         convert_checkpoint(random_state("deit", stages=3), "dynamicvit", model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    other = spot_vit.sparsify(model)  # has statistics, DynamicViT's predictor has none
-    with pytest.raises(ValueError, match=r"blocks.1.relevance.fc1.weight is \(24, 48\)"):
-        convert_checkpoint(random_state("deit", stages=3), "dynamicvit", other)
+    narrow = spot_vit.sparsify(model, method="dynamicvit", d_remap=24)
+    with pytest.raises(ValueError, match=r"blocks.1.relevance.remap.weight is \(48, 48\)"):
+        convert_checkpoint(random_state("deit", stages=3), "dynamicvit", narrow)
+
+
+@pytest.mark.parametrize("stages", [3, 2])
+def test_dynamicvit_weights_leave_predictors_that_see_more_alone(
+    stages: int, caplog: pytest.LogCaptureFixture
+):
+    state = random_state("deit", stages=stages)
+    model = spot_vit.sparsify(build())  # has statistics, DynamicViT's predictor has none
+    before = {k: v.clone() for k, v in model.state_dict().items() if ".relevance." in k}
+    loaded = convert_checkpoint(training_checkpoint(state), "dynamicvit", model)
+    after = model.state_dict()
+    assert before and all(torch.equal(after[k], v) for k, v in before.items())
+    assert torch.equal(after["blocks.2.attn.qkv.weight"], state["blocks.2.attn.qkv.weight"])
+    assert loaded.keys() == after.keys() - before.keys()
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "method 'spot'" in said and "predictors stay new" in said
+    assert "method='dynamicvit'" in said
+
+
+@pytest.mark.parametrize("method", ["evit", "random"])
+def test_dynamicvit_weights_where_nothing_is_learned_name_the_method(method: str):
+    model = spot_vit.sparsify(build(), method=method)
+    with pytest.raises(ValueError, match=rf"'{method}' has no predictors.*method='dynamicvit'"):
+        convert_checkpoint(random_state("deit", stages=3), "dynamicvit", model)
+
+
+def test_distilled_weights_and_models_that_are_not():
+    state = distilled_state()
+    with pytest.raises(
+        ValueError, match=r"weights are distilled \(dist_token, head_dist"
+    ) as caught:
+        convert_checkpoint(state, "deit", build())
+    assert "image size" not in str(caught.value) and "deit_small_distilled" in str(caught.value)
+    model = timm.create_model("deit_small_distilled_patch16_224", **SIZES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="the model is distilled") as caught:
+        convert_checkpoint(random_state("deit"), "deit", model)
+    assert "image size" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"weights are distilled.*6 x 6 patches instead of 4 x 4"):
+        convert_checkpoint(distilled_state(36), "deit", build())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", [*KEYS, "weights of mine"])
+def test_weights_under_a_key(key: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="spot_vit")
+    state, other = random_state("deit"), random_state("deit", depth=3)
+    given = key if key not in KEYS else None
+    found = convert_checkpoint({key: state, "args": {"lr": 1}, "epoch": 3}, "deit", key=given)
+    assert found.keys() == state.keys()
+    assert f"{len(state)} tensors, under {key!r}" in caplog.text
+    nested = (
+        convert_checkpoint({"runs": {key: {"state_dict": state}}}, "deit", key="runs")
+        if given is None
+        else found
+    )
+    assert nested.keys() == state.keys()
+    with pytest.raises(ValueError, match=r"no weights under key='ema'; there are \['.*'args'\]"):
+        convert_checkpoint({key: state, "args": {"lr": 1}}, "deit", key="ema")
+    if key == KEYS[0]:
+        return
+    both = {KEYS[0]: other, key: state}
+    assert convert_checkpoint(both, "deit").keys() == other.keys()
+    assert convert_checkpoint(both, "deit", key=key).keys() == state.keys()
+    assert given or f"there are {[key]} too" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "module._orig_mod.", "model.backbone.module."])
+def test_prefixes_of_wrappers(prefix: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="spot_vit")
+    state = random_state("deit")
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    found = convert_checkpoint(wrapped, "deit")
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    said = [part for part in PREFIXES if part in prefix]
+    assert all(repr(part) in caplog.text for part in said) and "without the prefix" in caplog.text
+    mixed = {n if n.startswith("head.") else f"{prefix}{n}": v for n, v in state.items()}
+    assert convert_checkpoint(mixed, "deit").keys() == state.keys()
+    with pytest.raises(ValueError, match=r"missing head.bias.*") as caught:
+        convert_checkpoint({n: v for n, v in wrapped.items() if "head.bias" not in n}, "deit")
+    assert "without the prefix" in str(caught.value)
+    with pytest.raises(ValueError, match=r"holds norm.bias several times"):
+        convert_checkpoint({**wrapped, "norm.bias": state["norm.bias"]}, "deit")
+
+
+def test_averaged_models_of_torch_and_wrapped_models():
+    model, other = build(), build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    averaged = torch.optim.swa_utils.AveragedModel(torch.compile(model))
+    convert_checkpoint(averaged.state_dict(), "deit", other)
+    own = model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in other.state_dict().items())
+
+
+@torch.no_grad()
+def test_sparsifiner_without_channel_projections_computes_what_was_published():
+    """With reduce_c=1 queries and keys are taken as they are."""
+    state = random_state("deit", rank=8)
+    plain = {name: value for name, value in state.items() if ".proj_c_" not in name}
+    for name in state.keys() - plain.keys():  # what projects nothing computes the same
+        state[name] = (
+            torch.eye(16).double() if name.endswith("weight") else torch.zeros(16).double()
+        )
+    settings = {"reduce_n": 2, "coef_topk": 3}
+    model = spot_vit.sparsify_attention(build(), 0.25, reduce_c=1, **settings)
+    convert_checkpoint(plain, "sparsifiner", model)
+    expected = inference(state, image(), 3, sparse=Sparse(5, 3))
+    torch.testing.assert_close(model(image()), expected, rtol=0, atol=1e-10)
+    reduced = spot_vit.sparsify_attention(build(), 0.25, **settings)
+    with pytest.raises(ValueError, match=r"missing .*proj_c_k.*convert with reduce_c=1"):
+        convert_checkpoint(plain, "sparsifiner", reduced)
+    with pytest.raises(ValueError, match=r"unexpected .*proj_c_k.*convert with reduce_c=2"):
+        convert_checkpoint(random_state("deit", rank=8), "sparsifiner", model)
+    del plain["blocks.1.attn.mask_predictor.proj_n"]
+    with pytest.raises(ValueError, match="missing blocks.1.attn.mask_predictor.proj_n"):
+        convert_checkpoint(plain, "sparsifiner")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, number: float):
+    state = random_state("deit")
+    state["blocks.2.mlp.fc1.weight"][3, 5] = number
+    torch.save({"model_ema": state}, tmp_path / "weights.pth")
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words = r"weights.pth holds NaN or infinite numbers in blocks.2.mlp.fc1.weight: "
+    with pytest.raises(ValueError, match=words):
+        convert_checkpoint(tmp_path / "weights.pth", "deit", model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_files_of_our_own_models_name_the_way():
+    own = spot_vit.sparsify(build()).state_dict()
+    with pytest.raises(ValueError, match=r"unexpected .*relevance.*model.load_state_dict takes it"):
+        convert_checkpoint(own, "deit")
 
 
 def test_the_page_says_what_is_accepted():
     page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     for source in SOURCES:
         assert f"`{source}`" in page
+    for names in (KEYS, PREFIXES):
+        assert ", ".join(f"`{name}`" for name in names) in page

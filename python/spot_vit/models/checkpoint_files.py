@@ -1,0 +1,167 @@
+"""Reads files of weights: which tensors are in them, under which key, behind which prefixes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PosixPath, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "net")
+"""Keys under which training scripts put the weights, in the order in which they are looked for."""
+
+PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
+"""What wrappers put before names: torch.compile, DDP and EMAs, Lightning, frameworks of tasks."""
+
+_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its weights
+
+logger = logging.getLogger("spot_vit")
+
+
+class Weights(NamedTuple):
+    """Tensors of a checkpoint, and where they were found in it, as text for messages."""
+
+    state: State
+    found: str
+
+
+def read_weights(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any], key: str | None = None
+) -> Weights:
+    """The tensors of a checkpoint by their names in the model.
+
+    Args:
+        checkpoint: a file of `torch.save`, read with `weights_only=True`, or of safetensors; or
+            what was read from one.
+        key: under which the weights lie; None for the first of `KEYS` that is there, or none.
+
+    Raises:
+        ValueError: the file is not plain tensors, has no weights under `key`, or numbers that are
+            not finite; it is named.
+    """
+    content: Mapping[str, Any]
+    if isinstance(checkpoint, Mapping):
+        content, where = checkpoint, "the checkpoint"
+    else:
+        content, where = _read(Path(checkpoint)), str(checkpoint)
+    content, found = _under(content, key, where)
+    tensors = {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+    if not tensors:
+        raise ValueError(f"{where} holds no tensors, only {sorted(map(str, content))}")
+    state, prefixes = without_prefixes(tensors)
+    if prefixes:
+        found.append(f"without the prefix {', '.join(map(repr, prefixes))}")
+    state.pop(_COUNTER, None)
+    refuse_non_finite(state, where)
+    text = ", ".join(found) or "as it lies there"
+    logger.info("%s: %d tensors, %s", where, len(state), text)
+    return Weights(state, f"{where}, {text}")
+
+
+def _under(
+    content: Mapping[str, Any], key: str | None, where: str
+) -> tuple[Mapping[str, Any], list[str]]:
+    """What lies under the keys of training scripts, and words about them."""
+    there = [name for name in content if isinstance(content[name], Mapping)]
+    if key is not None and key not in there:
+        raise ValueError(f"{where} has no weights under key={key!r}; there are {there}")
+    found = []
+    while name := key or next((name for name in KEYS if name in there), None):
+        content, key = content[name], None
+        others = [other for other in KEYS if other in there and other != name]
+        found.append(f"under {name!r}" + (f" (there are {others} too)" if others else ""))
+        there = [name for name in content if isinstance(content[name], Mapping)]
+    return content, found
+
+
+def without_prefixes(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
+    """The tensors without the prefixes of wrappers, however they nest, and which these were.
+
+    Raises:
+        ValueError: two tensors would have one name.
+    """
+    stripped: State = {}
+    seen: list[str] = []
+    for name, value in state.items():
+        short = name
+        while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
+            short = short.removeprefix(prefix)
+            if prefix not in seen:
+                seen.append(prefix)
+        if short in stripped:
+            raise ValueError(
+                f"the checkpoint holds {short} several times, once as {name}: give the part that "
+                "is meant, as a dictionary or by key="
+            )
+        stripped[short] = value
+    return stripped, seen
+
+
+def refuse_non_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError where a tensor has NaN or infinite numbers; it is named."""
+    if bad := [name for name, value in state.items() if not _finite(value)]:
+        raise ValueError(
+            f"{where} holds NaN or infinite numbers in {listed(bad)}: its training diverged; take "
+            "an earlier checkpoint"
+        )
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    wide = value.float() if value.element_size() == 1 else value  # float8 has no such test
+    return bool(wide.isfinite().all())
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Names in order, the first few of them."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return f"{', '.join(ordered[:limit])}{more}"
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_harmless()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        # torch's own text advises to read the file anyway.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "it is damaged, or no checkpoint"
+        raise ValueError(
+            f"{path} was not read, and nothing in it was executed: only tensors and plain data are "
+            f"accepted, and {reason}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
+    return content
+
+
+def _harmless() -> list[Any]:
+    """What training scripts put beside the weights: arguments, paths, and scalars of NumPy.
+
+    Each is plain data; files of NumPy 1 name its module otherwise.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    paths = [
+        (path, f"{module}.{path.__name__}")
+        for path in (PosixPath, PurePosixPath)
+        for module in ("pathlib", "pathlib._local")
+    ]
+    return [argparse.Namespace, np.dtype, *dtypes, *named, *paths]
