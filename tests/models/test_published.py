@@ -241,7 +241,7 @@ def test_anything_else_is_refused(tmp_path: Path, beside: Any):
 
 
 def test_a_training_checkpoint_as_scripts_write_it(tmp_path: Path):
-    """With the optimiser's state, whose rates a cosine of NumPy set, and an average of the model."""
+    """With the optimiser's state, whose rates NumPy's cosine set, and an average of the model."""
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(image()).sum().backward()
@@ -364,14 +364,10 @@ def test_weights_under_a_key(key: str, caplog: pytest.LogCaptureFixture):
     found = convert_checkpoint({key: state, "args": {"lr": 1}, "epoch": 3}, "deit", key=given)
     assert found.keys() == state.keys()
     assert f"{len(state)} tensors, under {key!r}" in caplog.text
-    nested = (
-        convert_checkpoint({"runs": {key: {"state_dict": state}}}, "deit", key="runs")
-        if given is None
-        else found
-    )
-    assert nested.keys() == state.keys()
     with pytest.raises(ValueError, match=r"no weights under key='ema'; there are \['.*'args'\]"):
         convert_checkpoint({key: state, "args": {"lr": 1}}, "deit", key="ema")
+    nested = {"runs": {key: state}} if given is None else {"runs": {"model": {"net": state}}}
+    assert convert_checkpoint(nested, "deit", key="runs").keys() == state.keys()
     if key == KEYS[0]:
         return
     both = {KEYS[0]: other, key: state}
@@ -429,7 +425,7 @@ def test_sparsifiner_without_channel_projections_computes_what_was_published():
     with pytest.raises(ValueError, match=r"unexpected .*proj_c_k.*convert with reduce_c=2"):
         convert_checkpoint(random_state("deit", rank=8), "sparsifiner", model)
     del plain["blocks.1.attn.mask_predictor.proj_n"]
-    with pytest.raises(ValueError, match="missing blocks.1.attn.mask_predictor.proj_n"):
+    with pytest.raises(ValueError, match=r"missing blocks.1.attn.mask_predictor.proj_n"):
         convert_checkpoint(plain, "sparsifiner")
 
 
