@@ -2,13 +2,16 @@
 
 Importing this package registers `torch.ops.spot.*`, for CPU and CUDA, with autograd. Functions take
 and return torch tensors; each module holds one slice: public functions, `*_reference` definitions
-in plain PyTorch, and what torch needs to trace, differentiate and count them.
+in plain PyTorch, and what torch needs to trace, differentiate and count them. `definitions` is the
+context in which the functions run their definitions, and `library_path` says where the library is.
 """
 
 from spot_ext import _library
 
 __path__ += [path for path in _library.extra_paths if path not in __path__]
 
+from spot_ext._definitions import definitions  # noqa: E402
+from spot_ext._library import library_path  # noqa: E402
 from spot_ext._version import __version__  # noqa: E402
 from spot_ext.attention_stats import attention_stats, attention_stats_reference  # noqa: E402
 from spot_ext.compact import (  # noqa: E402
@@ -41,8 +44,10 @@ __all__ = [
     "compact_tokens_reference",
     "connectivity",
     "connectivity_reference",
+    "definitions",
     "fuse_tokens",
     "fuse_tokens_reference",
+    "library_path",
     "predict_connectivity",
     "predict_connectivity_reference",
     "scatter_tokens",

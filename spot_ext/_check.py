@@ -7,15 +7,10 @@ sizes such as `num_keep = N * 7 // 10` export with dynamic shapes; C++ checks th
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-
-from spot_ext import _library
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What LibTorch's stable ABI can name; sub-byte, quantised and `bits` dtypes are missing.
@@ -25,9 +20,7 @@ _ROWS = frozenset(
     for kind in vars(torch).values()
     if isinstance(kind, torch.dtype) and re.fullmatch(_ROW_NAMES, str(kind))
 )
-_WITH_KERNELS = ("cpu", "cuda", "meta")
 _INT64_MAX = 2**63 - 1
-_warned: set[str] = set()
 
 
 def tensor(name: str, value: object, rank: int | None = None) -> None:
@@ -67,16 +60,21 @@ def row_dtype(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be floating, complex, integer or bool, got {found}")
 
 
+def traced(value: object) -> bool:
+    """`value` is a number that torch.jit.trace made a tensor, as it does of every size."""
+    return isinstance(value, Tensor) and value.dim() == 0 and torch.jit.is_tracing()
+
+
 def flag(name: str, value: object) -> None:
     """`value` is a bool."""
-    if not isinstance(value, bool | torch.SymBool):
+    if not (isinstance(value, bool | torch.SymBool) or traced(value)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def number(name: str, value: object) -> None:
     """`value` is a plain number."""
     plain = isinstance(value, int | float | torch.SymInt | torch.SymFloat)
-    if not plain or isinstance(value, bool):
+    if not (plain or traced(value)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
@@ -123,7 +121,7 @@ def asked(name: str, value: object, wanted: bool) -> None:
 
 def count(name: str, value: object, low: int, high: Any = None, meaning: str = "") -> None:
     """`value` is an int in [low, high], where the bounds are known."""
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt) or traced(value):
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -136,43 +134,3 @@ def count(name: str, value: object, low: int, high: Any = None, meaning: str = "
 def eager() -> bool:
     """False while torch.compile or torch.export traces; C++ and the fakes check then."""
     return not torch.compiler.is_compiling()
-
-
-def no_forward_ad(op: str, *tensors: Tensor | None) -> None:
-    """Refuses forward-mode AD, which would give zero tangents without a word."""
-    if forward_ad._current_level < 0:
-        return
-    for value in tensors:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise RuntimeError(
-                f"spot_ext.{op} does not support forward-mode AD; use reverse mode (backward, "
-                f"torch.autograd.grad), or spot_ext.{op}_reference"
-            )
-
-
-def has_kernel(op: str, value: Tensor) -> bool:
-    """Whether to call the op; raises when it should be there and is not.
-
-    Devices SPOT has no kernels for at all (MPS, XPU) use the reference, with one warning.
-    """
-    kind = value.device.type
-    if kind in _WITH_KERNELS:
-        _library.require(kind)
-        return True
-    if kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(
-            f"SPOT has no kernels for {kind}; using the plain PyTorch definitions", stacklevel=4
-        )
-    return False
-
-
-def call(op: Callable[..., Any], *args: Any) -> Any:
-    """Calls a C++ op; a refused argument is a ValueError on every torch version."""
-    try:
-        return op(*args)
-    except RuntimeError as cause:
-        first = str(cause).split("\n", 1)[0]
-        if first.startswith("spot::"):
-            raise ValueError(first) from cause
-        raise

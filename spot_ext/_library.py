@@ -129,4 +129,22 @@ def require(device_type: str = "cpu") -> None:
         )
 
 
+def library_path() -> str:
+    """File of the compiled ops, for programs that run exported models without this package.
+
+        path = spot_ext.library_path()           # where spot_ext is installed; copy the file along
+        torch.ops.load_library(path)             # where it is not
+        model = torch.export.load("model.pt2").module()
+
+    It needs torch and nothing else, holds every op for the CPU, and is loaded before the model is.
+    The file `libspot_ops_cuda.so` beside it, where there is one, adds the kernels for CUDA: load it
+    second.
+
+    Raises:
+        ImportError: the library was not found or does not load; says what to do.
+    """
+    require()
+    return str(loaded[0])
+
+
 extra_paths = _load_all()

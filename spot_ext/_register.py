@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from spot_ext import _library
+from spot_ext import _autograd, _library
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("spot", "IMPL") if _library.error is None else None
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+CASTS: dict[str, Callable[..., Any]] = {}  # what autocast does to the arguments of an op
 
 
 def _has(op: str, key: str) -> bool:
@@ -36,13 +37,16 @@ def fake(op: str) -> Callable[[F], F]:
 
 
 def autograd(op: str, setup: Callable[..., None] | None = None) -> Callable[[F], F]:
-    """Registers the decorated function as the backward formula."""
+    """Registers the decorated function as the backward formula, which has a place for each input.
+
+    `setup(ctx, inputs, output)` saves what it needs; both see omitted trailing defaults.
+    """
 
     def register(function: F) -> F:
         if _LIBRARY is not None and not _has(op, "Autograd"):
-            torch.library.register_autograd(
-                f"spot::{op}", function, setup_context=setup, lib=_LIBRARY
-            )
+            packet = getattr(torch.ops.spot, op).default
+            kernel = _autograd.kernel(packet, function, setup)
+            _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
         return function
 
     return register
@@ -52,21 +56,18 @@ def once_only(op: str) -> None:
     """Gives the backward op of `op` a formula that refuses second derivatives."""
 
     @autograd(f"{op}_backward")
-    def _(ctx: Any, *grads: Any) -> None:
+    def _(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            f"spot::{op} is differentiable once; for second derivatives use spot_ext.{op}_reference"
+            f"spot::{op} is differentiable once; for second derivatives call spot_ext.{op} in "
+            f"`with spot_ext.definitions():` (or spot_ext.{op}_reference)"
         )
-
-
-def needs_grad(ctx: Any, place: int) -> bool:
-    """Whether input `place` needs a gradient; omitted trailing defaults have no entry."""
-    return place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place]
 
 
 def autocast(op: str) -> Callable[[F], F]:
     """Registers `function(dtype, *args) -> args` that casts arguments to the ambient dtype."""
 
     def register(function: F) -> F:
+        CASTS[op] = function
         if _LIBRARY is None:
             return function
         packet = getattr(torch.ops.spot, op).default

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spot_ext import _check, _register
+from spot_ext import _check, _definitions, _register
 
 NUM_STATS = 6  # cls_out, cls_in, row_mean, row_var, col_mean, col_var
 MAX_HEAD_DIM = 256  # kMaxHeadDim of the kernels
+OPTIONS = ("scale", "num_prefix", "class_token", "need_stats")  # by keyword only
 
 # ---- public function -----------------------------------------------------------------------------
 
@@ -77,15 +78,10 @@ def attention_stats(
         if scale is not None:
             _check.number("scale", scale)
         _check_attention(q, k, v, keep, bias, num_prefix, class_token)
-        _check.no_forward_ad("attention_stats", q, k, v, keep, bias)
-        if not _check.has_kernel("attention_stats", q):
-            return attention_stats_reference(
-                q, k, v, keep, bias, scale=scale, num_prefix=num_prefix,
-                class_token=class_token, need_stats=need_stats,
-            )  # fmt: skip
-    op = torch.ops.spot.attention_stats
     args = (q, k, v, keep, bias, scale, num_prefix, class_token, need_stats)
-    out, stats, _ = _check.call(op, *args) if _check.eager() else op(*args)
+    out, stats, *_ = _definitions.run(
+        "attention_stats", attention_stats_reference, q, args, *OPTIONS
+    )
     return out, stats
 
 
@@ -124,7 +120,7 @@ def attention_stats_reference(
     p = softmax_of(shown, lse)
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
-    if keep is not None and keep.requires_grad:
+    if keep is not None and _definitions.differentiated(keep):
         soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own, 0)
         out = with_keep_gradient(out, soft, keep, v)
 
@@ -317,7 +313,7 @@ def _(
     ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None, grad_lse: None
 ) -> tuple[Any, ...]:
     q, k, v, keep, bias, out, stats, lse = ctx.saved_tensors
-    keep_grad, bias_grad = (_register.needs_grad(ctx, place) for place in (3, 4))
+    keep_grad, bias_grad = ctx.needs_input_grad[3:5]
     if grad_out is None and grad_stats is None:
         return (None,) * 9
     grads = torch.ops.spot.attention_stats_backward(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spot_ext import _check, _register
+from spot_ext import _check, _definitions, _register
+from spot_ext._largest import largest, positions
 
 # ---- public functions ---------------------------------------------------------------------------
 
@@ -37,10 +38,8 @@ def select_tokens(scores: Tensor, num_keep: int) -> Tensor:
     """
     if _check.eager():
         _check_select(scores, num_keep)
-        if not _check.has_kernel("select_tokens", scores):
-            return select_tokens_reference(scores, num_keep)
-        return _check.call(torch.ops.spot.select_tokens, scores, num_keep)
-    return torch.ops.spot.select_tokens(scores, num_keep)
+    args = (scores, num_keep)
+    return _definitions.run("select_tokens", select_tokens_reference, scores, args)
 
 
 def compact_tokens(
@@ -67,11 +66,8 @@ def compact_tokens(
     """
     if _check.eager():
         _check_compact(tokens, index, num_prefix, extra)
-        _check.no_forward_ad("compact_tokens", tokens, extra)
-        if not _check.has_kernel("compact_tokens", tokens):
-            return compact_tokens_reference(tokens, index, num_prefix, extra)
-        return _check.call(torch.ops.spot.compact_tokens, tokens, index, num_prefix, extra)
-    return torch.ops.spot.compact_tokens(tokens, index, num_prefix, extra)
+    args = (tokens, index, num_prefix, extra)
+    return _definitions.run("compact_tokens", compact_tokens_reference, tokens, args)
 
 
 def scatter_tokens(
@@ -101,12 +97,8 @@ def scatter_tokens(
     """
     if _check.eager():
         _check_scatter(tokens, index, num_tokens, num_prefix, background)
-        _check.no_forward_ad("scatter_tokens", tokens, background)
-        if not _check.has_kernel("scatter_tokens", tokens):
-            return scatter_tokens_reference(tokens, index, num_tokens, num_prefix, background)
-        op = torch.ops.spot.scatter_tokens
-        return _check.call(op, tokens, index, num_tokens, num_prefix, background)
-    return torch.ops.spot.scatter_tokens(tokens, index, num_tokens, num_prefix, background)
+    args = (tokens, index, num_tokens, num_prefix, background)
+    return _definitions.run("scatter_tokens", scatter_tokens_reference, tokens, args)
 
 
 def fuse_tokens(
@@ -136,23 +128,16 @@ def fuse_tokens(
     if _check.eager():
         _check_fuse(tokens, weights, index, num_prefix)
         _check.flag("normalize", normalize)
-        _check.no_forward_ad("fuse_tokens", tokens, weights)
-        if not _check.has_kernel("fuse_tokens", tokens):
-            return fuse_tokens_reference(tokens, weights, index, num_prefix, normalize)
-        op = torch.ops.spot.fuse_tokens
-        return _check.call(op, tokens, weights, index, num_prefix, normalize)
-    return torch.ops.spot.fuse_tokens(tokens, weights, index, num_prefix, normalize)
+    args = (tokens, weights, index, num_prefix, normalize)
+    return _definitions.run("fuse_tokens", fuse_tokens_reference, tokens, args)
 
 
 # ---- references: the definitions -----------------------------------------------------------------
 
 
 def select_tokens_reference(scores: Tensor, num_keep: int) -> Tensor:
-    """Definition of `select_tokens` in plain PyTorch: two stable sorts, NaN last."""
-    nan = scores.isnan()
-    order = scores.masked_fill(nan, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, nan.gather(1, order).to(torch.int8).argsort(dim=1, stable=True))
-    return order[:, :num_keep].sort(dim=1).values
+    """Definition of `select_tokens` in plain PyTorch."""
+    return positions(largest(scores, num_keep), num_keep)
 
 
 def compact_tokens_reference(
@@ -187,7 +172,7 @@ def fuse_tokens_reference(
 ) -> Tensor:
     """Definition of `fuse_tokens` in plain PyTorch."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    removed = torch.ones_like(weights, dtype=torch.bool).scatter(1, index, False)
+    removed = torch.ones_like(weights, dtype=torch.bool).scatter(1, index, 0)
     w = weights.to(wide).masked_fill(~removed, 0)
     x = tokens[:, num_prefix:].to(wide).masked_fill(~removed[..., None], 0)
     total = torch.einsum("bn,bnc->bc", w, x)
@@ -347,11 +332,11 @@ def _compact_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     tokens_grad = extra_grad = None
-    if _register.needs_grad(ctx, 0):
+    if ctx.needs_input_grad[0]:
         tokens_grad = torch.ops.spot.compact_tokens_backward(
             grad, index, ctx.num_tokens, ctx.num_prefix, ctx.num_extra
         )
-    if _register.needs_grad(ctx, 3):
+    if ctx.needs_input_grad[3]:
         extra_grad = grad.narrow(1, ctx.num_prefix, ctx.num_extra)
     return tokens_grad, None, None, extra_grad
 
@@ -381,9 +366,9 @@ def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     tokens_grad = background_grad = None
-    if _register.needs_grad(ctx, 0):
+    if ctx.needs_input_grad[0]:
         tokens_grad = torch.ops.spot.compact_tokens(grad, index, ctx.num_prefix)
-    if _register.needs_grad(ctx, 4):  # grad where the background shows, zero elsewhere
+    if ctx.needs_input_grad[4]:  # grad where the background shows, zero elsewhere
         rows = ctx.num_prefix + index.shape[1]
         zeros = grad.new_zeros((grad.shape[0], rows, *grad.shape[2:]))
         background_grad = torch.ops.spot.scatter_tokens(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spot_ext import _check, _register
+from spot_ext import _check, _definitions, _register
+from spot_ext._largest import largest, positions
 
 
 class _Prediction(NamedTuple):
@@ -83,12 +84,11 @@ def connectivity(
             of range or a `keep` other than 0 or 1.
     """
     args = (coefficients, basis, budget, columns, keep, coef_topk, threshold)
-    if not _check.eager():
-        return torch.ops.spot.connectivity(*args)
-    _check_connectivity(*args)
-    if _check.has_kernel("connectivity", coefficients):
-        return _check.call(torch.ops.spot.connectivity, *args)
-    return connectivity_reference(*args[:-2], coef_topk=coef_topk, threshold=threshold)
+    if _check.eager():
+        _check_connectivity(*args)
+    return _definitions.run(
+        "connectivity", connectivity_reference, coefficients, args, "coef_topk", "threshold"
+    )
 
 
 def predict_connectivity(
@@ -153,16 +153,11 @@ def predict_connectivity(
         q, k, down, query_weight, query_bias, key_weight, key_bias, up, budget, columns, keep,
         scale, coef_topk, basis_threshold, threshold,
     )  # fmt: skip
-    if not _check.eager():
-        return torch.ops.spot.predict_connectivity(*args)
-    _check_prediction(args)
-    if _check.has_kernel("predict_connectivity", q):
-        return _check.call(torch.ops.spot.predict_connectivity, *args)
-    return predict_connectivity_reference(
-        q, k, down, up, budget, columns, keep,
-        query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias,
-        scale=scale, coef_topk=coef_topk, basis_threshold=basis_threshold, threshold=threshold,
-    )  # fmt: skip
+    if _check.eager():
+        _check_prediction(args)
+    return _definitions.run(
+        "predict_connectivity", predict_connectivity_reference, q, args, *_Prediction._fields
+    )
 
 
 # ---- reference: the definition -------------------------------------------------------------------
@@ -183,8 +178,7 @@ def connectivity_reference(
     coef, basis = coefficients.detach().to(wide), basis.detach().to(wide)
     batch, _, queries, rank = coef.shape
     if coef_topk is not None and coef_topk < rank:
-        order = _ranked(coef)[..., :coef_topk]
-        coef = torch.zeros_like(coef).scatter(-1, order, coef.gather(-1, order))
+        coef = coef.masked_fill(~largest(coef, coef_topk), 0)
     in_play = basis if columns is None else basis[:, columns].transpose(0, 1)[:, None]
     approx = coef @ in_play  # [B, H, N-P, N]
     candidate = torch.ones_like(approx, dtype=torch.bool)
@@ -194,13 +188,8 @@ def connectivity_reference(
         candidate = candidate & kept[:, None, None, :]
     if threshold is not None:
         candidate = candidate & (approx > threshold)
-    # All candidates before all others, each by rank.
-    order = _ranked(approx)
-    first = (~candidate).gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True)
-    best = order.gather(-1, first)[..., :budget]
-    far = approx.shape[-1]
-    best = best.masked_fill(~candidate.gather(-1, best), far).sort(dim=-1).values
-    return best.masked_fill(best == far, -1).to(torch.int32)
+    best = positions(largest(approx, budget, candidate), budget)
+    return best.masked_fill(best == approx.shape[-1], -1).to(torch.int32)
 
 
 def predict_connectivity_reference(
@@ -252,14 +241,6 @@ def predict_connectivity_reference(
         coefficients, up.mT, budget, columns, keep,
         coef_topk=coef_topk, threshold=threshold,
     )  # fmt: skip
-
-
-def _ranked(x: Tensor) -> Tensor:
-    """Positions of the last dimension from the largest to the least; NaN last, ties by position."""
-    low = torch.where(x.isnan(), float("-inf"), x)
-    order = low.argsort(dim=-1, descending=True, stable=True)
-    last = x.isnan().gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True)
-    return order.gather(-1, last)
 
 
 # ---- checks --------------------------------------------------------------------------------------

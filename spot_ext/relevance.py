@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spot_ext import _check, _register
+from spot_ext import _check, _definitions, _register
 
 
 class _Arguments(NamedTuple):
@@ -102,13 +102,10 @@ def token_relevance(
     if _check.eager():
         _check.number("eps", eps)
         _check_relevance(args)
-        _check.no_forward_ad("token_relevance", *args)
-        like = tokens if tokens is not None else features
-        assert like is not None
-        if not _check.has_kernel("token_relevance", like):
-            return token_relevance_reference(*args, eps=eps)
-        return _check.call(torch.ops.spot.token_relevance, *args, eps)[0]
-    return torch.ops.spot.token_relevance(*args, eps)[0]
+    result = _definitions.run(
+        "token_relevance", token_relevance_reference, fc1_weight, (*args, eps), "eps"
+    )
+    return result if isinstance(result, Tensor) else result[0]
 
 
 # ---- reference: the definition -------------------------------------------------------------------
@@ -288,9 +285,7 @@ def _(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Any, ...]:
         return (None,) * (COUNT + 1)
     saved = ctx.saved_tensors
     args = _Arguments(*saved[:COUNT])
-    needed = [
-        value is not None and _register.needs_grad(ctx, place) for place, value in enumerate(args)
-    ]
+    needed = [value is not None and ctx.needs_input_grad[place] for place, value in enumerate(args)]
     needed[2] = needed[2] and args.tokens is not None
     grads = torch.ops.spot.token_relevance_backward(
         grad, *saved, ctx.eps, *needed[:3], any(needed[3:])

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spot_ext import _check, _register
+from spot_ext import _check, _definitions, _register
 from spot_ext.attention_stats import (
+    OPTIONS,
     cast_qkv,
     check_grads,
     check_keep,
@@ -77,15 +78,10 @@ def sparse_attention(
         if scale is not None:
             _check.number("scale", scale)
         _check_attention(q, k, v, index, keep, num_prefix, class_token)
-        _check.no_forward_ad("sparse_attention", q, k, v, keep)
-        if not _check.has_kernel("sparse_attention", q):
-            return sparse_attention_reference(
-                q, k, v, index, keep, scale=scale, num_prefix=num_prefix,
-                class_token=class_token, need_stats=need_stats,
-            )  # fmt: skip
-    op = torch.ops.spot.sparse_attention
     args = (q, k, v, index, keep, scale, num_prefix, class_token, need_stats)
-    out, stats, _ = _check.call(op, *args) if _check.eager() else op(*args)
+    out, stats, *_ = _definitions.run(
+        "sparse_attention", sparse_attention_reference, q, args, *OPTIONS
+    )
     return out, stats
 
 
@@ -98,7 +94,7 @@ def named_keys(index: Tensor, num_tokens: int) -> Tensor:
     named = torch.zeros(
         batch, heads, queries, num_tokens + 1, dtype=torch.bool, device=index.device
     )
-    named.scatter_(-1, torch.where(index < 0, num_tokens, index).long(), True)
+    named = named.scatter(-1, torch.where(index < 0, num_tokens, index).long(), 1)
     prefix = named.new_ones(batch, heads, num_tokens - queries, num_tokens)
     return torch.cat([prefix, named[..., :num_tokens]], dim=2)
 
@@ -136,7 +132,7 @@ def sparse_attention_reference(
     p = softmax_of(shown, lse).masked_fill(~seen, 0)
     out = torch.einsum("bhij,bjhd->bihd", p, v.to(wide))
 
-    if keep is not None and keep.requires_grad:
+    if keep is not None and _definitions.differentiated(keep):
         lse = lse.masked_fill(blind, float("-inf"))
         soft = torch.where(seen, p, (logits - lse).sigmoid()).masked_fill(own | ~named, 0)
         out = with_keep_gradient(out, soft, keep, v)
@@ -233,7 +229,7 @@ def _(
     ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None, grad_lse: None
 ) -> tuple[Any, ...]:
     q, k, v, index, keep, out, stats, lse = ctx.saved_tensors
-    keep_grad = _register.needs_grad(ctx, 4)
+    keep_grad = ctx.needs_input_grad[4]
     if grad_out is None and grad_stats is None:
         return (None,) * 9
     grads = torch.ops.spot.sparse_attention_backward(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.package import FOLDER, LIBRARIES, SOURCE, python
 
+import spot_ext
 from spot_ext import _library
 
 
@@ -132,8 +133,19 @@ def _broken(package: Path, then: str = "") -> list[str]:
     return lines
 
 
+def test_definitions_need_no_library(package: Path) -> None:
+    done = python(
+        f"{NO_DISTRIBUTION}\n{TRY_ALL}\nimport spot_ext\n"
+        "with spot_ext.definitions():\n    try_all(spot_ext)",
+        package.parent,
+    )
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["works"] * len(CALLS)
+
+
 def test_without_libraries_every_function_says_what_to_run(package: Path) -> None:
-    lines = _broken(package, "from spot_ext import info\nassert info.main([]) == 1")
+    ask = "try:\n    spot_ext.library_path()\nexcept ImportError as error:\n    print(error)\n"
+    lines = _broken(package, f"{ask}from spot_ext import info\nassert info.main([]) == 1")
+    assert "was not found" in lines[len(CALLS) + 1] and str(package) in lines[len(CALLS) + 2]
     for name, line in zip(CALLS, lines, strict=False):
         assert line.startswith(f"{name} ImportError") and "was not found" in line
         assert str(package) in line and "what to run: pip install ." in line
@@ -201,6 +213,35 @@ def test_without_cuda_kernels_the_cpu_ones_work(kind: str, package: Path) -> Non
         assert "CPU-only build" in words
     else:
         assert ("without CUDA kernels" if kind == "missing" else "does not load") in words
+
+
+class _Halves(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        index = spot_ext.select_tokens(scores, scores.shape[1] // 2)
+        return spot_ext.compact_tokens(tokens, index)
+
+
+def test_an_exported_program_runs_with_the_library_alone(tmp_path: Path) -> None:
+    """`library_path` is what a process without the package loads; without it, torch refuses."""
+    path = spot_ext.library_path()
+    assert path == str(FOLDER / _library.OPS)
+    inputs = torch.rand(2, 7, 3), torch.rand(2, 6)
+    exported = torch.export.export(_Halves(), inputs)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    torch.save((inputs, _Halves()(*inputs)), tmp_path / "data.pt")
+    code = f"""
+        import sys
+        import torch
+        if LOADED:
+            torch.ops.load_library({path!r})
+        model = torch.export.load({str(tmp_path / "model.pt2")!r}).module()
+        inputs, expected = torch.load({str(tmp_path / "data.pt")!r})
+        assert torch.equal(model(*inputs), expected)
+        assert "spot_ext" not in sys.modules
+    """
+    python(code.replace("LOADED", "True"))
+    refused = python(code.replace("LOADED", "False"), check=False)
+    assert refused.returncode and "spot" in refused.stderr
 
 
 def test_importing_twice_registers_once_and_keeps_working() -> None:

@@ -13,7 +13,6 @@ from support.arguments import tensors, with_grad
 from support.comparison import assert_close, assert_same_bits
 from support.gradients import gradients
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 
@@ -108,42 +107,6 @@ def test_checkpointing_and_saved_tensor_hooks(op: Op, device: torch.device) -> N
     for mine in (again, hooked):
         for one, other in zip(mine, expected, strict=True):
             assert_same_bits(one, other)
-
-
-@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
-def test_forward_mode_is_refused(op: Op, device: torch.device) -> None:
-    if op.public is None:
-        pytest.fail("a differentiable op without a public function") if not op.twice else None
-        return
-    sample = op.samples[1]
-    for place in op.grads:
-        args = list(sample.args(device, torch.float32))
-        if args[place] is None:
-            continue
-        with forward_ad.dual_level():
-            args[place] = forward_ad.make_dual(args[place].clone(), torch.ones_like(args[place]))
-            with pytest.raises(RuntimeError, match="forward-mode AD"):
-                op.public(*args)
-    args = list(sample.args(device, torch.float32))
-    with pytest.raises(RuntimeError, match="forward-mode AD"):
-        torch.func.jvp(lambda x: op.public(x, *args[1:]), (args[0],), (torch.ones_like(args[0]),))
-
-
-@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
-def test_functional_gradients_work_or_say_why_not(op: Op, device: torch.device) -> None:
-    args = op.samples[0].args(device, torch.float64)
-
-    def loss(x: Tensor) -> Tensor:
-        return tensors(op.call(x, *args[1:]))[0].square().sum()
-
-    try:
-        actual = torch.func.grad(loss)(args[0])
-    except RuntimeError as error:
-        assert "setup_context" in str(error) or "functorch" in str(error)
-        return
-    leaf = args[0].detach().clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    assert_close(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -16,7 +16,6 @@ from support.comparison import assert_accurate, assert_close, assert_gradient, a
 from support.data import FLOATING, generator, random
 from support.gradients import cotangents, gradients
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from spot_ext import attention_stats, connectivity, sparse_attention
@@ -67,17 +66,6 @@ def test_lse_is_that_of_the_keys_seen(device: torch.device) -> None:
     expected = sparse_reference(*args)[2]
     assert torch.equal(lse == -math.inf, expected == -math.inf) and (lse == -math.inf).any()
     assert_close(lse, expected)
-
-
-@pytest.mark.parametrize("name", ["q", "k", "v", "keep"])
-def test_forward_mode_is_refused_with_words(name: str, device: torch.device) -> None:
-    values = SPARSE.build(case_of(masked=True), torch.float64, device)
-    with forward_ad.dual_level():
-        values[name] = forward_ad.make_dual(values[name], torch.ones_like(values[name]))
-        with pytest.raises(
-            RuntimeError, match=r"spot_ext\.sparse_attention does not support forward"
-        ):
-            sparse_attention(**values)
 
 
 def test_flops_grow_with_the_keys_named(device: torch.device) -> None:

@@ -1,0 +1,62 @@
+"""Every public function as ONNX, by its definition, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops.cases import OPS, each_sample
+from ops.cases.base import Op, Sample
+from support.arguments import tensors
+from support.comparison import assert_close
+from torch import Tensor
+
+import spot_ext
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+class _Call(torch.nn.Module):
+    """A public function of its tensor arguments; results without elements are left out."""
+
+    def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.op, self.args = op, args
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(values)
+        filled = (next(rest) if isinstance(a, Tensor) else a for a in self.args)
+        assert self.op.public is not None
+        return tuple(out for out in tensors(self.op.public(*filled)) if out.numel())
+
+
+def _few() -> list[Any]:
+    """The first three samples of each function that have results."""
+    found = [p for p in each_sample(traced=True) if p.values[0].public]
+    chosen = []
+    for op in OPS.values():
+        mine = [p for p in found if p.values[0] is op]
+        chosen += [p for p in mine if all(out.numel() for out in _outputs(*p.values))][:3]
+    return chosen
+
+
+def _outputs(op: Op, sample: Sample) -> list[Tensor]:
+    return tensors(op.public(*sample.args("cpu", torch.float32)))[:1]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("op", "sample"), _few())
+def test_onnx_runtime_gives_what_the_kernel_gives(op: Op, sample: Sample, tmp_path: Path) -> None:
+    args = sample.args("cpu", torch.float32)
+    model, values = _Call(op, args), tuple(value.contiguous() for value in tensors(args))
+    with spot_ext.definitions():
+        program = torch.onnx.export(model, values, dynamo=True, verbose=False)
+    path = tmp_path / "model.onnx"
+    program.save(path)  # type: ignore[union-attr]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    given = dict(zip(names, (value.numpy() for value in values), strict=True))
+    found = [torch.from_numpy(out) for out in session.run(None, given)]
+    assert_close(found, list(model(*values)), 1e-5)
