@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +27,12 @@ KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "net")
 PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
 """What wrappers put before names: torch.compile, DDP and EMAs, Lightning, frameworks of tasks."""
 
+_INSIDE = PREFIXES[0]  # which stands within names too, where blocks are compiled one by one
+
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its weights
+
+CONVERSION = "conversion"
+"""In the metadata of our files: how the model was converted, see `spot_vit.config.conversion`."""
 
 logger = logging.getLogger("spot_vit")
 
@@ -95,11 +102,8 @@ def without_prefixes(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     stripped: State = {}
     seen: list[str] = []
     for name, value in state.items():
-        short = name
-        while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
-            short = short.removeprefix(prefix)
-            if prefix not in seen:
-                seen.append(prefix)
+        short, prefixes = short_name(name)
+        seen += [prefix for prefix in prefixes if prefix not in seen]
         if short in stripped:
             raise ValueError(
                 f"the checkpoint holds {short} several times, once as {name}: give the part that "
@@ -107,6 +111,17 @@ def without_prefixes(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
             )
         stripped[short] = value
     return stripped, seen
+
+
+def short_name(name: str) -> tuple[str, list[str]]:
+    """The name of a tensor without the prefixes of wrappers, and these."""
+    prefixes = [_INSIDE] if _INSIDE in name else []
+    short = name.replace(_INSIDE, "")
+    while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
+        short = short.removeprefix(prefix)
+        if prefix not in prefixes:
+            prefixes.append(prefix)
+    return short, prefixes
 
 
 def refuse_non_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -132,12 +147,36 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     return f"{', '.join(ordered[:limit])}{more}"
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_safetensors(path: str | os.PathLike[str]) -> State:
+    """The tensors of a file of safetensors.
+
+    Raises:
+        ValueError: the file is damaged, or something else; it is named.
+    """
+    with _named(path):
+        return load_file(path)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of safetensors says besides its tensors, of that which is JSON.
+
+    Raises:
+        ValueError: the file is damaged, or something else; it is named.
+    """
+    with _named(path), safe_open(path, "pt") as file:
+        texts = file.metadata() or {}
+    found = {}
+    for name, text in texts.items():
+        with suppress(json.JSONDecodeError):
+            found[name] = json.loads(text)
+    return found
+
+
+@contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file in what reading it raises, and why it was not read."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_harmless()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         # torch's own text advises to read the file anyway.
         asked = re.search(r"GLOBAL (\S+)", str(error))
@@ -146,6 +185,13 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"{path} was not read, and nothing in it was executed: only tensors and plain data are "
             f"accepted, and {reason}"
         ) from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    with _named(path), torch.serialization.safe_globals(_harmless()):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     return content

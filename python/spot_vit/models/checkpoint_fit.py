@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from spot_vit.models.checkpoint_files import State, listed
+from spot_vit.config.conversion import compare, conversion_of
+from spot_vit.models.checkpoint_files import State, listed, logger
 from spot_vit.models.checkpoint_layouts import CONNECTIVITY, RELEVANCE
 
 _DISTILLED = "dist_token"  # DeiT's second prefix token, and names that go with it
 _OF_DISTILLED = (_DISTILLED, "head_dist.weight", "head_dist.bias")
+
+
+def refuse_conversion(found: Mapping[str, Any], model: nn.Module, where: object) -> None:
+    """Raises ValueError where weights were saved of a model that was converted in another way.
+
+    What differs without changing what they mean is logged.
+
+    Args:
+        found: with the weights, see `spot_vit.config.conversion`.
+        model: not wrapped.
+        where: the weights are, for messages.
+    """
+    comparison = compare(found, conversion_of(model))
+    if comparison.problems:
+        raise ValueError(
+            f"{where} does not fit this {type(model).__name__}: {'; '.join(comparison.problems)}"
+        )
+    if comparison.free:
+        logger.info("%s: %s, which stays", where, "; ".join(comparison.free))
 
 
 def misfits(model: nn.Module, state: State, optional: Collection[str] = ()) -> list[str]:
