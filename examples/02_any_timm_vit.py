@@ -16,7 +16,8 @@ print(f"dense {dense:.4f} GMACs; at 60 % each stage keeps {model.spot_config.kee
 
 # Training draws another budget at every step. Only the predictors move here.
 draw = spot_vit.SampledKeep(0.3, 1.0)
-groups = spot_vit.param_groups(model, lr=1e-3, backbone_lr_scale=0.0, freeze_epochs=0)
+rates = {"lr": 1e-3, "backbone_lr_scale": 0.0, "freeze_epochs": 0, "head": "pretrained"}
+groups = spot_vit.param_groups(model, **rates)
 optimizer = torch.optim.AdamW(groups)
 model.train()
 for _step in range(3):

@@ -37,17 +37,32 @@ if TYPE_CHECKING:
     from spot_vit.training.connectivity_init import start_from_regions
     from spot_vit.training.fit import fit
     from spot_vit.training.keep_sampling import SampledKeep
-    from spot_vit.training.losses import LossWeights, Teacher, spot_loss
+    from spot_vit.training.losses import (
+        LossWeights,
+        Teacher,
+        feature_distillation,
+        sigmoid_distillation,
+        softmax_distillation,
+        spot_loss,
+    )
     from spot_vit.training.objectives import SpotObjective, dense_objective
     from spot_vit.training.param_groups import param_groups
     from spot_vit.training.reconstruction import attention_seen
-    from spot_vit.training.sparsifiner import SparsifinerObjective, finetune, train_connectivity
+    from spot_vit.training.schedules import KeepSchedule, NoiseSchedule
+    from spot_vit.training.sparsifiner import (
+        SparsifinerObjective,
+        finetune,
+        learn_connectivity,
+        train_connectivity,
+    )
 
 _HOME = {
     "AttentionMap": "spot_vit.nn.operands",
     "ClutteredDigits": "spot_vit.data.digits",
     "CorruptedDigits": "spot_vit.data.corruptions",
+    "KeepSchedule": "spot_vit.training.schedules",
     "LossWeights": "spot_vit.training.losses",
+    "NoiseSchedule": "spot_vit.training.schedules",
     "SampledKeep": "spot_vit.training.keep_sampling",
     "SparsifinerConfig": "spot_vit.config.sparsifiner",
     "SparsifinerObjective": "spot_vit.training.sparsifiner",
@@ -67,9 +82,11 @@ _HOME = {
     "dense_attention": "spot_vit.models.sparsifiner",
     "dense_objective": "spot_vit.training.objectives",
     "evaluate": "spot_vit.evaluation.accuracy",
+    "feature_distillation": "spot_vit.training.losses",
     "finetune": "spot_vit.training.sparsifiner",
     "fit": "spot_vit.training.fit",
     "foreground_kept": "spot_vit.evaluation.foreground",
+    "learn_connectivity": "spot_vit.training.sparsifiner",
     "load_checkpoint": "spot_vit.training.checkpoint",
     "mhsa_flops": "spot_vit.measure.attention_flops",
     "paired_difference": "spot_vit.evaluation.statistics",
@@ -80,6 +97,8 @@ _HOME = {
     "save_kept": "spot_vit.evaluation.pictures",
     "set_grid": "spot_vit.models.sparsifiner",
     "set_keep": "spot_vit.models.convert",
+    "sigmoid_distillation": "spot_vit.training.losses",
+    "softmax_distillation": "spot_vit.training.losses",
     "sparsify": "spot_vit.models.convert",
     "sparsify_attention": "spot_vit.models.sparsifiner",
     "spot_loss": "spot_vit.training.losses",
@@ -93,7 +112,9 @@ __all__ = [
     "AttentionMap",
     "ClutteredDigits",
     "CorruptedDigits",
+    "KeepSchedule",
     "LossWeights",
+    "NoiseSchedule",
     "SampledKeep",
     "SparsifinerConfig",
     "SparsifinerObjective",
@@ -113,9 +134,11 @@ __all__ = [
     "dense_attention",
     "dense_objective",
     "evaluate",
+    "feature_distillation",
     "finetune",
     "fit",
     "foreground_kept",
+    "learn_connectivity",
     "load_checkpoint",
     "mhsa_flops",
     "paired_difference",
@@ -126,6 +149,8 @@ __all__ = [
     "save_kept",
     "set_grid",
     "set_keep",
+    "sigmoid_distillation",
+    "softmax_distillation",
     "sparsify",
     "sparsify_attention",
     "spot_loss",

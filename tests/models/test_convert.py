@@ -138,7 +138,9 @@ def test_a_training_step_lowers_the_loss():
 
 def test_param_groups_follow_the_recipe():
     model = spot_vit.sparsify(build(), at=[1, 2, 3])
-    groups = {group["name"]: group for group in spot_vit.param_groups(model, lr=1e-3)}
+    groups = {
+        group["name"]: group for group in spot_vit.param_groups(model, lr=1e-3, head="pretrained")
+    }
     assert set(groups) == {"predictor", "predictor_no_decay", "backbone", "backbone_no_decay"}
     assert groups["backbone"]["lr"] == pytest.approx(1e-5)
     assert groups["backbone"]["freeze_epochs"] == 5

@@ -190,6 +190,7 @@ def test_operands_carry_gradients_and_follow_a_second_run():
     with record_operands(model) as operands, dense_attention(model):
         out = model(picture(model))
         q, k, _, prefix = operands[2]
+        spot_vit.learn_connectivity(model)
         approx = model.blocks[2].attn.connectivity.approx(q.detach()[:, prefix:], k.detach())
         (approx.square().sum() + out.sum()).backward()
     assert approx.shape == (3, 3, 16, 17)
@@ -208,6 +209,8 @@ def test_operands_carry_gradients_and_follow_a_second_run():
 
 def test_predictors_train_at_their_own_rate():
     model = spot_vit.sparsify(sparse(), at=[1, 2])
+    assert not any(p.requires_grad for one in predictors(model).values() for p in one.parameters())
+    spot_vit.learn_connectivity(model)
     groups = {group["name"]: group for group in spot_vit.param_groups(model, lr=1e-3)}
     own = {id(p) for predictor in predictors(model).values() for p in predictor.parameters()}
     backbone = {id(p) for name in groups if "backbone" in name for p in groups[name]["params"]}

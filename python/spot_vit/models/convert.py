@@ -155,7 +155,7 @@ def _restore(model: Any) -> None:
     if spot:
         for block in blocks:
             del block.stage, block.relevance, block.cuts
-        del model.spot_config, model._spot_ratios
+        del model.spot_config, model._spot_ratios, model._spot_shares, model._spot_noise
     for module, target in classes:
         module.__class__ = target
 

@@ -58,6 +58,8 @@ class SpotLoop(nn.Module):
 
     spot_config: SpotConfig
     _spot_ratios: tuple[tuple[int, int], ...]  # numerator, denominator per stage
+    _spot_shares: Tensor  # the same as float64 [K]
+    _spot_noise: Tensor  # float32 scalar
     blocks: Any
     norm: nn.Module
     patch_embed: Any
@@ -99,15 +101,27 @@ class SpotLoop(nn.Module):
         return getattr(self, "attn_pool", None) is not None or pool not in ("", "token")
 
     def _configure(self, config: SpotConfig) -> None:
-        """Sets the configuration; ratios as plain ints, which torch.compile can trace."""
+        """Sets the configuration; ratios as plain ints, which torch.compile can trace.
+
+        Compiled training reads them, and the noise, as tensors: one graph serves all values.
+        """
         ratios = config.ratios(len(config.at or ()))
         if config.cuts_inside:  # of what reaches the stage
             before = (Fraction(1), *ratios)
             ratios = tuple(now / then for then, now in zip(before, ratios, strict=False))
         self._spot_ratios = tuple((ratio.numerator, ratio.denominator) for ratio in ratios)
+        shares = [float(ratio) for ratio in ratios]
+        self._spot_shares = torch.tensor(shares, dtype=torch.float64, device="cpu")
         self.spot_config = config
+        self._set_noise(config.noise)
         for block in blocks_of(self):
-            block.cuts = block.stage is not None and ratios[block.stage] < 1
+            k = block.stage
+            before = ratios[k - 1] if k and not config.cuts_inside else 1
+            block.cuts = k is not None and ratios[k] < before
+
+    def _set_noise(self, noise: float | None) -> None:
+        self.spot_config = self.spot_config.replace(noise=noise)
+        self._spot_noise = torch.tensor(self.spot_config.noise_scale, device="cpu")
 
     # ---- public ----------------------------------------------------------------------------------
 

@@ -27,9 +27,10 @@ def sparsify_attention(
     """Makes attention sparse, in place, and returns the model.
 
     Every patch query sees a share of the keys, chosen for each image, head and query by a predictor
-    that has to be trained; prefix queries see all. Parameters keep their names; the attention of
-    each sparse block gets a child `connectivity`. At keep_rate = 1.0 outputs are bit-exact with
-    the original's, and predictors are not asked.
+    that has to be trained (`train_connectivity`, or `learn_connectivity` in a loop of your own;
+    otherwise its parameters ask for no gradients); prefix queries see all. Parameters keep their
+    names; the attention of each sparse block gets a child `connectivity`. At keep_rate = 1.0
+    outputs are bit-exact with the original's, and predictors are not asked.
 
     Works on timm models and on those of `sparsify`, in either order. `set_keep(model,
     attention=...)` changes the rate, `restore` undoes it.
@@ -75,7 +76,8 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
     for b, predictor in new.items():
         attention = modules[b]
         attention.__class__ = entries[b].adapter
-        attention.connectivity = predictor.train(attention.training)
+        # They name keys by an index, so ordinary training gives them no gradient.
+        attention.connectivity = predictor.requires_grad_(False).train(attention.training)
     model.sparsifiner_config = config
 
 

@@ -37,6 +37,7 @@ class TokenState:
     position: Tensor | None = None  # [B, alive] grid positions, after the first cut
     columns: Tensor | None = None  # [B, P + fused + alive] as in `AttentionRequest`, if sparse
     sparse: bool = False  # whether any attention asks for `columns`
+    watched: bool = False  # whether a recorder wants to know where tokens stand
     dropped: Tensor | None = None  # [B, P + N, C] last values on the full grid, when wanted
     masks: list[Tensor] = dataclasses.field(default_factory=list)
     logp: list[Tensor] = dataclasses.field(default_factory=list)
@@ -73,7 +74,8 @@ class TokenState:
     def plain(self) -> bool:
         """Whether a block can run on the tokens as timm wrote it: nothing hidden or displaced."""
         moved = self.tables.tied and self.tables is not self.full_tables
-        return self.mask is None and not moved and self.columns is None
+        placed = self.columns is not None or (self.watched and self.position is not None)
+        return self.mask is None and not moved and not placed
 
     def count(self) -> Tensor | int:
         """Number of patch tokens alive: [B] where masked, or the same for all."""

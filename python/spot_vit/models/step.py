@@ -18,13 +18,14 @@ class Stage(NamedTuple):
     """One decision of one pass.
 
     Attributes:
-        num_keep: patch tokens it keeps.
+        num_keep: patch tokens it keeps; a scalar tensor where training is compiled, see
+            `TokenPass`.
         cuts: whether that is fewer than there are.
         given: [B, num_keep] grid positions to keep instead of deciding, or None.
         scores: whether the predictor runs.
     """
 
-    num_keep: int
+    num_keep: int | Tensor
     cuts: bool
     given: Tensor | None
     scores: bool
@@ -46,6 +47,7 @@ class BlockStep:
         need_stats: whether a later decision looks at its attention statistics.
         class_token: whether the first token is a class token.
         masks: whether decisions mask tokens (training) instead of removing them.
+        noise: scale of the noise of training decisions.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class BlockStep:
         need_stats: bool,
         class_token: bool,
         masks: bool,
+        noise: float | Tensor,
     ) -> None:
         self.before, self.config, self.block, self.stage = before, config, block, stage
-        self.need_stats, self.class_token, self.masks = need_stats, class_token, masks
+        self.need_stats, self.class_token = need_stats, class_token
+        self.masks, self.noise = masks, noise
         self.after = before
 
     def start(self, x: Tensor) -> TokenState:
@@ -98,8 +102,8 @@ class BlockStep:
         if stage.given is None:
             assert logp is not None
             if config.train_decision == "topk":
-                return topk_mask(logp, state.mask, stage.num_keep, config.tau)
-            return gumbel_mask(logp, state.mask, config.tau)
+                return topk_mask(logp, state.mask, stage.num_keep, config.tau, self.noise)
+            return gumbel_mask(logp, state.mask, config.tau, self.noise)
         eager = not torch.compiler.is_compiling()
         if eager and ((stage.given < 0) | (stage.given >= state.grid)).any():
             raise ValueError(f"kept names a position out of range for {state.grid} patch tokens")

@@ -57,6 +57,7 @@ class TokenPass:
         history = EvidenceHistory(model.spot_config)
         self.state = TokenState(x, tables, tables, history, model.num_prefix_tokens, grid)
         self.state.sparse = any(block.attn.sparse for block in self.blocks)
+        self.state.watched = any(block.attn.recorder is not None for block in self.blocks)
         self._stages = self._plan(kept, every_decision)
 
     # ---- tokens ----------------------------------------------------------------------------------
@@ -112,9 +113,11 @@ class TokenPass:
             return self.tokens
         model = self.model
         config, masks = model.spot_config, model.training and model.spot_config.learned
+        class_token = model.has_class_token
+        noise = model._spot_noise if torch.compiler.is_compiling() else config.noise_scale
 
         def run(x: Tensor) -> tuple[Tensor, TokenState]:
-            step = BlockStep(state, config, b, stage, need_stats, model.has_class_token, masks)
+            step = BlockStep(state, config, b, stage, need_stats, class_token, masks, noise)
             return self.blocks[b](x, step=step), step.after
 
         x, self.state = self._call(run, state.x)
@@ -155,6 +158,10 @@ class TokenPass:
         at = [b for b, block in enumerate(self.blocks) if block.stage is not None]
         if kept is not None:
             check_kept(kept, len(at))
+        if kept is None and self._masks_any_number():
+            share = model._spot_shares * grid
+            counts = (share + 1e-9).floor().long()  # as exact fractions round, see `_configure`
+            return {b: Stage(counts[k], self.blocks[b].cuts, None, True) for k, b in enumerate(at)}
         stages, alive = {}, grid
         for k, b in enumerate(at):
             given = None if kept is None else kept[k]
@@ -171,6 +178,11 @@ class TokenPass:
             stages[b] = Stage(num_keep, num_keep != alive, given, scores)
             alive = num_keep + (config.cuts_inside and config.fuses and num_keep != alive)
         return stages
+
+    def _masks_any_number(self) -> bool:
+        """Whether a compiled graph need not know how many tokens stay: training masks them."""
+        masks = self.model.training and self.model.spot_config.learned
+        return masks and torch.compiler.is_compiling()
 
     def _needs_stats(self, b: int) -> bool:
         """Whether a later decision looks at the statistics of block `b`."""

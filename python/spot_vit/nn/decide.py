@@ -40,7 +40,7 @@ def gumbel_mask(
 def topk_mask(
     logp: Tensor,
     previous: Tensor | None,
-    num_keep: int,
+    num_keep: int | Tensor,
     tau: float,
     noise: float | Tensor = 1.0,
 ) -> Tensor:
@@ -52,7 +52,8 @@ def topk_mask(
     Args:
         logp: [B, N, 2] log-probabilities, index 0 = keep.
         previous: [B, N] mask of the tokens still alive (at least `num_keep` of them), or None.
-        num_keep: tokens to keep per image.
+        num_keep: tokens to keep per image; a scalar tensor where a compiled graph is to serve any
+            number.
         tau: temperature of the sigmoid.
         noise: scale of the noise; 1 is Gumbel-softmax's, a logistic draw of standard deviation 1.8,
             and 0 keeps what inference keeps.
@@ -65,7 +66,11 @@ def topk_mask(
     scores = noisy.detach()
     if previous is not None:
         scores = scores.masked_fill(previous.detach() < 0.5, float("-inf"))
-    hard = mask_of(spot_ext.select_tokens(scores, num_keep), scores.shape[1], noisy.dtype)
+    if isinstance(num_keep, Tensor):
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        hard = (rank < num_keep).to(noisy.dtype)
+    else:
+        hard = mask_of(spot_ext.select_tokens(scores, num_keep), scores.shape[1], noisy.dtype)
     lowest_kept = scores.masked_fill(hard < 0.5, float("inf")).amin(dim=1, keepdim=True)
     highest_dropped = scores.masked_fill(hard > 0.5, float("-inf")).amax(dim=1, keepdim=True)
     cut = (lowest_kept + highest_dropped) / 2

@@ -126,11 +126,11 @@ class NoiseSchedule:
         """
         spot = spot_inside(model)
         own, noise = spot.spot_config.noise, self.at(self.step)
-        spot.spot_config = spot.spot_config.replace(noise=noise)
+        spot._set_noise(noise)
         try:
             yield noise
         finally:
-            spot.spot_config = spot.spot_config.replace(noise=own)
+            spot._set_noise(own)
         self.step += 1
 
 
