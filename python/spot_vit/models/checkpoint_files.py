@@ -153,7 +153,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> State:
     Raises:
         ValueError: the file is damaged, or something else; it is named.
     """
-    with _named(path):
+    with named_in_errors(path):
         return load_file(path)
 
 
@@ -163,7 +163,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or something else; it is named.
     """
-    with _named(path), safe_open(path, "pt") as file:
+    with named_in_errors(path), safe_open(path, "pt") as file:
         texts = file.metadata() or {}
     found = {}
     for name, text in texts.items():
@@ -173,13 +173,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the file in what reading it raises, and why it was not read."""
+def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which reading raises ValueError that names the file, and why it was not read."""
     try:
         yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         # torch's own text advises to read the file anyway.
-        asked = re.search(r"GLOBAL (\S+)", str(error))
+        asked = re.search(r"GLOBAL (\S+)", f"{error} {error.__cause__}")
         reason = f"it asks for {asked[1]}" if asked else "it is damaged, or no checkpoint"
         raise ValueError(
             f"{path} was not read, and nothing in it was executed: only tensors and plain data are "
@@ -190,7 +190,7 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    with _named(path), torch.serialization.safe_globals(_harmless()):
+    with named_in_errors(path), torch.serialization.safe_globals(_harmless()):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")

@@ -67,14 +67,14 @@ def misfits(model: nn.Module, state: State, optional: Collection[str] = ()) -> l
         if key in own and value.shape != own[key].shape
         for text in _shape_problem(model, key, value.shape, own[key].shape, theirs - ours)
     ]
-    return problems + _cures(model, missing, unexpected)
+    return problems + _cures(model, state, missing, unexpected)
 
 
 def _distilled(yes: bool) -> str:
     return "distilled (dist_token, head_dist)" if yes else "not distilled"
 
 
-def _cures(model: nn.Module, missing: set[str], unexpected: set[str]) -> list[str]:
+def _cures(model: nn.Module, state: State, missing: set[str], unexpected: set[str]) -> list[str]:
     spot = getattr(model, "spot_config", None)
     sparse = getattr(model, "sparsifiner_config", None)
     cures = []
@@ -85,6 +85,9 @@ def _cures(model: nn.Module, missing: set[str], unexpected: set[str]) -> list[st
             cures.append(
                 f"method {spot.method!r} has no predictors: convert with method='dynamicvit'"
             )
+        else:
+            at = sorted({int(key.split(".")[1]) for key in state if RELEVANCE in key})
+            cures.append(f"the weights have predictors in blocks {at}: convert with at={at}")
     if any(CONNECTIVITY in key for key in unexpected) and sparse is None:
         cures.append("convert the model first: sparsify_attention(model)")
     channels = f"{CONNECTIVITY}proj_c_q.weight"
