@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import spot_vit
 from spot_vit.cli import main as command
 from spot_vit.cli.demo import OTHERS
 from spot_vit.cli.main import main
+from spot_vit.utils import requirements
 
 FOLDER = Path(command.__file__).parent
 
@@ -36,7 +39,24 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_info_prints_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
-    assert "torch" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert re.search(r"^needs +torch>=[\d.]+, found ", text, re.MULTILINE)
+    assert re.search(r"^needs +timm>=[\d.]+,<2, found ", text, re.MULTILINE)
+    assert "NOT MET" not in text
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["needs"]["timm"]["met"] and facts["needs"]["timm"]["found"] == facts["timm"]
+
+
+def test_info_remarks_on_old_versions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "_installed", {"torch": "2.14.1", "timm": "0.9.16"}.get)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^NOT MET +timm>=\S+ is needed, found 0\.9\.16: pip", text, re.MULTILINE)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needs"]["timm"]["met"] is False
 
 
 def test_bench_refuses_a_size_without_a_column(capsys: pytest.CaptureFixture[str]) -> None:

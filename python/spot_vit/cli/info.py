@@ -1,9 +1,12 @@
-"""`spot info`: what is installed, built and loaded."""
+"""`spot info`: what is installed, built and loaded, and whether the versions are those needed."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
+
+from spot_vit.utils.requirements import requirements
 
 
 def add_parser(commands: Any) -> None:
@@ -14,7 +17,16 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the facts that `python -m spot_ext.info` prints."""
-    from spot_ext.info import main
+    """Prints the facts of `python -m spot_ext.info`, and which versions models need."""
+    from spot_ext.info import collect, report
 
-    return main(["--json"] if arguments.json else [])
+    facts = collect()
+    needs = requirements()
+    if arguments.json:
+        named = {need.name: {**need._asdict(), "met": need.met} for need in needs}
+        print(json.dumps({**facts, "needs": named}, indent=2))
+    else:
+        print(report(facts))
+        for need in needs:
+            print(f"{'needs' if need.met else 'NOT MET':<13}{need}")
+    return 1 if facts["error"] else 0
