@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,12 +11,11 @@ from spot_vit.config.spot import SpotConfig
 from spot_vit.measure.budget import solve_keep
 from spot_vit.models import sparsifiner
 from spot_vit.models.adapters.find import (
-    ATTENTIONS,
-    BLOCKS,
     MODELS,
     attention_adapters,
     block_adapters,
     model_adapter,
+    original_class,
 )
 from spot_vit.models.loop import SpotLoop
 from spot_vit.nn.predictor import beside
@@ -132,23 +130,15 @@ def restore(model: M) -> M:
 
 def _restore(model: Any) -> None:
     """Undoes everything; looks first, so that a model it cannot restore stays as it is."""
-    original = {
-        entry.adapter: entry.target
-        for entry in itertools.chain(MODELS.values(), BLOCKS.values(), ATTENTIONS.values())
-    }
     spot = isinstance(model, SpotLoop)
     blocks = blocks_of(model)
     classes: list[tuple[Any, type]] = []
     for b, block in enumerate(blocks):
-        if spot and type(block) not in original:
-            raise _changed(f"blocks.{b}", block)
-        classes.append((block.attn, original.get(type(block.attn), type(block.attn))))
+        classes.append((block.attn, original_class(type(block.attn)) or type(block.attn)))
         if spot:
-            classes.append((block, original[type(block)]))
+            classes.append((block, _original(f"blocks.{b}", block)))
     if spot:
-        if type(model) not in original:
-            raise _changed("the model", model)
-        classes.append((model, original[type(model)]))
+        classes.append((model, _original("the model", model)))
 
     if sparsifiner.is_sparse(model):
         sparsifiner.remove(model)
@@ -160,11 +150,15 @@ def _restore(model: Any) -> None:
         module.__class__ = target
 
 
-def _changed(where: str, module: nn.Module) -> TypeError:
-    return TypeError(
-        f"{where} is a {type(module).__name__} now, so something changed its class after sparsify "
-        "(fully_shard does); restore the model before that, or undo it first"
-    )
+def _original(where: str, module: nn.Module) -> type:
+    """The class that a converted module had before; raises where it is none of ours now."""
+    found = original_class(type(module))
+    if found is None:
+        raise TypeError(
+            f"{where} is a {type(module).__name__} now, so something changed its class after "
+            "sparsify (fully_shard does); restore the model before that, or undo it first"
+        )
+    return found
 
 
 Keep = float | list[float] | tuple[float, ...] | Mapping[str, Any]

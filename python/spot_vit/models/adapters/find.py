@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from spot_vit.models.adapters import beit, eva, lvvit, naflex, vit
 from spot_vit.models.adapters.base import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, AdapterEntry
+from spot_vit.models.adapters.subclasses import conflict, entry_for, original_of
 from spot_vit.utils.modes import blocks_of, unwrap
 
 FAMILIES = (vit, eva, beit, naflex, lvvit)
@@ -48,26 +49,41 @@ def refused(where: str, module: nn.Module, reason: str, known: list[str]) -> Uns
     )
 
 
+def original_class(cls: type) -> type | None:
+    """The class that an adapter takes the place of; None for a class that is no adapter."""
+    for table in (MODELS, BLOCKS, ATTENTIONS):
+        for entry in table.values():
+            if cls is entry.adapter:
+                return entry.target
+    return original_of(cls)
+
+
 def _find(
     table: dict[type[nn.Module], AdapterEntry], module: nn.Module, where: str
 ) -> AdapterEntry:
-    """The adapter of the exact class; a subclass may do anything, so it does not count."""
+    """The adapter of a class, or of the class it adds to without changing its forward pass."""
+    cls = type(module)
     for entry in table.values():
-        if type(module) is entry.adapter:
+        if cls is entry.adapter:
             return entry
-    entry_or_none = table.get(type(module))
-    if entry_or_none is None:
-        reason = _why_not(module, where)
-    else:
-        found = entry_or_none.mismatch(module)
-        if found is None:
-            return entry_or_none
-        reason = found
+    original = original_of(cls) or cls
+    found = next((table[c] for c in original.__mro__ if c in table), None)
+    if found is not None and original is not cls:  # converted, so it was looked at before
+        return entry_for(found, original)
+    reason = None
+    if found is None or found.target is not cls:
+        reason = _why_not(module, found)
+    if found is not None and reason is None:
+        entry = found if found.target is cls else entry_for(found, cls)
+        reason = entry.mismatch(module)
+        if reason is None:
+            return entry
+    assert reason is not None
     raise refused(where, module, reason, [target.__name__ for target in table])
 
 
-def _why_not(module: nn.Module, where: str) -> str:
-    """Why a class has no adapter, and the cure where there is one."""
+def _why_not(module: nn.Module, entry: AdapterEntry | None) -> str | None:
+    """Why a class cannot be converted, as that of `entry` if it is a subclass, and the cure."""
     inside: Any = unwrap(module)
     if inside is not module:
         return (
@@ -78,4 +94,6 @@ def _why_not(module: nn.Module, where: str) -> str:
         return "it gives features of a model, which is its .model: convert that"
     if isinstance(module, FSDPModule):
         return "fully_shard changed its class: convert the model first, then shard it"
+    if entry is not None:
+        return conflict(entry, module)
     return UNSUPPORTED.get(type(module).__name__, "there is no adapter for this class")
