@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,14 @@ def test_the_loss_of_the_wrapper_reaches_predictors() -> None:
     loss.backward()
     gradient = model.timm_model.blocks[1].relevance.fc1.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    block = re.findall(r"```py\n(.*?)```", page, re.DOTALL)[-1]
+    monkeypatch.chdir(tmp_path)
+    model = wrapper(transformers.TimmWrapperForImageClassification)
+    names: dict[str, Any] = {"wrapper": model, "spot_vit": spot_vit, "hub_config": hub_config}
+    exec(block, names)
+    assert names["wrapper"] is not model
+    assert torch.equal(output(names["wrapper"].eval()), output(model))

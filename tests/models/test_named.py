@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,19 @@ def test_models_that_have_no_such_folder():
         RuntimeError, match=r"No pretrained.*sparsify on timm.create_model\('deit_s"
     ):
         timm.create_model("spot_vit", dense=DENSE, spot={}, pretrained=True)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """But for its last block, which needs transformers: see tests/compat."""
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    by_name, folder, any_model, _ = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model(NAME)
+    spot_vit.save_checkpoint("x.safetensors", model)
+    names: dict[str, Any] = {"timm": timm}
+    for block in (by_name, folder):
+        exec(block, names)
+        assert same(names["model"], model)
+    exec(any_model, names)
+    assert names["model"].spot_config.keep == 0.7
+    assert names["model"].sparsifiner_config.keep_rate == 0.25
