@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spot_vit.models.adapters.find import BLOCKS
+from spot_vit.utils.places import PLACES
 from support.models import FAMILIES, VARIANTS, build, images
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -467,6 +468,8 @@ def test_deit_small_costs_what_the_papers_say():
 
 
 def test_supported_names_the_classes():
-    names = [name.rpartition(".")[2] for name in spot_vit.supported()]
-    timms = ["Beit", "VisionTransformerDistilled", "Eva", "NaFlexVit", "VisionTransformer"]
-    assert names == ["LVViT", *timms]
+    names = set(spot_vit.supported())
+    timms = ["beit.Beit", "deit.VisionTransformerDistilled", "eva.Eva", "naflexvit.NaFlexVit"]
+    timms.append("vision_transformer.VisionTransformer")
+    own = {"spot_vit.models.lvvit.LVViT", *(f"timm.models.{name}" for name in timms)}
+    assert names == own | set(PLACES)

@@ -16,6 +16,7 @@ from spot_vit.config.fields import is_whole, plain
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.predictor import Predictor, predictors_in
 from spot_vit.utils.modes import eval_mode, unwrap
+from spot_vit.utils.places import attention_name, blocks_in, place_of
 from spot_vit.utils.tables import format_table
 
 PARTS = ("attention", "mlp", "predictor", "statistics", "connectivity", "other")
@@ -147,8 +148,11 @@ class _Watch:
     """Counts a forward pass, and notes where the counts stand as each block starts and ends."""
 
     def __init__(self, model: nn.Module) -> None:
-        blocks = getattr(model, "blocks", None)
+        blocks = blocks_in(model) if hasattr(model, "blocks") or place_of(model) else None
         self.blocks = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
+        names = {module: name for name, module in model.named_modules()}
+        self.places = [names[block] for block in self.blocks]
+        self.attention = [f"{names[block]}.{attention_name(block)}" for block in self.blocks]
         self.root = type(model).__name__
         self.statistics = 0  # running, in FLOPs
         self.tokens: list[int] = []  # that attend, in each block
@@ -219,9 +223,9 @@ class _Watch:
                 block.register_forward_hook(self._ends),
             ):
                 self._stack.callback(handle.remove)
-            attention = getattr(block, "attn", None)
+            attention = getattr(block, attention_name(block), None)
             if isinstance(attention, nn.Module):  # tokens may go between the two
-                watching = attention.register_forward_pre_hook(self._attends)
+                watching = attention.register_forward_pre_hook(self._attends, with_kwargs=True)
                 self._stack.callback(watching.remove)
 
     def __exit__(self, *error: Any) -> None:
@@ -237,8 +241,8 @@ class _Watch:
         self.tokens.append(_tokens(args[0]))
         self._mark()
 
-    def _attends(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        self.tokens[-1] = _tokens(args[0])
+    def _attends(self, attention: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.tokens[-1] = _tokens(args[0] if args else named["hidden_states"])
 
     def _ends(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._mark()
@@ -250,15 +254,15 @@ class _Watch:
 
     def _of_predictors(self, b: int, names: list[str]) -> int:
         """FLOPs of the predictors among `names` that belong to a block."""
-        own = [name for name in names if name.startswith(f"blocks.{b}.")]
+        own = [name for name in names if name.startswith(f"{self.places[b]}.")]
         return sum(sum(self._ops(name).values()) for name in own)
 
     def _projections(self, b: int) -> int:
         """FLOPs of a block's attention outside of its products with the map and predictors."""
-        own = [name for name in self.connecting if name.startswith(f"blocks.{b}.")]
+        own = [name for name in self.connecting if name.startswith(f"{self.places[b]}.")]
         attention, *predictors = (
             sum(count for op, count in self._ops(name).items() if str(op) in PROJECTIONS)
-            for name in (f"blocks.{b}.attn", *own)
+            for name in (self.attention[b], *own)
         )
         return attention - sum(predictors)
 
@@ -274,7 +278,8 @@ class _Watch:
             end, after = self.marks[2 * b + 1]
             statistics = after - before
             attention, mlp = (
-                sum(self._ops(f"blocks.{b}.{part}").values()) for part in ("attn", "mlp")
+                sum(self._ops(part).values())
+                for part in (self.attention[b], f"{self.places[b]}.mlp")
             )
             predictor = self._of_predictors(b, self.scoring)
             connectivity = self._of_predictors(b, self.connecting)

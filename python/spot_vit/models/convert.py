@@ -21,6 +21,7 @@ from spot_vit.models.loop import SpotLoop
 from spot_vit.nn.predictor import beside
 from spot_vit.nn.relevance import TokenRelevance
 from spot_vit.utils.modes import blocks_of, unwrap
+from spot_vit.utils.places import PLACES, attention_of, heads_of, projection_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +92,7 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
         )
     for b, block in enumerate(blocks):
         block.__class__ = block_entries[b].adapter
-        block.attn.__class__ = attention_entries[b].adapter
+        attention_of(block).__class__ = attention_entries[b].adapter
         block.stage, block.relevance, block.cuts = stages[b], new[b], False
     try:
         model._configure(config)
@@ -106,10 +107,10 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
 def _check_heads(blocks: list[Any], config: SpotConfig) -> None:
     """Raises where attention with masks or statistics has no kernel for the width of a head."""
     for b, block in enumerate(blocks):
-        attention = block.attn
+        attention = attention_of(block)
         width = getattr(attention, "head_dim", None)
         if width is None:
-            width = attention.proj.weight.shape[0] // attention.num_heads
+            width = projection_of(attention).weight.shape[0] // heads_of(attention)
         if width > HEAD_WIDTH and (config.learned or config.cuts_inside):
             raise ValueError(
                 f"heads of blocks.{b} are {width} wide; attention with masks or statistics takes "
@@ -134,7 +135,8 @@ def _restore(model: Any) -> None:
     blocks = blocks_of(model)
     classes: list[tuple[Any, type]] = []
     for b, block in enumerate(blocks):
-        classes.append((block.attn, original_class(type(block.attn)) or type(block.attn)))
+        attention = attention_of(block)
+        classes.append((attention, original_class(type(attention)) or type(attention)))
         if spot:
             classes.append((block, _original(f"blocks.{b}", block)))
     if spot:
@@ -214,8 +216,12 @@ def _set_keep(model: Any, tokens: Keep | None, attention: float | None) -> None:
 
 
 def supported() -> list[str]:
-    """Full names of the timm model classes that `sparsify` takes."""
-    return sorted(f"{target.__module__}.{target.__qualname__}" for target in MODELS)
+    """Full names of the model classes that `sparsify` takes, whether installed or not.
+
+    Subclasses that change nothing in the forward pass convert too.
+    """
+    names = {f"{target.__module__}.{target.__qualname__}" for target in MODELS}
+    return sorted(names | set(PLACES))
 
 
 def _require_spot(model: nn.Module) -> None:
@@ -224,8 +230,9 @@ def _require_spot(model: nn.Module) -> None:
 
 
 def _relevance_for(block: Any, config: SpotConfig) -> TokenRelevance:
-    weight = block.attn.proj.weight
+    attention = attention_of(block)
+    weight = projection_of(attention).weight
     dim = weight.shape[0]
     d_remap = (config.d_remap or dim) if "embed" in config.evidence else 0
-    relevance = TokenRelevance(dim, config.num_features(block.attn.num_heads), d_remap)
+    relevance = TokenRelevance(dim, config.num_features(heads_of(attention)), d_remap)
     return beside(relevance, weight)

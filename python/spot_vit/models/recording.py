@@ -12,6 +12,7 @@ from torch import Tensor
 from spot_vit.models.adapters.find import attention_adapters
 from spot_vit.nn.operands import AttentionMap, MapRecorder, OperandRecorder, Operands, Recorder
 from spot_vit.utils.modes import blocks_of, unwrap
+from spot_vit.utils.places import attention_of, prefix_of
 
 
 @contextmanager
@@ -55,13 +56,13 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap]:
 def _watched(model: Any, recorder: Callable[[int, int], Recorder]) -> Iterator[None]:
     """A context in which every attention module has a recorder, made of block and prefix tokens."""
     model = unwrap(model)
-    modules = [block.attn for block in blocks_of(model)]
+    modules = [attention_of(block) for block in blocks_of(model)]
     classes = [type(module) for module in modules]
     adapters = attention_adapters(model)
     try:
         for b, (module, entry) in enumerate(zip(modules, adapters, strict=True)):
             module.__class__ = entry.adapter
-            module.recorder = recorder(b, model.num_prefix_tokens)
+            module.recorder = recorder(b, prefix_of(model))
         yield
     finally:
         for module, original in zip(modules, classes, strict=True):

@@ -13,6 +13,7 @@ from spot_vit.models.adapters.find import ATTENTIONS, attention_adapters, model_
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.predictor import beside
 from spot_vit.utils.modes import blocks_of, unwrap
+from spot_vit.utils.places import attention_of, heads_of, prefix_of, projection_of
 from spot_vit.utils.sizes import grid_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,13 +67,13 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
     entries = attention_adapters(model)
     blocks = config.sparse_blocks(len(entries))
     config = config.replace(blocks=blocks)
-    modules = [block.attn for block in blocks_of(model)]
+    modules = [attention_of(block) for block in blocks_of(model)]
     fitting = [target.__name__ for target, e in ATTENTIONS.items() if e.refuse_sparse is None]
     for b in blocks:
         if reason := entries[b].refuse_sparse:
             raise refused(f"blocks.{b}.attn", modules[b], reason, fitting)
     grid = grid_of(model)
-    new = {b: _predictor(modules[b], model.num_prefix_tokens, grid, config) for b in blocks}
+    new = {b: _predictor(modules[b], prefix_of(model), grid, config) for b in blocks}
     for b, predictor in new.items():
         attention = modules[b]
         attention.__class__ = entries[b].adapter
@@ -95,7 +96,7 @@ def configure(model: Any, config: SparsifinerConfig) -> None:
 
 def predictors(model: Any) -> dict[int, ConnectivityPredictor]:
     """The connectivity predictors by block, of a model that may be wrapped."""
-    attentions = {b: block.attn for b, block in enumerate(blocks_of(unwrap(model)))}
+    attentions = {b: attention_of(block) for b, block in enumerate(blocks_of(unwrap(model)))}
     return {b: a.connectivity for b, a in attentions.items() if getattr(a, "sparse", False)}
 
 
@@ -108,17 +109,17 @@ def set_grid(model: M, grid: tuple[int, int]) -> M:
 
 def remove(model: Any) -> None:
     """Takes the predictors away; classes stay."""
-    for block in blocks_of(model):
-        if getattr(block.attn, "sparse", False):
-            del block.attn.connectivity
+    for attention in map(attention_of, blocks_of(model)):
+        if getattr(attention, "sparse", False):
+            del attention.connectivity
     del model.sparsifiner_config
 
 
 def _predictor(
     attention: Any, num_prefix: int, grid: tuple[int, int], config: SparsifinerConfig
 ) -> ConnectivityPredictor:
-    weight: nn.Parameter = attention.proj.weight
-    sizes = attention.head_dim, attention.num_heads, num_prefix, grid
+    weight: nn.Parameter = projection_of(attention).weight
+    sizes = attention.head_dim, heads_of(attention), num_prefix, grid
     predictor = ConnectivityPredictor(*sizes, config)
     return beside(predictor, weight)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from spot_vit.utils.places import blocks_in
+
 # Where wrappers keep what they wrap: torch.compile, FSDP, checkpointing or offloading of
 # activations, and DDP, DataParallel and EMA models.
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -27,7 +29,7 @@ def unwrap(model: Any) -> Any:
 
 def blocks_of(model: Any) -> list[Any]:
     """The blocks of a model, each without its wrappers."""
-    return [unwrap(block) for block in model.blocks]
+    return [unwrap(block) for block in blocks_in(model)]
 
 
 @contextmanager

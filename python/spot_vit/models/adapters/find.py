@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import timm
@@ -13,9 +14,14 @@ from spot_vit.models.adapters import beit, eva, lvvit, naflex, vit
 from spot_vit.models.adapters.base import ATTENTIONS, BLOCKS, MODELS, UNSUPPORTED, AdapterEntry
 from spot_vit.models.adapters.subclasses import conflict, entry_for, original_of
 from spot_vit.utils.modes import blocks_of, unwrap
+from spot_vit.utils.places import attention_of
 
 FAMILIES = (vit, eva, beit, naflex, lvvit)
 """Modules that register their adapters when imported; a new family is named here."""
+
+ELSEWHERE = {"torchvision.models": "spot_vit.models.adapters.torchvision_vit"}
+"""The same for packages that need not be installed, by where their classes are from: imported when
+such a class is met."""
 
 
 class UnsupportedModelError(TypeError):
@@ -24,18 +30,21 @@ class UnsupportedModelError(TypeError):
 
 def model_adapter(model: nn.Module) -> AdapterEntry:
     """The adapter of a model, itself converted or not."""
+    _register_elsewhere(model)
     return _find(MODELS, model, "model")
 
 
 def block_adapters(model: Any) -> list[AdapterEntry]:
     """The adapters of its blocks, in order."""
+    _register_elsewhere(model)
     return [_find(BLOCKS, block, f"blocks.{b}") for b, block in enumerate(blocks_of(model))]
 
 
 def attention_adapters(model: Any) -> list[AdapterEntry]:
     """The adapters of the attention of its blocks, in order."""
+    _register_elsewhere(model)
     return [
-        _find(ATTENTIONS, block.attn, f"blocks.{b}.attn")
+        _find(ATTENTIONS, attention_of(block), f"blocks.{b}.attn")
         for b, block in enumerate(blocks_of(model))
     ]
 
@@ -80,6 +89,13 @@ def _find(
             return entry
     assert reason is not None
     raise refused(where, module, reason, [target.__name__ for target in table])
+
+
+def _register_elsewhere(model: nn.Module) -> None:
+    """Registers the adapters for the package that a model's class, or one below it, is from."""
+    for start, adapters in ELSEWHERE.items():
+        if any(c.__module__.startswith(f"{start}.") for c in type(model).__mro__):
+            importlib.import_module(adapters)
 
 
 def _why_not(module: nn.Module, entry: AdapterEntry | None) -> str | None:
