@@ -40,6 +40,7 @@ PUBLIC = {
     "finetune",
     "fit",
     "foreground_kept",
+    "hub_config",
     "learn_connectivity",
     "load_checkpoint",
     "mhsa_flops",

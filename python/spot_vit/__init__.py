@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from spot_vit._register import register_with_timm
+from spot_vit.utils.requirements import timm_trouble
 
 if TYPE_CHECKING:
     from spot_ext import __version__
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from spot_vit.measure.latency import compare_latency, compare_training
     from spot_vit.models.adapters.find import UnsupportedModelError
     from spot_vit.models.convert import restore, set_keep, sparsify, supported
+    from spot_vit.models.hub import hub_config
     from spot_vit.models.loop import SpotOutput
     from spot_vit.models.published import convert_checkpoint
     from spot_vit.models.recording import attention_maps, record_operands
@@ -86,6 +88,7 @@ _HOME = {
     "finetune": "spot_vit.training.sparsifiner",
     "fit": "spot_vit.training.fit",
     "foreground_kept": "spot_vit.evaluation.foreground",
+    "hub_config": "spot_vit.models.hub",
     "learn_connectivity": "spot_vit.training.sparsifiner",
     "load_checkpoint": "spot_vit.training.checkpoint",
     "mhsa_flops": "spot_vit.measure.attention_flops",
@@ -138,6 +141,7 @@ __all__ = [
     "finetune",
     "fit",
     "foreground_kept",
+    "hub_config",
     "learn_connectivity",
     "load_checkpoint",
     "mhsa_flops",
@@ -165,12 +169,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'spot_vit' has no attribute {name!r}")
     try:
         return getattr(importlib.import_module(_HOME[name]), name)
-    except ModuleNotFoundError as missing:
-        if missing.name == "timm":
-            raise ModuleNotFoundError(
-                "spot_vit needs timm; install it with: pip install 'spot-vit[models]'", name="timm"
-            ) from missing
-        raise
+    except ImportError as cause:
+        if (words := timm_trouble(cause)) is None:
+            raise
+        raise type(cause)(words, name=cause.name) from cause
 
 
 def __dir__() -> list[str]:

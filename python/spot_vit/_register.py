@@ -6,8 +6,11 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+
+from spot_vit.utils.requirements import timm_trouble
 
 _MODULES = (
     "spot_vit.models.lvvit",
@@ -24,8 +27,13 @@ def register_with_timm() -> None:
 
 
 def _register() -> None:
-    for name in _MODULES:
-        importlib.import_module(name)
+    try:
+        for name in _MODULES:
+            importlib.import_module(name)
+    except ImportError as cause:  # timm itself shall be usable; what needs more of it raises
+        if (words := timm_trouble(cause)) is None:
+            raise
+        warnings.warn(f"{words} (its models are not registered)", RuntimeWarning, stacklevel=2)
 
 
 class _WhenTimmIsImported(importlib.abc.MetaPathFinder):

@@ -55,6 +55,9 @@ def test_default_places_are_quarters():
     assert SpotConfig().decision_blocks(12) == (3, 6, 9)
     assert SpotConfig().decision_blocks(16) == (4, 8, 12)
     assert SpotConfig().decision_blocks(2) == (1,)
+    with pytest.raises(ValueError, match=r"of one block .* name at=\[0\]"):
+        SpotConfig().decision_blocks(1)
+    assert SpotConfig(at=[0], features=["embed"]).decision_blocks(1) == (0,)
     with pytest.raises(ValueError, match="block 12, the model has 12"):
         SpotConfig(at=(12,)).decision_blocks(12)
 
@@ -85,8 +88,15 @@ def test_feature_columns():
         ({"features": ("pixels",)}, "features must be one of"),
         ({"history": 0}, "history must be"),
         ({"history": "some"}, "history must be"),
+        ({"at": 3}, r"list of block indices, got 3; for one block: \[3\]"),
+        ({"at": "3"}, "list of block indices, got '3'"),
         ({"d_remap": 7}, "even"),
+        ({"d_remap": 64.0}, "even int of at least 2, or None, got 64.0"),
+        ({"d_remap": "64"}, "even int"),
+        ({"detach_stats": 1}, "detach_stats must be a bool"),
         ({"tau": 0.0}, "tau must be positive"),
+        ({"tau": "1"}, "tau must be positive, got '1'"),
+        ({"tau": float("inf")}, "tau must be positive"),
         ({"noise": -0.1}, "noise must be 0 or more, or None, got -0.1"),
         ({"noise": float("nan")}, "noise must be"),
         ({"noise": float("inf")}, "noise must be"),
@@ -119,6 +129,10 @@ def test_numbers_of_numpy_are_the_decimals_they_print(kind: Any) -> None:
     assert SpotConfig.from_json(config.to_json()) == config
     assert SpotConfig(keep=[kind("0.7"), 0.5], at=[1, 2]).keep == (0.7, 0.5)
     assert SparsifinerConfig(keep_rate=kind("0.3"), blocks=[np.int64(1)]).keep_rate == 0.3
+    whole = SpotConfig(history=np.int64(3), d_remap=np.int32(64), detach_stats=np.bool_(True))
+    assert whole == SpotConfig(history=3, d_remap=64, detach_stats=True)
+    assert SpotConfig.from_json(whole.to_json()) == whole
+    assert SpotConfig(keep=np.array([0.9, 0.5]), at=np.array([1, 2])).keep == (0.9, 0.5)
     for wrong in (np.bool_(True), np.float32("nan"), "0.7"):
         with pytest.raises(ValueError, match="keep must be in"):
             SpotConfig(keep=wrong)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 
-from spot_vit.config.fields import Fields, exact, one_of, plain
+from spot_vit.config.fields import Fields, exact, is_number, is_whole, one_of, plain
 from spot_vit.config.methods import FEATURES, METHODS, STATISTICS, Method
 
 SCALINGS = ("log1p", "n", "raw")
@@ -72,36 +71,34 @@ class SpotConfig(Fields):
     noise: float | None = None
 
     def __post_init__(self) -> None:
-        # JSON and users give lists, NumPy its own numbers
-        for name in ("at", "features", "keep", "tau", "noise"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                value = tuple(value)
-            object.__setattr__(self, name, plain(value))
+        for name in self.names():
+            object.__setattr__(self, name, plain(getattr(self, name)))
         one_of("method", self.method, tuple(METHODS))
         one_of("heads", self.heads, HEADS)
         one_of("scaling", self.scaling, SCALINGS)
         one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
         if self.soft is not None:
             one_of("soft", self.soft, SOFT)
-        if isinstance(self.features, str) or not self.features:
+        if not isinstance(self.features, tuple) or not self.features:
             raise ValueError(f"features must be a non-empty list of {list(FEATURES)}")
         for feature in self.features:
             one_of("features", feature, FEATURES)
         if not self.row.chooses_evidence and set(self.features) != set(FEATURES):
             raise ValueError(f"features are SPOT's; method {self.method!r} has its own evidence")
-        whole = isinstance(self.history, int) and not isinstance(self.history, bool)
-        if self.history not in ("all", "since_last") and not (whole and int(self.history) > 0):
+        counted = is_whole(self.history) and int(self.history) > 0
+        if self.history not in ("all", "since_last") and not counted:
             raise ValueError(
                 f"history must be 'all', 'since_last' or a positive int, got {self.history!r}"
             )
-        if self.d_remap is not None and (self.d_remap < 2 or self.d_remap % 2):
-            raise ValueError(f"d_remap must be even and at least 2, got {self.d_remap}")
-        if not self.tau > 0:
-            raise ValueError(f"tau must be positive, got {self.tau}")
+        width = self.d_remap
+        if width is not None and (not is_whole(width) or width < 2 or width % 2):
+            raise ValueError(f"d_remap must be an even int of at least 2, or None, got {width!r}")
+        if not isinstance(self.detach_stats, bool):
+            raise ValueError(f"detach_stats must be a bool, got {self.detach_stats!r}")
+        if not is_number(self.tau) or not 0 < self.tau < math.inf:
+            raise ValueError(f"tau must be positive, got {self.tau!r}")
         noise = self.noise
-        number = isinstance(noise, int | float) and not isinstance(noise, bool)
-        if noise is not None and not (number and 0 <= noise < math.inf):
+        if noise is not None and not (is_number(noise) and 0 <= noise < math.inf):
             raise ValueError(f"noise must be 0 or more, or None, got {noise!r}")
         self._check_keep()
         self._check_blocks()
@@ -109,7 +106,7 @@ class SpotConfig(Fields):
     def _check_keep(self) -> None:
         ratios = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         for ratio in ratios:
-            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            if not is_number(ratio) or not 0 < ratio <= 1:
                 raise ValueError(f"keep must be in (0, 1], got {self.keep!r}")
         if any(later > sooner for sooner, later in itertools.pairwise(ratios)):
             raise ValueError(f"keep must not rise from stage to stage, got {list(ratios)}")
@@ -117,7 +114,11 @@ class SpotConfig(Fields):
     def _check_blocks(self) -> None:
         if self.at is None:
             return
-        if not self.at or any(isinstance(b, bool) or not isinstance(b, int) for b in self.at):
+        if is_whole(self.at):
+            raise ValueError(
+                f"at must be a list of block indices, got {self.at!r}; for one block: [{self.at}]"
+            )
+        if not isinstance(self.at, tuple) or not self.at or not all(map(is_whole, self.at)):
             raise ValueError(f"at must be a non-empty list of block indices, got {self.at!r}")
         if list(self.at) != sorted(set(self.at)) or self.at[0] < 0:
             raise ValueError(f"at must ascend from 0 or more, got {list(self.at)}")
@@ -168,6 +169,11 @@ class SpotConfig(Fields):
     def decision_blocks(self, depth: int) -> tuple[int, ...]:
         """Block indices of the decisions in a model of `depth` blocks."""
         at = self.at
+        if at is None and depth < 2:
+            raise ValueError(
+                "a model of one block has no block after the first, where decisions are by "
+                "default; name at=[0], with features=['embed'] or another method without statistics"
+            )
         if at is None:
             at = tuple(sorted({max(1, depth * k // 4) for k in (1, 2, 3)}))
         if at[-1] >= depth:

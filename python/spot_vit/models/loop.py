@@ -65,6 +65,7 @@ class SpotLoop(nn.Module):
     patch_embed: Any
     num_prefix_tokens: int
     has_class_token: bool
+    cuts_inside_blocks = True  # whether its blocks can cut between attention and MLP
     grad_checkpointing: bool
     global_pool: Any
     fc_norm: Any
@@ -116,8 +117,8 @@ class SpotLoop(nn.Module):
         self._set_noise(config.noise)
         for block in blocks_of(self):
             k = block.stage
-            before = ratios[k - 1] if k and not config.cuts_inside else 1
-            block.cuts = k is not None and ratios[k] < before
+            highest = ratios[k - 1] if k and not config.cuts_inside else Fraction(1)
+            block.cuts = k is not None and ratios[k] < highest
 
     def _set_noise(self, noise: float | None) -> None:
         self.spot_config = self.spot_config.replace(noise=noise)
@@ -215,13 +216,16 @@ class SpotLoop(nn.Module):
         """The state behind the last block; refuses to leave a pooling head without tokens."""
         run = TokenPass(self, x, kept, every_decision, dense=False)
         run.run()
-        state = run.state
+        self._refuse_nothing_left(run.state)
+        return run.state
+
+    def _refuse_nothing_left(self, state: TokenState) -> None:
+        """Raises where the head pools over patches and none is left."""
         if self._pools_patches and state.x.shape[1] == state.front and state.grid:
             raise ValueError(
                 f"keep={self.spot_config.keep} leaves none of {state.grid} patch tokens at the "
                 "last stage, and this model's head pools over them"
             )
-        return state
 
     def _output(self, logits: Tensor, tokens: Tensor, state: TokenState) -> SpotOutput:
         return SpotOutput(logits, tokens, state.all_masks(), state.logp, state.index)

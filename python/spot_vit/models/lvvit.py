@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, PatchEmbed, trunc_normal_
 from timm.layers.format import nchw_to
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 STEM_WIDTH = 64
@@ -215,6 +215,7 @@ def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[
         LVViT,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={
             "out_indices": kwargs.pop("out_indices", 3),
             "feature_cls": "getter",

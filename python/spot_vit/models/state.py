@@ -35,6 +35,7 @@ class TokenState:
     num_rivals: int = 0  # tokens that EViT added; they compete
     mask: Tensor | None = None  # [B, N] where training masks, after the first decision
     position: Tensor | None = None  # [B, alive] grid positions, after the first cut
+    stats: Tensor | None = None  # [B, P + fused + alive, H, 6] of the block that has just run
     columns: Tensor | None = None  # [B, P + fused + alive] as in `AttentionRequest`, if sparse
     sparse: bool = False  # whether any attention asks for `columns`
     watched: bool = False  # whether a recorder wants to know where tokens stand
@@ -76,6 +77,16 @@ class TokenState:
         moved = self.tables.tied and self.tables is not self.full_tables
         placed = self.columns is not None or (self.watched and self.position is not None)
         return self.mask is None and not moved and not placed
+
+    def remember(self) -> None:
+        """Adds the last block's statistics to the evidence.
+
+        Not the block itself does it: nothing that its backward pass starts with may need what a
+        checkpointed block computes again, since its weights may not be at hand yet (FSDP).
+        """
+        if self.stats is not None:
+            self.history.update(self.stats[:, self.front :], self.count())
+            self.stats = None
 
     def count(self) -> Tensor | int:
         """Number of patch tokens alive: [B] where masked, or the same for all."""

@@ -30,6 +30,12 @@ class Stage(NamedTuple):
     given: Tensor | None
     scores: bool
 
+    @property
+    def count(self) -> int:
+        """`num_keep` where tokens go for real."""
+        assert not isinstance(self.num_keep, Tensor)
+        return self.num_keep
+
 
 class BlockStep:
     """What a block is asked to do besides its own arithmetic, and the state it leaves.
@@ -122,14 +128,14 @@ class BlockStep:
             scores = torch.rand(shape, device=state.x.device)
         else:
             scores = logp[..., 0]
-        return spot_ext.select_tokens(scores, stage.num_keep)
+        return spot_ext.select_tokens(scores, stage.count)
 
     def request(self, state: TokenState) -> AttentionRequest:
         """What is asked of the block's attention."""
         stage, cut = self.stage, None
         if stage is not None and self.config.cuts_inside and stage.cuts:
             index = None if stage.given is None else state.among_alive(stage.given)
-            cut = Cut(stage.num_keep, self.config.fuses, index)
+            cut = Cut(stage.count, self.config.fuses, index)
         return AttentionRequest(
             state.front,
             self.class_token,
@@ -156,7 +162,5 @@ class BlockStep:
             state.was_cut(state.x, kept, cut.fuse)
         elif stage is not None and self.config.cuts_inside:
             state.keep_all()
-        if self.need_stats:
-            assert request.stats is not None
-            state.history.update(request.stats[:, state.front :], state.count())
+        state.stats = request.stats if self.need_stats else None
         self.after = state

@@ -13,6 +13,7 @@ import spot_ext
 from spot_vit.models.state import TokenState
 from spot_vit.models.step import BlockStep, Stage
 from spot_vit.nn.evidence import EvidenceHistory
+from spot_vit.nn.positional import PositionTables
 
 
 class TokenPass:
@@ -51,9 +52,20 @@ class TokenPass:
     ) -> None:
         self.model, self.dense = model, dense
         self.blocks: list[Any] = list(model.blocks)[:stop]
-        x, tables = model._tokens(image)
-        grid = x.shape[1] - model.num_prefix_tokens
         self.shape = model._grid(*image.shape[-2:])
+        x, tables = model._tokens(image)
+        self._start(x, tables, kept, every_decision)
+
+    def _start(
+        self,
+        x: Tensor,
+        tables: PositionTables,
+        kept: Sequence[Tensor] | None,
+        every_decision: bool,
+    ) -> None:
+        """Begins with tokens x [B, P+N, C], ready for the first block."""
+        model = self.model
+        grid = x.shape[1] - model.num_prefix_tokens
         history = EvidenceHistory(model.spot_config)
         self.state = TokenState(x, tables, tables, history, model.num_prefix_tokens, grid)
         self.state.sparse = any(block.attn.sparse for block in self.blocks)
@@ -107,24 +119,28 @@ class TokenPass:
         state, stage = self.state, self._stages.get(b)
         if stage is not None and self.dense:
             state.note_dropped()
-        need_stats = self._needs_stats(b)
-        if stage is None and not need_stats and state.plain:
+        if stage is None and not self._needs_stats(b) and state.plain:
             state.x = self._call(self.blocks[b], state.x, **state.tables.arguments(b))
             return self.tokens
-        model = self.model
-        config, masks = model.spot_config, model.training and model.spot_config.learned
-        class_token = model.has_class_token
-        noise = model._spot_noise if torch.compiler.is_compiling() else config.noise_scale
 
         def run(x: Tensor) -> tuple[Tensor, TokenState]:
-            step = BlockStep(state, config, b, stage, need_stats, class_token, masks, noise)
+            step = self._step(state, b)
             return self.blocks[b](x, step=step), step.after
 
         x, self.state = self._call(run, state.x)
         self.state.x = x
+        self.state.remember()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._check_gradients()
         return self.tokens
+
+    def _step(self, state: TokenState, b: int) -> BlockStep:
+        """What block `b` is asked to do from `state` on."""
+        model = self.model
+        config, masks = model.spot_config, model.training and model.spot_config.learned
+        noise = model._spot_noise if torch.compiler.is_compiling() else config.noise_scale
+        stage, need_stats = self._stages.get(b), self._needs_stats(b)
+        return BlockStep(state, config, b, stage, need_stats, model.has_class_token, masks, noise)
 
     def _call(self, function: Any, x: Tensor, **arguments: Any) -> Any:
         model = self.model
