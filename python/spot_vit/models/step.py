@@ -31,7 +31,7 @@ class Stage(NamedTuple):
     scores: bool
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """`num_keep` where tokens go for real."""
         assert not isinstance(self.num_keep, Tensor)
         return self.num_keep
@@ -128,14 +128,14 @@ class BlockStep:
             scores = torch.rand(shape, device=state.x.device)
         else:
             scores = logp[..., 0]
-        return spot_ext.select_tokens(scores, stage.count)
+        return spot_ext.select_tokens(scores, stage.number)
 
     def request(self, state: TokenState) -> AttentionRequest:
         """What is asked of the block's attention."""
         stage, cut = self.stage, None
         if stage is not None and self.config.cuts_inside and stage.cuts:
             index = None if stage.given is None else state.among_alive(stage.given)
-            cut = Cut(stage.count, self.config.fuses, index)
+            cut = Cut(stage.number, self.config.fuses, index)
         return AttentionRequest(
             state.front,
             self.class_token,
