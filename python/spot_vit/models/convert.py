@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -17,16 +18,15 @@ from spot_vit.models.adapters.find import (
     model_adapter,
     original_class,
 )
+from spot_vit.models.arguments import check_config, check_heads
 from spot_vit.models.loop import SpotLoop
 from spot_vit.nn.predictor import beside
 from spot_vit.nn.relevance import TokenRelevance
 from spot_vit.utils.modes import blocks_of, unwrap
 from spot_vit.utils.places import PLACES, attention_of, heads_of, projection_of
+from spot_vit.utils.sizes import grid_of
 
 M = TypeVar("M", bound=nn.Module)
-
-HEAD_WIDTH = 256
-"""Widest head that attention with masks or statistics takes."""
 
 
 def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
@@ -55,11 +55,7 @@ def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
         raise TypeError(
             "the model is a SPOT model already; set_keep changes its budget, restore undoes it"
         )
-    if config is not None and not isinstance(config, SpotConfig):
-        name = "method" if isinstance(config, str) else "keep"
-        raise TypeError(
-            f"config must be a SpotConfig, got {config!r}; say sparsify(model, {name}={config!r})"
-        )
+    check_config(config, SpotConfig, "sparsify", "keep")
     _sparsify(model, config or SpotConfig(), overrides)
     return model
 
@@ -75,7 +71,10 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
     config = config.replace(at=config.decision_blocks(len(blocks)))
     assert config.at is not None
     config.ratios(len(config.at))  # a list of ratios must name every stage
-    _check_heads(blocks, config)
+    if config.learned or config.cuts_inside:
+        check_heads(blocks, "masks or statistics")
+    if not isinstance(budget, Mapping):
+        _check_keeps_some(model, config)
     stages = [config.at.index(b) if b in config.at else None for b in range(len(blocks))]
     new = [
         _relevance_for(block, config) if config.learned and stage is not None else None
@@ -84,12 +83,14 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
 
     original = type(model)
     model.__class__ = entry.adapter
-    if config.cuts_inside and not model.has_class_token:
-        model.__class__ = original
-        raise ValueError(
-            f"method {config.method!r} scores by the class token's attention, and this "
-            f"{original.__name__} has no class token"
+    if config.cuts_inside and not (model.has_class_token and model.cuts_inside_blocks):
+        what = (
+            "cuts between attention and MLP, and blocks of this {} run as one piece"
+            if model.has_class_token
+            else "scores by the class token's attention, and this {} has no class token"
         )
+        model.__class__ = original
+        raise ValueError(f"method {config.method!r} {what.format(original.__name__)}")
     for b, block in enumerate(blocks):
         block.__class__ = block_entries[b].adapter
         attention_of(block).__class__ = attention_entries[b].adapter
@@ -104,17 +105,15 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
         raise
 
 
-def _check_heads(blocks: list[Any], config: SpotConfig) -> None:
-    """Raises where attention with masks or statistics has no kernel for the width of a head."""
-    for b, block in enumerate(blocks):
-        attention = attention_of(block)
-        width = getattr(attention, "head_dim", None)
-        if width is None:
-            width = projection_of(attention).weight.shape[0] // heads_of(attention)
-        if width > HEAD_WIDTH and (config.learned or config.cuts_inside):
+def _check_keeps_some(model: Any, config: SpotConfig) -> None:
+    """Raises where a budget leaves no patch token on the grid that the model was built for."""
+    assert config.at is not None
+    num_patches = math.prod(grid_of(model))
+    for k, ratio in enumerate(config.ratios(len(config.at))):
+        if num_patches * ratio < 1 and not config.cuts_inside:  # which rounds up
             raise ValueError(
-                f"heads of blocks.{b} are {width} wide; attention with masks or statistics takes "
-                f"at most {HEAD_WIDTH}"
+                f"keep={config.keep} leaves none of {num_patches} patch tokens at stage {k}, which "
+                f"keeps {float(ratio):.3g} of them; a stage needs at least 1/{num_patches}"
             )
 
 
@@ -123,6 +122,11 @@ def restore(model: M) -> M:
 
     Trained weights stay.
     """
+    inside = unwrap(model)
+    if inside is not model:
+        raise TypeError(
+            f"{type(model).__name__} wraps the model: restore the {type(inside).__name__} inside"
+        )
     if not sparsifiner.is_sparse(model):
         _require_spot(model)
     _restore(model)
@@ -208,7 +212,9 @@ def _set_keep(model: Any, tokens: Keep | None, attention: float | None) -> None:
     if tokens is not None:
         try:
             ratios = solve_keep(model, tokens) if isinstance(tokens, Mapping) else tokens
-            model._configure(model.spot_config.replace(keep=ratios))
+            config = model.spot_config.replace(keep=ratios)
+            _check_keeps_some(model, config)
+            model._configure(config)
         except BaseException:
             if before is not None:
                 sparsifiner.configure(model, before)

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from spot_vit.config.sparsifiner import SparsifinerConfig
+from spot_vit.config.spot import SpotConfig
 from spot_vit.models.adapters.find import ATTENTIONS, attention_adapters, model_adapter, refused
+from spot_vit.models.arguments import check_config, check_heads
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.predictor import beside
 from spot_vit.utils.modes import blocks_of, unwrap
@@ -56,6 +58,12 @@ def sparsify_attention(
             "attention of this model is sparse already; set_keep changes its rate, restore undoes "
             "it"
         )
+    if isinstance(keep_rate, SparsifinerConfig | SpotConfig):
+        raise TypeError(
+            f"keep_rate must be a number, got {keep_rate!r}; say sparsify_attention(model, "
+            "config=...)"
+        )
+    check_config(config, SparsifinerConfig, "sparsify_attention", "keep_rate")
     if keep_rate is not None:
         overrides["keep_rate"] = keep_rate
     _sparsify(model, (config or SparsifinerConfig()).replace(**overrides))
@@ -68,6 +76,7 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
     blocks = config.sparse_blocks(len(entries))
     config = config.replace(blocks=blocks)
     modules = [attention_of(block) for block in blocks_of(model)]
+    check_heads([blocks_of(model)[b] for b in blocks], "named keys")
     fitting = [target.__name__ for target, e in ATTENTIONS.items() if e.refuse_sparse is None]
     for b in blocks:
         if reason := entries[b].refuse_sparse:
