@@ -101,7 +101,7 @@ def _chosen(like: Tensor) -> bool:
     """
     if _choice.definitions or forward_ad._current_level >= 0:
         return True
-    if _transforms() and not _one_gradient():
+    if _transforms() and not _kernel_serves():
         return True
     kind = like.device.type
     if kind in _WITH_KERNELS:
@@ -115,23 +115,23 @@ def _chosen(like: Tensor) -> bool:
     return True
 
 
-def _one_gradient() -> bool:
-    """Whether `torch.func.grad` or `vjp`, once, is all that transforms this call."""
-    stack = _functorch.get_interpreter_stack() or []
-    kinds = [level.key() for level in stack]
-    return kinds == [_functorch.TransformType.Grad]
+def _kernel_serves() -> bool:
+    """Whether `torch.func.grad` or `vjp`, at most once, is all that transforms this call."""
+    kinds = [level.key() for level in _functorch.get_interpreter_stack() or []]
+    others = [kind for kind in kinds if kind != _functorch.TransformType.Functionalize]
+    return others in ([], [_functorch.TransformType.Grad])
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler here. Compiled
 # functions guard the stack of transforms themselves.
-_one_gradient._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_kernel_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _define(
     op: str, reference: Callable[..., Any], device: str, args: tuple[Any, ...], names: Any
 ) -> Any:
     """The reference; under autocast on arguments as the op casts them, and nothing else cast."""
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask for
         if op in _register.CASTS:
             args, _ = _register.CASTS[op](torch.get_autocast_dtype(device), args, {})
         with torch.amp.autocast(device, enabled=False):

@@ -79,10 +79,8 @@ def attention_stats(
             _check.number("scale", scale)
         _check_attention(q, k, v, keep, bias, num_prefix, class_token)
     args = (q, k, v, keep, bias, scale, num_prefix, class_token, need_stats)
-    out, stats, *_ = _definitions.run(
-        "attention_stats", attention_stats_reference, q, args, *OPTIONS
-    )
-    return out, stats
+    result = _definitions.run("attention_stats", attention_stats_reference, q, args, *OPTIONS)
+    return result[0], result[1]
 
 
 # ---- reference: the definition -------------------------------------------------------------------

@@ -79,10 +79,8 @@ def sparse_attention(
             _check.number("scale", scale)
         _check_attention(q, k, v, index, keep, num_prefix, class_token)
     args = (q, k, v, index, keep, scale, num_prefix, class_token, need_stats)
-    out, stats, *_ = _definitions.run(
-        "sparse_attention", sparse_attention_reference, q, args, *OPTIONS
-    )
-    return out, stats
+    result = _definitions.run("sparse_attention", sparse_attention_reference, q, args, *OPTIONS)
+    return result[0], result[1]
 
 
 # ---- reference: the definition -------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _outputs(op: Op, sample: Sample) -> list[Tensor]:
 @pytest.mark.parametrize(("op", "sample"), _few())
 def test_onnx_runtime_gives_what_the_kernel_gives(op: Op, sample: Sample, tmp_path: Path) -> None:
     args = sample.args("cpu", torch.float32)
-    model, values = _Call(op, args), tuple(value.contiguous() for value in tensors(args))
+    model, values = _Call(op, args).eval(), tuple(value.contiguous() for value in tensors(args))
     with spot_ext.definitions():
         program = torch.onnx.export(model, values, dynamo=True, verbose=False)
     path = tmp_path / "model.onnx"
@@ -60,3 +60,12 @@ def test_onnx_runtime_gives_what_the_kernel_gives(op: Op, sample: Sample, tmp_pa
     given = dict(zip(names, (value.numpy() for value in values), strict=True))
     found = [torch.from_numpy(out) for out in session.run(None, given)]
     assert_close(found, list(model(*values)), 1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_ties_and_odd_numbers_keep_their_order(count: int, tmp_path: Path) -> None:
+    """Runtimes may sort as they like: ties go to the lower position, NaN ranks below -inf."""
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([[1.0, nan, 2.0, 2.0, -inf, 1.0, nan, 2.0], [nan, -inf] * 4, [inf] * 8])
+    sample = Sample("odd", lambda *_: (scores, count))
+    test_onnx_runtime_gives_what_the_kernel_gives(OPS["select_tokens"], sample, tmp_path)

@@ -14,6 +14,7 @@ from support.chosen import ops_held, ops_run
 from support.comparison import assert_close
 from support.gradients import cotangents
 from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_map_only
@@ -21,15 +22,14 @@ from torch.utils._pytree import tree_map_only
 import spot_ext
 
 Call = Callable[..., Any]
-OF_ONE_ARGUMENT = ["plain", "masked with bias", "masked with statistics", "shuffled", "(2, 9, 4)"]
+FULL = {  # samples with every argument that has a gradient, or several rows
+    "attention_stats": "masked with bias", "sparse_attention": "masked with statistics",
+    "compact_tokens": "shuffled", "scatter_tokens": "shuffled", "select_tokens": "(2, 9, 4)",
+}  # fmt: skip
 
 
 def _sample(op: Op) -> Sample:
-    """A sample with every argument that has a gradient."""
-    for name in OF_ONE_ARGUMENT[::-1]:
-        if any(sample.name.split(",")[0] == name for sample in op.samples):
-            return next(s for s in op.samples if s.name.split(",")[0] == name)
-    return op.samples[1]
+    return op.sample(FULL[op.name]) if op.name in FULL else op.samples[0]
 
 
 def _places(op: Op, args: tuple[Any, ...]) -> list[int]:
@@ -153,12 +153,16 @@ def test_grad_inside_autograd(op: Op, call: Call, place: int, device: torch.devi
 @_each("public")
 def test_compiled_grad(op: Op, call: Call, place: int) -> None:
     args = _sample(op).args("cpu", torch.float64)
-    from torch._dynamo.testing import EagerAndRecordGraphs
-
     loss, graphs = _loss(_of(call, args, place)), EagerAndRecordGraphs()
     compiled = torch.compile(lambda x: grad(loss)(x), fullgraph=True, backend=graphs)
     assert_close(compiled(args[place]), grad(loss)(args[place]))
     assert ops_held(graphs.graphs[0].graph) == [op.name]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.public], ids=lambda op: op.name)
+def test_functionalize_leaves_the_kernel(op: Op) -> None:
+    args = _sample(op).args("cpu", torch.float64)
+    assert ops_run(lambda: torch.func.functionalize(op.public)(*args)) == [op.name]
 
 
 # ---- what the definitions serve, by themselves ---------------------------------------------------
@@ -238,6 +242,30 @@ def test_second_derivatives(op: Op, call: Call, place: int, device: torch.device
     assert_close(actual, expected)
     full = hessian(loss)(x).reshape(x.numel(), x.numel())
     assert_close(2 * full @ first.detach().flatten(), expected.flatten())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@_each("public")
+def test_compiled_transforms(op: Op, call: Call, place: int) -> None:
+    args = _sample(op).args("cpu", torch.float64)
+    loss, x = _loss(_of(call, args, place)), args[place]
+
+    def check(function: Call, value: Tensor) -> None:
+        graphs = EagerAndRecordGraphs()
+        compiled = torch.compile(lambda x: function(x), fullgraph=True, backend=graphs)
+        assert_close(compiled(value), function(value))
+        assert [ops_held(graph.graph) for graph in graphs.graphs] == [[]]
+
+    check(vmap(grad(loss)), x[None])
+    check(grad(lambda x: (grad(loss)(x) ** 2).sum()), x)
+    if op.name != "token_relevance":  # compiled, torch has no jvp of its layer normalisation
+        check(lambda x: jvp(loss, (x,), (x,))[1], x)
+    plain = torch.compile(loss, backend="aot_eager")
+    assert_close(plain(x), loss(x))  # with the kernel; then with tangents
+    expected = jvp(loss, (x,), (x,))[1]
+    with forward_ad.dual_level():
+        dual = plain(forward_ad.make_dual(x.clone(), x.clone()))
+        assert_close(forward_ad.unpack_dual(dual).tangent, expected)
 
 
 GRADGRAD = {  # arguments whose formula is the derivative: not `keep`, whose gradient is a choice

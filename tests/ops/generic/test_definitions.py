@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -137,24 +138,22 @@ def test_blocks_nest_and_end() -> None:
 
 
 def test_a_thread_chooses_for_itself() -> None:
-    inside, done = threading.Barrier(2), threading.Barrier(2)
-    found: list[bool] = []
+    inside, outside = threading.Event(), threading.Event()
 
-    def other() -> None:
-        found.append(_runs_a_kernel())
+    def other() -> tuple[bool, bool]:
+        first = _runs_a_kernel()
         with spot_ext.definitions():
-            inside.wait()
-            found.append(_runs_a_kernel())
-            done.wait()
+            inside.set()
+            assert outside.wait(60)
+            return first, _runs_a_kernel()
 
-    with spot_ext.definitions():
-        thread = threading.Thread(target=other)
-        thread.start()
-        inside.wait()
-    assert _runs_a_kernel()
-    done.wait()
-    thread.join()
-    assert found == [True, False]
+    with ThreadPoolExecutor(1) as pool:
+        with spot_ext.definitions():
+            found = pool.submit(other)
+            assert inside.wait(60)
+        assert _runs_a_kernel()  # the other thread's block is open
+        outside.set()
+        assert found.result() == (True, False)
 
 
 def test_checkpointing_repeats_the_definition() -> None:
@@ -185,6 +184,13 @@ def test_errors_are_those_of_the_function(op: Op) -> None:
     args = op.samples[1].args("cpu", torch.float32)
     with spot_ext.definitions(), pytest.raises(TypeError, match="must be a tensor, got str"):
         op.public(*("tokens" if isinstance(a, Tensor) else a for a in args))
+
+
+def test_meta_tensors_have_definitions_too() -> None:
+    scores = torch.empty(2, 9, device="meta")
+    with spot_ext.definitions():
+        index = spot_ext.select_tokens(scores, 4)
+    assert (index.shape, index.device.type) == ((2, 4), "meta")
 
 
 # ---- devices without kernels ---------------------------------------------------------------------
@@ -233,9 +239,8 @@ def test_a_compiled_function_recompiles(op: Op) -> None:
             check(reference)
             with spot_ext.definitions():
                 check(reference)
-            other = threading.Thread(target=check, args=(kernel,))
-            other.start()
-            other.join()
+            with ThreadPoolExecutor(1) as other:
+                other.submit(check, kernel).result()
     assert [ops_held(graph.graph) for graph in graphs.graphs] == [[op.name], []]
 
 
