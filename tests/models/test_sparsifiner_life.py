@@ -12,7 +12,7 @@ import timm
 import torch
 from spot_vit.models.recording import record_operands
 from spot_vit.models.sparsifiner import dense_attention, predictors
-from support.models import VARIANTS
+from support.models import VARIANTS, build, images
 from support.sparsifiner import (
     BIASED,
     EVERY,
@@ -275,3 +275,29 @@ def test_other_image_sizes_compile():
     for side in (64, 96):
         x = torch.randn(2, 3, side, side)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spot", [False, True])
+@pytest.mark.parametrize("size", [(64, 128), (128, 64), (32, 128)])
+@torch.no_grad()
+def test_the_image_says_how_patches_stand(size: tuple[int, int], spot: bool):
+    model = build("class token", torch.float64, dynamic_img_size=True)
+    spot_vit.sparsify_attention(model, 0.4)
+    if spot:
+        spot_vit.sparsify(model, keep=0.6, at=[1, 2])
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    found = model(x)
+    grid = (size[0] // 16, size[1] // 16)
+    for predictor in predictors(model).values():
+        assert predictor.shown_grid == grid
+        down, _ = predictor.weights(grid[0] * grid[1])
+        image = predictor.proj_n[1:].mT.unflatten(1, (4, 4))[None]
+        wide = torch.nn.functional.interpolate(image, size=grid, mode="bilinear")
+        factor = grid[0] * grid[1] / 16
+        torch.testing.assert_close(factor * down[1:], wide[0].flatten(1).mT, rtol=0, atol=1e-12)
+    again = copy.deepcopy(model)
+    assert torch.equal(again(x), found)
+    square = images(model)
+    assert torch.equal(again(square), model(square))
+    spot_vit.restore(model)
+    assert not model.patch_embed._forward_pre_hooks

@@ -208,9 +208,12 @@ def test_grids_in_doubt_are_asked_about():
     model = sparse()
     wide = torch.randn(2, 3, 64, 128, dtype=torch.float64)
     model.set_input_size(img_size=(64, 128))
-    with pytest.raises(ValueError, match="set_grid"):
-        model(wide)
-    assert set_grid(model, (4, 8))(wide).shape == (2, 7)
+    assert model(wide).shape == (2, 7)  # whose image says so
+    set_grid(model, (8, 4))
+    predictor = model.blocks[0].attn.connectivity
+    other = predictor.weights(32)[0]
+    model(wide)
+    assert not torch.allclose(predictor.weights(32)[0], other)
 
 
 @pytest.mark.parametrize("variant", ["class token", "EVA-02", "NaFlex, rotary", "LV-ViT"])

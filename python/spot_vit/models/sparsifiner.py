@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from spot_vit.config.sparsifiner import SparsifinerConfig
@@ -89,6 +91,20 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
         # They name keys by an index, so ordinary training gives them no gradient.
         attention.connectivity = predictor.requires_grad_(False).train(attention.training)
     model.sparsifiner_config = config
+    embed = getattr(model, "patch_embed", None)
+    if hasattr(embed, "dynamic_feat_size"):
+        embed.register_forward_pre_hook(partial(_note_grid, list(new.values())))
+
+
+def _note_grid(
+    predictors: list[ConnectivityPredictor], embed: Any, inputs: tuple[Any, ...]
+) -> None:
+    """Tells predictors how patches stand, where their number alone leaves a doubt."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    grid = embed.dynamic_feat_size(inputs[0].shape[-2:])
+    for predictor in predictors:
+        predictor.shown_grid = grid
 
 
 def is_sparse(model: Any) -> bool:
@@ -121,6 +137,10 @@ def remove(model: Any) -> None:
     for attention in map(attention_of, blocks_of(model)):
         if getattr(attention, "sparse", False):
             del attention.connectivity
+    hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, partial) and hook.func is _note_grid:
+            del hooks[key]
     del model.sparsifiner_config
 
 

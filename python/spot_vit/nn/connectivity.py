@@ -253,7 +253,7 @@ class ConnectivityPredictor(Predictor):
         down = self.proj_n
         up = down if self.proj_back_n is None else self.proj_back_n
         here = self.grid[0] * self.grid[1]
-        grid = self.grid if num_patches in (None, here) else self._grid_of(num_patches)
+        grid = self.grid if num_patches is None else self._grid_of(num_patches)
         if grid == self.grid:
             return down, up
         growth = grid[0] * grid[1] / here
@@ -271,6 +271,8 @@ class ConnectivityPredictor(Predictor):
         if shown is not None and shown[0] * shown[1] == num_patches:
             return shown
         rows, columns = self.grid
+        if num_patches == rows * columns:
+            return self.grid
         grids = [(r, num_patches // r) for r in range(1, num_patches + 1) if num_patches % r == 0]
 
         def distance(grid: tuple[int, int]) -> float:

@@ -65,6 +65,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         ValueError: rows of the target that are no probabilities, such as those of several labels:
             softmax cross-entropy of them is no loss anyone wants.
     """
+    _check_one_head(logits)
     several = target.ndim > 1 and target.shape == logits.shape
     if several and not torch.compiler.is_compiling():
         # 1e-2: smoothed labels of a thousand classes in bfloat16 add up to so much.
@@ -206,7 +207,18 @@ def check_terms(
         )
 
 
+def _check_one_head(logits: Any) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits must be a tensor, got {type(logits).__name__}: a distilled model gives those "
+            "of both heads after set_distilled_training(True); switch it off, which trains their "
+            "mean, or write an objective for two heads"
+        )
+
+
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    _check_one_head(student)
+    _check_one_head(teacher)
     if student.shape == teacher.shape:
         return
     if student.shape[:-1] == teacher.shape[:-1]:
