@@ -18,8 +18,25 @@ class Place(NamedTuple):
     prefix: int
 
 
+_VIT = "transformers.models.vit.modeling_vit"
+_DINOV2 = "transformers.models.dinov2.modeling_dinov2"
+_REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+_SIGLIP = "transformers.models.siglip.modeling_siglip"
+_DINOV3 = "transformers.models.dinov3_vit.modeling_dinov3_vit"
+
 PLACES: dict[str, Place] = {
     "torchvision.models.vision_transformer.VisionTransformer": Place("encoder.layers", 1),
+    f"{_VIT}.ViTModel": Place("layers", 1),
+    f"{_VIT}.ViTForImageClassification": Place("vit.layers", 1),
+    f"{_DINOV2}.Dinov2Model": Place("encoder.layer", 1),
+    f"{_DINOV2}.Dinov2ForImageClassification": Place("dinov2.encoder.layer", 1),
+    f"{_REGISTERS}.Dinov2WithRegistersModel": Place("encoder.layer", 1),
+    f"{_REGISTERS}.Dinov2WithRegistersForImageClassification": Place(
+        "dinov2_with_registers.encoder.layer", 1
+    ),
+    f"{_SIGLIP}.SiglipVisionModel": Place("encoder.layers", 0),
+    f"{_SIGLIP}.SiglipForImageClassification": Place("vision_model.encoder.layers", 0),
+    f"{_DINOV3}.DINOv3ViTModel": Place("model.layer", 1),
 }
 """Such classes by their full name, so that their packages need not be imported."""
 

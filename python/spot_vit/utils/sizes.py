@@ -22,7 +22,7 @@ def grid_of(model: Any) -> tuple[int, int]:
     """Rows and columns of patches."""
     if place_of(model) is not None:
         built = _built(model)
-        (height, width), (down, across) = _pair(built.image_size), _pair(built.patch_size)
+        (height, width), (down, across) = _pair(built.image_size), patch_size(model)
         return height // down, width // across
     embed = getattr(model, "patch_embed", None)
     if embed is None:  # NaFlexVit
@@ -32,6 +32,11 @@ def grid_of(model: Any) -> tuple[int, int]:
             return rows, columns
     rows, columns = embed.dynamic_feat_size(input_size(model)[1:])
     return rows, columns
+
+
+def patch_size(model: Any) -> tuple[int, int]:
+    """Height and width of a patch in pixels, of a model that is not timm's."""
+    return _pair(_built(model).patch_size)
 
 
 def _built(model: Any) -> Any:

@@ -19,7 +19,15 @@ from spot_vit.utils.places import attention_of
 FAMILIES = (vit, eva, beit, naflex, lvvit)
 """Modules that register their adapters when imported; a new family is named here."""
 
-ELSEWHERE = {"torchvision.models": "spot_vit.models.adapters.torchvision_vit"}
+_HERE = "spot_vit.models.adapters"
+ELSEWHERE = {
+    "torchvision.models": f"{_HERE}.torchvision_vit",
+    "transformers.models.vit": f"{_HERE}.transformers_vit",
+    "transformers.models.dinov2": f"{_HERE}.transformers_dinov2",
+    "transformers.models.dinov2_with_registers": f"{_HERE}.transformers_dinov2",
+    "transformers.models.siglip": f"{_HERE}.transformers_siglip",
+    "transformers.models.dinov3_vit": f"{_HERE}.transformers_dinov3",
+}
 """The same for packages that need not be installed, by where their classes are from: imported when
 such a class is met."""
 
@@ -95,7 +103,13 @@ def _register_elsewhere(model: nn.Module) -> None:
     """Registers the adapters for the package that a model's class, or one below it, is from."""
     for start, adapters in ELSEWHERE.items():
         if any(c.__module__.startswith(f"{start}.") for c in type(model).__mro__):
-            importlib.import_module(adapters)
+            try:
+                importlib.import_module(adapters)
+            except ImportError as error:
+                reason = f"its adapter needs another version of the package: {error}"
+                raise refused(
+                    "model", model, reason, [entry.__name__ for entry in MODELS]
+                ) from error
 
 
 def _why_not(module: nn.Module, entry: AdapterEntry | None) -> str | None:

@@ -7,6 +7,7 @@ nothing that takes part in the forward pass.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 from typing import Any
 
@@ -53,17 +54,28 @@ def conflict(entry: AdapterEntry, module: nn.Module) -> str | None:
     ours = [c for c in entry.adapter.__mro__ if c not in target.__mro__]
     own = [c for c in cls.__mro__ if c not in target.__mro__]
     taken = {name for c in (*below, *ours) for name in vars(c)} - _APART
-    found = sorted({name for c in own for name in vars(c)} & (taken | _OF_EVERY_MODULE))
+    found = {
+        name
+        for c in own
+        for name, value in vars(c).items()
+        if name in taken | _OF_EVERY_MODULE
+        and _written(value) is not _written(getattr(target, name, None))
+    }
     if found:
         return (
-            f"it is a {target.__name__} that overrides {', '.join(found)}, which SPOT overrides or "
-            "calls, so what it does there would be lost"
+            f"it is a {target.__name__} that overrides {', '.join(sorted(found))}, which SPOT "
+            "overrides or calls, so what it does there would be lost"
         )
     added = {name for c in ours for name in vars(c)} - set(entry.children) - _APART | _ADDED
     places = (vars(module), module._modules, module._parameters, module._buffers)
     if clash := sorted(name for name in added if any(name in place for place in places)):
         return f"it has attributes of its own that SPOT needs to set: {', '.join(clash)}"
     return None
+
+
+def _written(value: Any) -> Any:
+    """A method as it was written: some base classes wrap what each subclass inherits."""
+    return inspect.unwrap(value)
 
 
 def _adapter(adapter: type, cls: type) -> type:
