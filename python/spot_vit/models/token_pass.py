@@ -14,6 +14,7 @@ from spot_vit.models.state import TokenState
 from spot_vit.models.step import BlockStep, Stage
 from spot_vit.nn.evidence import EvidenceHistory
 from spot_vit.nn.positional import PositionTables
+from spot_vit.utils.tracing import known
 
 
 class TokenPass:
@@ -65,7 +66,7 @@ class TokenPass:
     ) -> None:
         """Begins with tokens x [B, P+N, C], ready for the first block."""
         model = self.model
-        grid = x.shape[1] - model.num_prefix_tokens
+        grid = known(x.shape[1]) - model.num_prefix_tokens
         history = EvidenceHistory(model.spot_config)
         self.state = TokenState(x, tables, tables, history, model.num_prefix_tokens, grid)
         self.state.sparse = any(block.attn.sparse for block in self.blocks)
@@ -183,7 +184,7 @@ class TokenPass:
             given = None if kept is None else kept[k]
             over, under = model._spot_ratios[k]
             if given is not None:
-                num_keep = given.shape[1]
+                num_keep = known(given.shape[1])
             elif config.cuts_inside:  # the ratio is of what reaches the stage, rounded up
                 num_keep = -(-alive * over // under)
             else:

@@ -25,6 +25,7 @@ from spot_vit.config.fields import exact
 from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.nn.attention_backend import choose
 from spot_vit.nn.predictor import Predictor, plain_layer
+from spot_vit.utils.tracing import known
 
 STD = 0.02  # of all weights at first, published
 
@@ -209,15 +210,16 @@ class ConnectivityPredictor(Predictor):
         """How to attend to `num_named` keys a query: "sparse" or "dense"."""
         if self.config.backend != "auto":
             return self.config.backend
-        num_tokens = q.shape[1]
+        num_tokens = known(q.shape[1])
         if not has_static_value(num_tokens):  # traced for many sizes: nothing to look up
             return "sparse"
-        return _faster(num_tokens * 1, num_named * 1, q.dtype, q.device)
+        return _faster(num_tokens * 1, known(num_named) * 1, q.dtype, q.device)
 
     # ---- sizes -----------------------------------------------------------------------------------
 
     def budget(self, num_tokens: int, num_patches: int) -> int:
         """Keys for each patch query, of `num_tokens` in play and `num_patches` on the full grid."""
+        num_tokens = known(num_tokens)
         if self.config.mask == "threshold":
             return num_tokens
         over, under = self.rate
@@ -227,6 +229,7 @@ class ConnectivityPredictor(Predictor):
         """Whether any query sees less than all of `num_tokens` keys."""
         if not self.enabled:
             return False
+        num_tokens = known(num_tokens)
         if num_patches is None:
             num_patches = num_tokens - self.num_prefix
         return self.config.mask == "threshold" or self.budget(num_tokens, num_patches) < num_tokens
@@ -294,7 +297,7 @@ class ConnectivityPredictor(Predictor):
         if num_patches is not None:
             return num_patches
         assert columns is None, "num_patches is needed with columns"
-        return k.shape[1] - self.num_prefix
+        return known(k.shape[1]) - self.num_prefix
 
 
 @torch.compiler.assume_constant_result
