@@ -60,6 +60,14 @@ def test_sparse_attention_and_maps():
     foreign.check_sparse_attention(build(), images(), read)
 
 
+def test_distillation():
+    foreign.check_distillation(build(), images())
+
+
+def test_compiled():
+    foreign.check_compiled(build(), images(), read)
+
+
 def test_budgets():
     foreign.check_budgets(build())
 

@@ -115,6 +115,16 @@ def test_sparse_attention_and_maps(name: str):
     foreign.check_sparse_attention(build(name), images(), read)
 
 
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_distillation(name: str):
+    foreign.check_distillation(build(name), images())
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_compiled(name: str):
+    foreign.check_compiled(build(name), images(), read)
+
+
 @pytest.mark.parametrize("name", ["ViT", "DINOv2, registers", "SigLIP, classes", "DINOv3"])
 def test_budgets(name: str):
     foreign.check_budgets(build(name))
@@ -263,3 +273,21 @@ print([name for name in sys.modules if name == "transformers" or "torchvision_vi
     assert done.stdout.strip() == "[]", done.stdout
     named = [name for name in spot_vit.supported() if name.startswith("transformers.")]
     assert len(named) == 9
+
+
+@torch.no_grad()
+def test_a_tower_converts_inside_its_model():
+    config = transformers.SiglipConfig(
+        vision_config=WIDE,
+        text_config={**WIDE, "vocab_size": 50, "max_position_embeddings": 8},
+    )
+    model = foreign.filled(transformers.SiglipModel(config))
+    x, words = images(), torch.arange(24).reshape(3, 8)
+    expected = model(input_ids=words, pixel_values=x).logits_per_image
+    spot_vit.sparsify(model.vision_model, keep=1.0, at=[1, 3])
+    assert torch.equal(model(input_ids=words, pixel_values=x).logits_per_image, expected)
+    spot_vit.set_keep(model.vision_model, 0.5)
+    sparse = model(input_ids=words, pixel_values=x)
+    assert sparse.logits_per_image.isfinite().all()
+    assert not torch.allclose(sparse.logits_per_image, expected)
+    assert sparse.vision_model_output.last_hidden_state.shape == (3, 4, 48)

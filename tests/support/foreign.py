@@ -14,6 +14,7 @@ import spot_vit
 import torch
 from spot_vit.models.loop import SpotLoop
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 Read = Callable[[Any], Tensor]
 """The tensor to compare in what the model returns."""
@@ -124,6 +125,32 @@ def check_sparse_attention(model: Any, x: Tensor, read: Read) -> None:
     assert len(maps) == 5
     spot_vit.restore(model)
     assert torch.equal(read(model(x)), expected)
+
+
+def check_distillation(model: Any, x: Tensor) -> None:
+    """`fit` with a teacher: the model itself, converted to be dense."""
+    teacher = spot_vit.sparsify(copy.deepcopy(model), keep=1.0)
+    spot_vit.sparsify(model, keep=0.6, at=AT)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(spot_vit.param_groups(model, freeze_epochs=0))
+    loader = DataLoader(TensorDataset(x, torch.arange(len(x))), batch_size=len(x))
+    losses = spot_vit.fit(model, loader, optimizer, spot_vit.SpotObjective(teacher=teacher))
+    assert losses
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert any(".relevance." in name for name in moved)
+    assert len(moved) > len(before) // 2
+
+
+@torch.no_grad()
+def check_compiled(model: Any, x: Tensor, read: Read) -> None:
+    """Compiled, it gives what it gives eagerly, at every budget."""
+    spot_vit.sparsify(model, keep=0.6, at=AT)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for keep in (0.6, 0.8):
+        spot_vit.set_keep(model, keep)
+        torch.testing.assert_close(read(compiled(x)), read(model(x)))
+    torch._dynamo.reset()
 
 
 def check_budgets(model: Any) -> None:

@@ -66,6 +66,9 @@ SERIES = {  # by what stands in a name, the first that does
 }
 
 
+ELSEWHERE = ROOT / "tools/docs/backbones_elsewhere.md"  # a part of the page, written by hand
+
+
 @dataclasses.dataclass(frozen=True)
 class Structure:
     """What conversion says to an architecture; `reason` is None where it converts."""
@@ -201,6 +204,8 @@ def page(found: Iterable[Structure], results: dict[str, float]) -> str:
         lines += [f"**{family}** ({len(members)}): {listed}", ""]
     lines += [
         "</details>",
+        "",
+        *ELSEWHERE.read_text().splitlines(),
         "",
         "## They are refused",
         "",
