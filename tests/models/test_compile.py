@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,6 +62,53 @@ def test_three_budgets_compile_three_times(which: str):
         spot_vit.set_keep(model, keep)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     assert backend.frame_count <= 3
+
+
+BUDGETS = [0.3, 0.35, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0]  # torch gives up after 8
+
+
+@pytest.mark.parametrize(
+    ("which", "method"),
+    [("class token", "spot"), ("class token", "evit"), ("LV-ViT", "dynamicvit")],
+)
+@torch.no_grad()
+def test_any_number_of_budgets_compiles_a_few_graphs(which: str, method: str):
+    """Of 16 patches: first a graph of numbers, then of symbols, and those for 1 and for all."""
+    model = make(which, method=method)
+    eager = copy.deepcopy(model)
+    x = images(model)
+    backend = CompileCounterWithBackend("aot_eager")
+    model.compile(fullgraph=True, backend=backend)
+    for keep in BUDGETS:
+        spot_vit.set_keep(model, keep)
+        spot_vit.set_keep(eager, keep)
+        torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-4)
+    assert backend.frame_count <= 4
+    graphs = backend.frame_count
+    for keep in (0.33, 0.57, 0.81):
+        spot_vit.set_keep(model, keep)
+        model(x)
+    assert backend.frame_count == graphs
+    assert copy.deepcopy(model)(x).shape == eager(x).shape
+
+
+@pytest.mark.parametrize("soft", [None, "fuse"])
+@pytest.mark.parametrize("decision", ["gumbel", "topk"])
+def test_training_at_any_budget_and_noise_is_one_graph(decision: str, soft: str | None):
+    model = make("class token", train_decision=decision, soft=soft).train()
+    x = images(model)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    noise = spot_vit.NoiseSchedule(len(BUDGETS))
+    for keep in BUDGETS[:-1]:
+        spot_vit.set_keep(model, keep)
+        with noise(model):
+            out = compiled(x, aux=True)
+        (out.logits.sum() + sum(mask.sum() for mask in out.masks)).backward()
+        if decision == "topk":
+            counts = [16 * r.numerator // r.denominator for r in model.spot_config.ratios(2)]
+            assert [mask.sum(dim=1).tolist() for mask in out.masks] == [[n] * 3 for n in counts]
+    assert backend.frame_count == 1
 
 
 @torch.no_grad()

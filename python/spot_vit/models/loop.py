@@ -124,6 +124,22 @@ class SpotLoop(nn.Module):
         self.spot_config = self.spot_config.replace(noise=noise)
         self._spot_noise = torch.tensor(self.spot_config.noise_scale, device="cpu")
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compiles the model in place, as `nn.Module.compile`, and for any number of budgets.
+
+        `torch.compile(model)` makes a graph for each budget of inference, and runs eagerly after
+        torch's `recompile_limit` of them. Here the budget is an argument, so that a few graphs
+        serve them all: one for the first, then those whose counts are symbols. Arguments are those
+        of `torch.compile`.
+        """
+        compiled = torch.compile(self._call_impl, *args, **options)
+
+        def call(*inputs: Any, **arguments: Any) -> Any:
+            ratios = None if self.training else [list(ratio) for ratio in self._spot_ratios]
+            return compiled(*inputs, **arguments, ratios=ratios)
+
+        self._compiled_call_impl = call  # nn.Module calls it, and leaves it out of copies
+
     # ---- public ----------------------------------------------------------------------------------
 
     def forward(
@@ -134,6 +150,7 @@ class SpotLoop(nn.Module):
         *,
         aux: bool = False,
         kept: Sequence[Tensor] | None = None,
+        ratios: Sequence[Sequence[int]] | None = None,
     ) -> Any:
         """Logits, as the timm model returns them.
 
@@ -145,12 +162,13 @@ class SpotLoop(nn.Module):
             kept: decisions to use instead of the predictor's: per stage [B, n_k] int64 positions on
                 the original grid, each stage a subset of the one before (EViT: and its fused
                 tokens, see `SpotOutput.index`).
+            ratios: numerator and denominator per stage, which `compile` gives.
 
         Returns:
             [B, classes], or `SpotOutput` with `aux=True`.
         """
         refuse_masks(attn_mask, is_causal)
-        state = self._final(x, kept, every_decision=aux)
+        state = self._final(x, kept, every_decision=aux, ratios=ratios)
         tokens = self.norm(state.tokens)
         logits = self._head(tokens, state.pooled())
         return self._output(logits, tokens, state) if aux else logits
@@ -211,10 +229,14 @@ class SpotLoop(nn.Module):
         return any(block.cuts for block in blocks_of(self))
 
     def _final(
-        self, x: Tensor, kept: Sequence[Tensor] | None, every_decision: bool = False
+        self,
+        x: Tensor,
+        kept: Sequence[Tensor] | None,
+        every_decision: bool = False,
+        ratios: Sequence[Sequence[int]] | None = None,
     ) -> TokenState:
         """The state behind the last block; refuses to leave a pooling head without tokens."""
-        run = TokenPass(self, x, kept, every_decision, dense=False)
+        run = TokenPass(self, x, kept, every_decision, dense=False, ratios=ratios)
         run.run()
         self._refuse_nothing_left(run.state)
         return run.state

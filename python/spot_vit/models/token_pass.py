@@ -36,11 +36,14 @@ class TokenPass:
         every_decision: run predictors even where nothing would be cut.
         dense: whether `on_grid(fill="last")` is wanted; it takes one more tensor a stage.
         stop: number of blocks to run, all by default.
+        ratios: numerator and denominator per stage, the model's by default.
 
     Attributes:
         state: what is known of the tokens; `state.index`, `state.masks` and `state.logp` are those
             of `SpotOutput`.
     """
+
+    ratios: Sequence[Sequence[int]] | None = None
 
     def __init__(
         self,
@@ -50,11 +53,13 @@ class TokenPass:
         every_decision: bool = False,
         dense: bool = True,
         stop: int | None = None,
+        ratios: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.dense = model, dense
+        self.ratios = ratios
         self.blocks: list[Any] = list(model.blocks)[:stop]
-        self.shape = model._grid(*image.shape[-2:])
         x, tables = model._tokens(image)
+        self.shape = model._grid(*image.shape[-2:])
         self._start(x, tables, kept, every_decision)
 
     def _start(
@@ -172,6 +177,7 @@ class TokenPass:
         """What is to be done before (EViT: in) which block."""
         model, grid = self.model, self.state.grid
         config = model.spot_config
+        ratios = model._spot_ratios if self.ratios is None else self.ratios
         at = [b for b, block in enumerate(self.blocks) if block.stage is not None]
         if kept is not None:
             check_kept(kept, len(at))
@@ -182,7 +188,7 @@ class TokenPass:
         stages, alive = {}, grid
         for k, b in enumerate(at):
             given = None if kept is None else kept[k]
-            over, under = model._spot_ratios[k]
+            over, under = ratios[k]
             if given is not None:
                 num_keep = known(given.shape[1])
             elif config.cuts_inside:  # the ratio is of what reaches the stage, rounded up
