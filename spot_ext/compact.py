@@ -237,7 +237,11 @@ def _check_scatter(
     _check.count("num_tokens", num_tokens, 0)
     _check.count("the number of indexed tokens", index.shape[1], 0, num_tokens)
     rows = num_prefix + num_extra + index.shape[1]
-    _check.size(name, tokens, 1, rows, "prefix, extra and indexed tokens")
+    meaning = "prefix, extra and indexed tokens"
+    found = tokens.shape[1]
+    if isinstance(found, int) and isinstance(rows, int) and found > rows:
+        meaning += "; leave fused tokens in front of the indexed out, or count them in num_prefix"
+    _check.size(name, tokens, 1, rows, meaning)
     if background is not None:
         _check_same_rows("background", background, tokens)
         _check.size("background", background, 1, num_prefix + num_tokens, "num_prefix + num_tokens")

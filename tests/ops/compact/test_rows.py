@@ -193,3 +193,20 @@ def test_meta_tensors_give_shapes() -> None:
     assert scatter_tokens(tokens[:, :4], index, 8).shape == (2, 9, 5)
     assert fuse_tokens(tokens, torch.empty(2, 8, device="meta"), index).shape == (2, 5)
     assert tensors(compact_tokens(tokens, index))[0].device.type == "meta"
+
+
+def test_rows_in_front_of_the_indexed_ones_are_named() -> None:
+    """As EViT's fused token: left out, or counted in the prefix."""
+    tokens = random("tokens", (2, 5, 3), torch.float32)
+    index = random_index("index", 2, 8, 3, "shuffled")
+    cure = "size 4 .*leave fused tokens in front of the indexed out, or count them in num_prefix"
+    with pytest.raises(ValueError, match=cure):
+        scatter_tokens(tokens, index, 8)
+    with pytest.raises(ValueError, match=cure):
+        torch.ops.spot.scatter_tokens(tokens.to("meta"), index.to("meta"), 8)
+    without = scatter_tokens(torch.cat([tokens[:, :1], tokens[:, 2:]], dim=1), index, 8)
+    counted = scatter_tokens(tokens, index, 8, num_prefix=2)
+    assert_same_bits(without[:, 1:], counted[:, 2:])
+    with pytest.raises(ValueError, match="size 4 ") as caught:  # too few: no fused tokens
+        scatter_tokens(tokens[:, :3], index, 8)
+    assert "fused" not in str(caught.value)
