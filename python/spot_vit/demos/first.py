@@ -179,7 +179,7 @@ def _describe(summary: dict[str, Any], files: list[Path]) -> str:
 top-1            accuracy on {summary["recipe"]["test_images"]} images of digits never trained on
 against dense    paired difference on the same images and its standard error, points
 GMACs/image      multiply-accumulates of everything, stem, predictors and statistics included
-ms               median time of one batch (CPU threads: {summary["threads"]}), and the ratio to dense
+ms               median time of a batch (CPU threads: {summary["threads"]}), ratio to dense
 training step    the same for forward, loss and backward of a training batch, without a teacher
 foreground kept  patches of the digit that survive each stage of SPOT, and what chance would keep
 

@@ -316,7 +316,7 @@ against dense  paired difference on the same images and its standard error, poin
 GMACs/image    multiply-accumulates of everything, stem, predictors and statistics included
 MHSA MMACs     those of q k^T, A v and the connectivity predictors alone, 1e6
 ρ              share of the patches that each of {len(setting["at"])} stages keeps
-ms             median time of one batch (CPU threads: {summary["threads"]}), and the ratio to dense
+ms             median time of a batch (CPU threads: {summary["threads"]}), ratio to dense
 
 {summary["tokens"]} tokens, {setting["keep_rate"]:.0%} of the keys per query. Sparsifiner's hold \
 {seen:.0%} of its own dense attention; the best would hold {best:.0%}.

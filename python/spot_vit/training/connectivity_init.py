@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spot_vit.models.sparsifiner import predictors
-from spot_vit.utils.modes import unwrap
+from spot_vit.utils.modes import blocks_of, unwrap
+from spot_vit.utils.places import attention_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,7 +28,7 @@ def start_from_regions(model: M) -> M:
         model: with sparse attention, see `sparsify_attention`.
     """
     for b, predictor in predictors(model).items():
-        attention = unwrap(model).blocks[b].attn
+        attention = attention_of(blocks_of(unwrap(model))[b])
         down, up = predictor.proj_n, predictor.proj_back_n
         region = _regions(predictor.grid, down.shape[1])
         member = torch.zeros_like(down)

@@ -36,6 +36,7 @@ from spot_vit.training.reconstruction import TILE, reconstruction_loss
 from spot_vit.training.schedules import NoiseSchedule
 from spot_vit.training.teacher import FrozenTeacher
 from spot_vit.utils.modes import eval_mode, unwrap
+from spot_vit.utils.places import prefix_of
 
 RECONSTRUCTION = 0.01  # weight, published
 
@@ -301,7 +302,7 @@ class SparsifinerObjective(SpotObjective):
                 "its blocks one by one"
             )
         tokens = seen[-1]
-        kept = tokens.new_ones(tokens.shape[0], tokens.shape[1] - inner.num_prefix_tokens)
+        kept = tokens.new_ones(tokens.shape[0], tokens.shape[1] - prefix_of(inner))
         return SpotOutput(logits, tokens, [kept])
 
 
