@@ -7,6 +7,7 @@ sizes such as `num_keep = N * 7 // 10` export with dynamic shapes; C++ checks th
 from __future__ import annotations
 
 import re
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -67,13 +68,14 @@ def traced(value: object) -> bool:
 
 def flag(name: str, value: object) -> None:
     """`value` is a bool."""
-    if not (isinstance(value, bool | torch.SymBool) or traced(value)):
+    numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if not (isinstance(value, bool | torch.SymBool) or numpys or traced(value)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def number(name: str, value: object) -> None:
     """`value` is a plain number."""
-    plain = isinstance(value, int | float | torch.SymInt | torch.SymFloat)
+    plain = isinstance(value, Real | torch.SymInt | torch.SymFloat)
     if not (plain or traced(value)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
@@ -123,7 +125,7 @@ def count(name: str, value: object, low: int, high: Any = None, meaning: str = "
     """`value` is an int in [low, high], where the bounds are known."""
     if isinstance(value, torch.SymInt) or traced(value):
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are some
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     bounded = isinstance(high, int)
     if value < low or value > (high if bounded else _INT64_MAX):

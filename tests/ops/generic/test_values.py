@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from ops.cases import each_sample
+from ops.cases import OPS, each_sample
 from ops.cases.base import Op, Sample
 from ops.cases.results import assert_results
 from ops.generic.calls import dtype_name
@@ -68,3 +69,13 @@ def test_incoming_gradients_of_any_strides(
         assert (mine is None) == (theirs is None) or not (mine if theirs is None else theirs).any()
         if mine is not None and theirs is not None:
             assert_close(mine, theirs, what="gradient")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.public is not None], ids=lambda op: op.name)
+def test_numbers_may_be_numpys(op: Op, device: torch.device) -> None:
+    kinds = {bool: np.bool_, int: np.int64, float: np.float64}
+    args = op.samples[0].args(device, torch.float32)
+    numpys = tuple(kinds.get(type(arg), lambda value: value)(arg) for arg in args)
+    assert any(isinstance(arg, np.generic) for arg in numpys)
+    for one, other in zip(tensors(op.public(*numpys)), tensors(op.public(*args)), strict=True):
+        assert torch.equal(one, other)
