@@ -42,6 +42,7 @@ WHAT_MATTERS = [
     ("coef_threshold", 0.1),
     ("basis_threshold", 0.1),
     ("mask", "threshold"),
+    ("removed_as_zeros", True),
     ("blocks", [1]),
 ]
 

@@ -24,6 +24,7 @@ from spot_vit.config.sparsifiner import SparsifinerConfig
         ({"basis_threshold": ".02"}, "basis_threshold must be a number of 0 or more, got '.02'"),
         ({"basis_threshold": None}, "basis_threshold must be a number of 0"),
         ({"share_inout_proj": 1}, "share_inout_proj must be a bool, got 1"),
+        ({"removed_as_zeros": None}, "removed_as_zeros must be a bool, got None"),
         ({"keep_rate": "0.2"}, "keep_rate must be in"),
         ({"mask_threshold": float("nan")}, "mask_threshold must be a number of 0"),
         ({"scale": "sqrt"}, "scale must be one of"),
@@ -46,11 +47,12 @@ def test_numbers_of_numpy_are_plain_numbers() -> None:
         keep_rate=np.float32("0.3"), reduce_n=np.int64(4), reduce_c=np.int32(1), coef_topk=None,
         share_inout_proj=np.bool_(True), coef_threshold=np.float16("0.05"),
         basis_threshold=np.float32("0.02"), mask_threshold=np.float64(1e-3),
-        blocks=np.array([1, 3]),
+        removed_as_zeros=np.bool_(True), blocks=np.array([1, 3]),
     )  # fmt: skip
     assert config == SparsifinerConfig(
         keep_rate=0.3, reduce_n=4, reduce_c=1, coef_topk=None, share_inout_proj=True,
-        coef_threshold=0.05, basis_threshold=0.02, mask_threshold=1e-3, blocks=(1, 3),
+        coef_threshold=0.05, basis_threshold=0.02, mask_threshold=1e-3, removed_as_zeros=True,
+        blocks=(1, 3),
     )  # fmt: skip
     assert SparsifinerConfig.from_json(config.to_json()) == config
     assert SparsifinerConfig(blocks=range(1, 3)).blocks == (1, 2)
@@ -62,7 +64,7 @@ def test_configurations_go_through_json():
     config = SparsifinerConfig(
         keep_rate=0.1, reduce_n=4, reduce_c=1, share_inout_proj=True, scale="channels",
         coef_topk=None, coef_threshold=0.05, basis_threshold=0.0, mask="threshold",
-        mask_threshold=0.5, blocks=[1, 4], backend="dense",
+        mask_threshold=0.5, removed_as_zeros=True, blocks=[1, 4], backend="dense",
     )  # fmt: skip
     assert config.blocks == (1, 4)
     assert SparsifinerConfig.from_json(config.to_json()) == config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import spot_vit
 import timm
@@ -14,13 +12,13 @@ from spot_vit.nn.attention import AttentionRequest, attend_to_named
 from support.sparsifiner import (
     EVERY,
     FAMILIES,
+    Named,
     make,
     masking,
     picture,
     sparse,
     with_backend,
 )
-from torch import Tensor
 
 
 @pytest.mark.parametrize("variant", EVERY)
@@ -93,22 +91,6 @@ def test_backends_agree_where_a_query_names_nothing(variant: str):
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-9)
     some = [share for share in empty if 0 < share < 1]
     assert len(some) > len(empty) / 2
-
-
-class Named:
-    """In place of a predictor: names what it was told to."""
-
-    def __init__(self, index: Tensor, backend: str) -> None:
-        self.index, self.chosen = index, backend
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self.index
-
-    def backend(self, q: Tensor, num_named: int) -> str:
-        return self.chosen
-
-    def names_some(self, keep: Tensor | None) -> bool:
-        return False
 
 
 @pytest.mark.parametrize("class_token", [False, True])

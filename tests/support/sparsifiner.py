@@ -56,3 +56,20 @@ def with_backend(model: Any, backend: str) -> Any:
     for predictor in predictors(model).values():
         predictor.configure(predictor.config.replace(backend=backend))
     return model
+
+
+class Named:
+    """In place of a predictor: names what it was told to; fields are of its configuration."""
+
+    def __init__(self, index: Tensor, backend: str, **fields: Any) -> None:
+        self.index, self.chosen = index, backend
+        self.config = spot_vit.SparsifinerConfig(**fields)
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.index
+
+    def backend(self, q: Tensor, num_named: int) -> str:
+        return self.chosen
+
+    def names_some(self, keep: Tensor | None) -> bool:
+        return False

@@ -33,6 +33,10 @@ class SparsifinerConfig(Fields):
         mask: "topk" names the best keys, as many as `keep_rate` says; "threshold" names those
             whose approximated attention exceeds `mask_threshold`, and `keep_rate` is not used.
         mask_threshold: published alternative to a budget.
+        removed_as_zeros: what the public code does with tokens that were removed (see
+            docs/sparsifiner.md): prefix queries of sparse blocks go on seeing them, with keys and
+            values of zero, and after a removal no query sees more keys than patch tokens are left.
+            By default they are gone.
         blocks: indices of the blocks with sparse attention, ascending; None for all.
         backend: "sparse" reads only the keys that are named, "dense" computes all of the map and
             masks it, "auto" takes the faster one by measurement. The result is the same.
@@ -48,6 +52,7 @@ class SparsifinerConfig(Fields):
     basis_threshold: float = 2e-2
     mask: str = "topk"
     mask_threshold: float = 1e-4
+    removed_as_zeros: bool = False
     blocks: tuple[int, ...] | None = None
     backend: str = "auto"
 
@@ -65,8 +70,10 @@ class SparsifinerConfig(Fields):
                 continue
             if not is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        if not isinstance(self.share_inout_proj, bool):
-            raise ValueError(f"share_inout_proj must be a bool, got {self.share_inout_proj!r}")
+        for name in ("share_inout_proj", "removed_as_zeros"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be a bool, got {value!r}")
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_threshold takes the place of coef_topk; set coef_topk=None")
         for name in ("coef_threshold", "basis_threshold", "mask_threshold"):

@@ -13,6 +13,7 @@ import spot_ext
 from spot_ext.sparse_attention import named_keys
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.positional import PositionTables
+from spot_vit.nn.removed import share_of_alive
 
 
 class Cut(NamedTuple):
@@ -58,6 +59,11 @@ class AttentionRequest:
     position: Tensor | None = None
     stats: Tensor | None = None
 
+    @property
+    def removed(self) -> bool:
+        """Whether there is a prefix that could see patch tokens which were cut or are masked."""
+        return self.num_prefix > 0 and (self.columns is not None or self.keep is not None)
+
 
 def attend(
     q: Tensor,
@@ -83,7 +89,7 @@ def attend(
         [B, N, H * D].
     """
     need_stats = request.need_stats or request.cut is not None
-    if connectivity is not None and connectivity.sparse(q.shape[1], request.num_patches):
+    if connectivity is not None and names_keys(q, request, connectivity):
         out, stats = attend_to_named(q, k, v, request, scale, connectivity, need_stats)
     elif request.keep is None and not need_stats:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -117,7 +123,31 @@ def attend_to_named(
     """Attention to the keys that the predictor names: [B, N, H, D], and statistics or nothing.
 
     Both backends give the same result: one reads those keys alone, the other all of them.
+    With `removed_as_zeros` prefix queries see removed tokens as well, whose values are zero: that
+    scales their rows, and so the first statistic, which is the class token's row.
     """
+    out, stats = _attend_to_alive(q, k, v, request, scale, connectivity, need_stats)
+    if request.removed and connectivity.config.removed_as_zeros:
+        share = prefix_share(q, k, request, scale, connectivity)
+        front = request.num_prefix
+        scaled = out[:, :front] * share.transpose(1, 2)[..., None].to(out.dtype)
+        out = torch.cat([scaled, out[:, front:]], dim=1)
+        if need_stats and request.class_token:
+            cls_out = stats[..., :1] * share[:, None, :, :1].to(stats.dtype)
+            stats = torch.cat([cls_out, stats[..., 1:]], dim=-1)
+    return out, stats
+
+
+def _attend_to_alive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: AttentionRequest,
+    scale: float,
+    connectivity: ConnectivityPredictor,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `attend_to_named` gives where removed tokens are gone."""
     index = named_index(q, k, request, connectivity)
     if connectivity.backend(q, index.shape[3]) == "sparse":
         return spot_ext.sparse_attention(
@@ -156,6 +186,29 @@ def attend_to_named(
         out = torch.cat([out[:, :at], out[:, at + 1 :]], dim=1)
         stats = torch.cat([stats[:, :at], stats[:, at + 1 :]], dim=1) if need_stats else stats
     return out, stats
+
+
+def names_keys(q: Tensor, request: AttentionRequest, connectivity: ConnectivityPredictor) -> bool:
+    """Whether the predictor is asked: some query of q [B, N, H, D] may see less than all keys."""
+    return connectivity.sparse(q.shape[1], request.num_patches, request.removed)
+
+
+def prefix_share(
+    q: Tensor,
+    k: Tensor,
+    request: AttentionRequest,
+    scale: float,
+    connectivity: ConnectivityPredictor,
+) -> Tensor:
+    """[B, H, P] share of a prefix query's attention that tokens which are left have.
+
+    For `removed_as_zeros`; see `share_of_alive`.
+    """
+    size = None
+    if request.columns is not None:
+        assert request.num_patches is not None, "num_patches is needed with columns"
+        size = connectivity.num_prefix + request.num_patches
+    return share_of_alive(q[:, : request.num_prefix], k, request.keep, request.columns, size, scale)
 
 
 def named_index(

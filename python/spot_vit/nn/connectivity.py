@@ -179,7 +179,7 @@ class ConnectivityPredictor(Predictor):
     ) -> Tensor:
         """Columns that each patch query may see; an index, so nothing is differentiable.
 
-        Arguments are those of `coefficients`.
+        Arguments are those of `coefficients`; q of all patch tokens in play.
 
         Returns:
             [B, H, M, K] int32 ascending positions among the N keys; -1 where there are fewer.
@@ -187,24 +187,78 @@ class ConnectivityPredictor(Predictor):
         config = self.config
         with torch.no_grad():
             num_patches = self._patches(k, columns, num_patches)
-            budget = self.budget(k.shape[1], num_patches)
-            threshold = config.mask_threshold if config.mask == "threshold" else None
-            if config.coef_threshold is None:
-                down, up = self.weights(num_patches)
-                q, k, projections = self._projected(q, k)
-                return spot_ext.predict_connectivity(
-                    q, k, down, up, budget, columns, keep, **projections, scale=self.scale,
-                    coef_topk=config.coef_topk, basis_threshold=config.basis_threshold,
-                    threshold=threshold,
-                )  # fmt: skip
-            coefficients = self.coefficients(q, k, columns, keep, num_patches)
-            coefficients = coefficients.masked_fill(coefficients <= config.coef_threshold, 0)
-            basis = self.basis(num_patches)
-            if columns is not None:
-                basis = F.pad(basis, (0, 1))  # the column of tokens that are not of the grid
-            return spot_ext.connectivity(
-                coefficients, basis, budget, columns, keep, threshold=threshold
-            )
+            cut = columns is not None and keep is None
+            budget = self.budget(k.shape[1], num_patches, q.shape[1] if cut else None)
+            index = self._named(q, k, budget, columns, keep, num_patches)
+            if config.removed_as_zeros and config.mask == "topk" and keep is not None:
+                index = self._capped(index, q, k, columns, keep, num_patches)
+            return index
+
+    def _named(
+        self,
+        q: Tensor,
+        k: Tensor,
+        budget: int,
+        columns: Tensor | None,
+        keep: Tensor | None,
+        num_patches: int,
+    ) -> Tensor:
+        """What `forward` returns, of at most `budget` keys."""
+        config = self.config
+        threshold = config.mask_threshold if config.mask == "threshold" else None
+        if config.coef_threshold is None:
+            down, up = self.weights(num_patches)
+            q, k, projections = self._projected(q, k)
+            return spot_ext.predict_connectivity(
+                q, k, down, up, budget, columns, keep, **projections, scale=self.scale,
+                coef_topk=config.coef_topk, basis_threshold=config.basis_threshold,
+                threshold=threshold,
+            )  # fmt: skip
+        coefficients = self._thinned(self.coefficients(q, k, columns, keep, num_patches))
+        basis = self._padded_basis(columns, num_patches)
+        return spot_ext.connectivity(
+            coefficients, basis, budget, columns, keep, threshold=threshold
+        )
+
+    def _capped(
+        self,
+        index: Tensor,
+        q: Tensor,
+        k: Tensor,
+        columns: Tensor | None,
+        keep: Tensor,
+        num_patches: int,
+    ) -> Tensor:
+        """`index` with the best keys alone, as many as its image has patch tokens left.
+
+        For `removed_as_zeros` in training, where that number is another for each image.
+        """
+        coefficients = self._thinned(self.coefficients(q, k, columns, keep, num_patches))
+        basis = self._padded_basis(columns, num_patches)
+        basis = basis if columns is None else basis[:, columns].permute(1, 0, 2)[:, None]
+        place = index.clamp(min=0).long()
+        value = (coefficients @ basis).gather(-1, place).masked_fill(index < 0, -math.inf)
+        order = value.argsort(dim=-1, descending=True, stable=True)  # ties to the lower column
+        left = keep.detach().sum(dim=1, dtype=torch.float64).long()
+        most = torch.where(left < keep.shape[1], left.clamp(min=1), index.shape[3])
+        excess = order.argsort(dim=-1) >= most[:, None, None, None]
+        behind = torch.where(excess | (index < 0), k.shape[1], index).sort(dim=-1).values
+        return behind.masked_fill(behind == k.shape[1], -1).to(index.dtype)
+
+    def _thinned(self, coefficients: Tensor) -> Tensor:
+        """Coefficients [..., R] with those that take no part zero."""
+        least, most = self.config.coef_threshold, self.config.coef_topk
+        if least is not None:
+            return coefficients.masked_fill(coefficients <= least, 0)
+        if most is None or most >= coefficients.shape[-1]:
+            return coefficients
+        best = coefficients.topk(most, dim=-1)
+        return torch.zeros_like(coefficients).scatter(-1, best.indices, best.values)
+
+    def _padded_basis(self, columns: Tensor | None, num_patches: int) -> Tensor:
+        """`basis`; with `columns` a last column of zeros, that of tokens which are of no grid."""
+        basis = self.basis(num_patches)
+        return basis if columns is None else F.pad(basis, (0, 1))
 
     def backend(self, q: Tensor, num_named: int) -> str:
         """How to attend to `num_named` keys a query: "sparse" or "dense"."""
@@ -217,18 +271,31 @@ class ConnectivityPredictor(Predictor):
 
     # ---- sizes -----------------------------------------------------------------------------------
 
-    def budget(self, num_tokens: int, num_patches: int) -> int:
-        """Keys for each patch query, of `num_tokens` in play and `num_patches` on the full grid."""
+    def budget(self, num_tokens: int, num_patches: int, num_left: int | None = None) -> int:
+        """Keys for each patch query, of `num_tokens` in play and `num_patches` on the full grid.
+
+        `num_left` is the number of patch tokens after a cut; `removed_as_zeros` allows no more.
+        """
         num_tokens = known(num_tokens)
         if self.config.mask == "threshold":
             return num_tokens
+        most = num_tokens
+        if self.config.removed_as_zeros and num_left is not None:
+            most = known(num_left)
         over, under = self.rate
-        return min(-(-(self.num_prefix + num_patches) * over // under), num_tokens)
+        return min(-(-(self.num_prefix + num_patches) * over // under), most)
 
-    def sparse(self, num_tokens: int, num_patches: int | None = None) -> bool:
-        """Whether any query sees less than all of `num_tokens` keys."""
+    def sparse(
+        self, num_tokens: int, num_patches: int | None = None, removed: bool = False
+    ) -> bool:
+        """Whether any query sees less than all of `num_tokens` keys, prefix tokens among them.
+
+        `removed` says whether patch tokens were cut or are masked where there is a prefix.
+        """
         if not self.enabled:
             return False
+        if removed and self.config.removed_as_zeros:
+            return True  # the budget counts patch tokens alone, and prefix keys are named too
         num_tokens = known(num_tokens)
         if num_patches is None:
             num_patches = num_tokens - self.num_prefix

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spot_ext.sparse_attention import named_keys
-from spot_vit.nn.attention import AttentionRequest, named_index
+from spot_vit.nn.attention import AttentionRequest, named_index, names_keys, prefix_share
 from spot_vit.nn.connectivity import ConnectivityPredictor
 
 
@@ -82,7 +82,8 @@ class AttentionMap(NamedTuple):
     """Attention of one block as it was used, exactly.
 
     Attributes:
-        weights: [B, H, n, n] rows of queries, which sum to 1 (a query that sees nothing: 0).
+        weights: [B, H, n, n] rows of queries, which sum to 1 (a query that sees nothing: 0; prefix
+            queries with `removed_as_zeros`: less, the rest is on tokens that were removed).
         position: [B, m] int64 grid positions of the patches, the last m of the n tokens; N and
             above are tokens of no position, which EViT made. In front of them stand the prefix and
             tokens that soft sparsification fused.
@@ -116,12 +117,16 @@ class MapRecorder(Recorder):
             logits = logits + bias
         num_tokens, front = q.shape[1], request.num_prefix
         seen = torch.ones_like(logits, dtype=torch.bool)
-        if connectivity is not None and connectivity.sparse(num_tokens, request.num_patches):
+        as_zeros = False
+        if connectivity is not None and names_keys(q, request, connectivity):
             seen = named_keys(named_index(q, k, request, connectivity), num_tokens)
+            as_zeros = request.removed and connectivity.config.removed_as_zeros
         if request.keep is not None:
             kept = F.pad(request.keep > 0.5, (front, 0), value=True)[:, None, None]
             seen = seen & (kept | torch.eye(num_tokens, dtype=torch.bool, device=q.device))
         weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        if connectivity is not None and as_zeros:
+            weights[:, :, :front] *= prefix_share(q, k, request, scale, connectivity)[..., None]
         position = request.position
         if position is None:
             position = torch.arange(num_tokens - front, device=q.device).expand(len(q), -1)
