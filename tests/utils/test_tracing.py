@@ -1,9 +1,10 @@
-"""Sizes while torch.jit.trace runs a model."""
+"""What tracing makes of sizes."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from spot_vit.utils.tracing import known
+from spot_vit.utils.tracing import known, refuse_symbols
 from torch import Tensor
 
 
@@ -31,3 +32,9 @@ def test_other_sizes_stay_what_they_are():
 class _Twice(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.ones(known(x.shape[0]), 1)
+
+
+def test_symbols_of_fx_are_refused():
+    with pytest.raises(TypeError, match=r"torch\.fx\.symbolic_trace .* cannot follow"):
+        torch.fx.symbolic_trace(_Twice())
+    refuse_symbols(None, 3, torch.ones(2))

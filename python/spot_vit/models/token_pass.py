@@ -14,7 +14,7 @@ from spot_vit.models.state import TokenState
 from spot_vit.models.step import BlockStep, Stage
 from spot_vit.nn.evidence import EvidenceHistory
 from spot_vit.nn.positional import PositionTables
-from spot_vit.utils.tracing import known
+from spot_vit.utils.tracing import known, refuse_symbols
 
 
 class TokenPass:
@@ -55,6 +55,7 @@ class TokenPass:
         stop: int | None = None,
         ratios: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        refuse_symbols(image)
         self.model, self.dense = model, dense
         self.ratios = ratios
         self.blocks: list[Any] = list(model.blocks)[:stop]

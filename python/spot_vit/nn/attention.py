@@ -14,6 +14,7 @@ from spot_ext.sparse_attention import named_keys
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.positional import PositionTables
 from spot_vit.nn.removed import share_of_alive
+from spot_vit.utils.tracing import refuse_symbols
 
 
 class Cut(NamedTuple):
@@ -258,6 +259,7 @@ def cut_inside(x: Tensor, request: AttentionRequest) -> tuple[Tensor, Tensor | N
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool = False) -> None:
     """Raises for the arguments of timm's forward methods that a sparse model cannot honour."""
+    refuse_symbols(attn_mask, is_causal)
     if attn_mask is not None:
         raise ValueError("attn_mask is not supported by a sparse model: it builds its own masks")
     if is_causal:
