@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spot_ext
@@ -78,6 +78,7 @@ class TokenPass:
         self.state.sparse = any(block.attn.sparse for block in self.blocks)
         self.state.watched = any(block.attn.recorder is not None for block in self.blocks)
         self._stages = self._plan(kept, every_decision)
+        self._with_statistics = self._blocks_with_statistics()
 
     # ---- tokens ----------------------------------------------------------------------------------
 
@@ -86,9 +87,14 @@ class TokenPass:
         """[B, P+n, C] tokens as they are now, fused ones that never compete left out."""
         return self.state.tokens
 
-    def on_grid(self, fill: str = "last") -> Tensor:
-        """[B, P+N, C] tokens of the full grid; `fill` as in the model's `forward_intermediates`."""
-        return self.state.on_grid(fill, self.shape)
+    def on_grid(self, fill: str = "last", norm: nn.Module | None = None) -> Tensor:
+        """[B, P+N, C] tokens of the full grid.
+
+        Args:
+            fill: as in the model's `forward_intermediates`.
+            norm: applied to every token, such as `model.norm`; zeros of `fill="zero"` stay zeros.
+        """
+        return self.state.on_grid(fill, self.shape, norm)
 
     def set_grid(self, full: Tensor) -> None:
         """Takes new values [B, P+N, C] for the tokens that are there; those of others are unused.
@@ -126,7 +132,7 @@ class TokenPass:
         state, stage = self.state, self._stages.get(b)
         if stage is not None and self.dense:
             state.note_dropped()
-        if stage is None and not self._needs_stats(b) and state.plain:
+        if stage is None and b not in self._with_statistics and state.plain:
             state.x = self._call(self.blocks[b], state.x, **state.tables.arguments(b))
             return self.tokens
 
@@ -146,7 +152,7 @@ class TokenPass:
         model = self.model
         config, masks = model.spot_config, model.training and model.spot_config.learned
         noise = model._spot_noise if torch.compiler.is_compiling() else config.noise_scale
-        stage, need_stats = self._stages.get(b), self._needs_stats(b)
+        stage, need_stats = self._stages.get(b), b in self._with_statistics
         return BlockStep(state, config, b, stage, need_stats, model.has_class_token, masks, noise)
 
     def _call(self, function: Any, x: Tensor, **arguments: Any) -> Any:
@@ -208,13 +214,15 @@ class TokenPass:
         masks = self.model.training and self.model.spot_config.learned
         return masks and torch.compiler.is_compiling()
 
-    def _needs_stats(self, b: int) -> bool:
-        """Whether a later decision looks at the statistics of block `b`."""
+    def _blocks_with_statistics(self) -> set[int]:
+        """The blocks whose statistics a later decision looks at."""
         config = self.model.spot_config
-        later = [place for place, stage in self._stages.items() if place > b and stage.scores]
-        if not later or not config.uses_statistics:
-            return False
-        return "moments" in config.evidence or b + 1 in later
+        places = [place for place, stage in self._stages.items() if stage.scores]
+        if not places or not config.uses_statistics:
+            return set()
+        if "moments" in config.evidence:
+            return set(range(max(places)))
+        return {place - 1 for place in places}
 
 
 def check_kept(kept: Sequence[Tensor], stages: int) -> None:
