@@ -105,7 +105,8 @@ def _of_case(
     else:
         ratios = model.spot_config.keep_ratios()
         loss, parts = spot_vit.SpotObjective(ratios, teacher=dense)(model, images, labels)
-        found |= {f"loss {part}": value for part, value in parts.items()}
+        terms = {part: value for part, value in parts.items() if part != "noise_share"}  # no term
+        found |= {f"loss {part}": value for part, value in terms.items()}
     loss.backward()
     found["loss"] = loss.detach()
     for parameter, value in model.named_parameters():
