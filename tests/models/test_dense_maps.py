@@ -66,6 +66,27 @@ def test_what_stands_at_dropped_places(method: str):
     assert torch.equal(nearest[4], last[4].gather(1, rows))
 
 
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_norm_is_applied_to_what_stands_there(method: str, mode: str):
+    """And zeros stay zeros."""
+    model = convert(method=method)
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.randn(48))
+    x = images(model)
+    kept = maps_of(model, x)[1].index
+    model.train(mode == "training")
+    for fill in ("last", "nearest", "zero"):
+        plain, out = maps_of(model, x, fill=fill, kept=kept)
+        normed, _ = maps_of(model, x, fill=fill, kept=kept, norm=True)
+        for b, (one, other) in enumerate(zip(plain, normed, strict=True)):
+            expected = model.norm(one)
+            if fill == "zero" and b:
+                expected[out.masks[min(b, 3) - 1] < 0.5] = 0
+            torch.testing.assert_close(other, expected, rtol=0, atol=1e-12)
+
+
 def test_nearest_by_hand():
     alive = torch.tensor([[True, False, False, False, False, True], [False] * 5 + [True]])
     place = nearest_alive(alive, (2, 3))

@@ -278,7 +278,8 @@ class SpotLoop(nn.Module):
             x: images [B, 3, H, W].
             indices: blocks to take, or how many of the last.
             return_prefix_tokens: give prefix tokens beside each map.
-            norm: apply the final norm to maps; it was trained on the last block's tokens alone.
+            norm: apply the final norm to all tokens of maps, also to those that stand at dropped
+                places; zeros stay zeros. It was trained on the last block's tokens alone.
             stop_early: run no blocks behind the last one taken.
             output_fmt: "NCHW" or "NLC".
             intermediates_only: leave the final features out.
@@ -286,8 +287,9 @@ class SpotLoop(nn.Module):
             attn_mask: not supported.
             is_causal: not supported.
             kept: decisions to use instead of the predictor's, see `forward`.
-            fill: what stands where a token was dropped: "last", the last value it had; "nearest",
-                the value of the nearest token that is left; "zero".
+            fill: what stands where a token was dropped: "last", the last value it had, which heads
+                can make the most of (docs/dense_prediction.md); "nearest", the value of the nearest
+                token that is left; "zero".
             aux: return a pair: timm's result, and the `SpotOutput` of the same pass (its logits are
                 those of the blocks that ran).
         """
@@ -307,10 +309,8 @@ class SpotLoop(nn.Module):
         for b in range(len(run.blocks)):
             run.block(b)
             if b in take:
-                taken[b] = run.on_grid(fill)
+                taken[b] = run.on_grid(fill, self.norm if norm else None)
         full = [taken[b] for b in sorted(taken)]
-        if norm:
-            full = [self.norm(y) for y in full]
         prefix = [y[:, : self.num_prefix_tokens] for y in full]
         maps = [y[:, self.num_prefix_tokens :] for y in full]
         if output_fmt == "NCHW":

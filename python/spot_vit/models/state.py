@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -191,28 +192,37 @@ class TokenState:
     def _none(self) -> Tensor:
         return torch.empty(self.x.shape[0], 0, dtype=torch.int64, device=self.x.device)
 
-    def on_grid(self, fill: str = "last", shape: tuple[int, int] | None = None) -> Tensor:
+    def on_grid(
+        self,
+        fill: str = "last",
+        shape: tuple[int, int] | None = None,
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """[B, P + N, C] tokens of the full grid.
 
         Args:
             fill: what stands where tokens were dropped: "last", the last value they had, which
                 `note_dropped` noted; "nearest", the value of the nearest one that is there; "zero".
             shape: rows and columns of the grid, for "nearest".
+            norm: applied to every token, by itself; zeros stay zeros.
         """
+        tokens = self.tokens if norm is None else norm(self.tokens)
         if self.position is None and self.mask is None:
-            return self.tokens
+            return tokens
         background = self.dropped if fill == "last" else None
+        if background is not None and norm is not None:
+            background = norm(background)
         if self.mask is not None:
             gone = self.mask.detach() < 0.5
             gone = F.pad(gone, (self.num_prefix, 0))[..., None]  # prefix tokens never go
-            other = self.tokens.new_zeros(()) if background is None else background
-            full = torch.where(gone, other, self.tokens)
+            other = tokens.new_zeros(()) if background is None else background
+            full = torch.where(gone, other, tokens)
         else:
             if background is not None and self.num_rivals:
                 background = F.pad(background, (0, 0, 0, self.num_rivals))
             size = self.grid + self.num_rivals
             full = spot_ext.scatter_tokens(
-                self.tokens, self.positions(), size, self.num_prefix, background
+                tokens, self.positions(), size, self.num_prefix, background
             )[:, : self.num_prefix + self.grid]
         if fill != "nearest":
             return full
