@@ -14,6 +14,7 @@ PUBLIC = {
     "AttentionMap",
     "ClutteredDigits",
     "CorruptedDigits",
+    "ExitLens",
     "KeepSchedule",
     "LossWeights",
     "NoiseSchedule",

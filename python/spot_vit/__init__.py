@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spot_vit.models.recording import attention_maps, record_operands
     from spot_vit.models.sparsifiner import dense_attention, set_grid, sparsify_attention
     from spot_vit.models.token_pass import TokenPass
+    from spot_vit.nn.exit_lens import ExitLens
     from spot_vit.nn.operands import AttentionMap
     from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
     from spot_vit.training.connectivity_init import start_from_regions
@@ -62,6 +63,7 @@ _HOME = {
     "AttentionMap": "spot_vit.nn.operands",
     "ClutteredDigits": "spot_vit.data.digits",
     "CorruptedDigits": "spot_vit.data.corruptions",
+    "ExitLens": "spot_vit.nn.exit_lens",
     "KeepSchedule": "spot_vit.training.schedules",
     "LossWeights": "spot_vit.training.losses",
     "NoiseSchedule": "spot_vit.training.schedules",
@@ -115,6 +117,7 @@ __all__ = [
     "AttentionMap",
     "ClutteredDigits",
     "CorruptedDigits",
+    "ExitLens",
     "KeepSchedule",
     "LossWeights",
     "NoiseSchedule",
