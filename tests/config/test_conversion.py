@@ -36,6 +36,7 @@ WHAT_MATTERS = [
     ("soft", "fuse"),
     ("reduce_n", 2),
     ("reduce_c", 1),
+    ("project", True),
     ("share_inout_proj", True),
     ("scale", "channels"),
     ("coef_topk", 3),

@@ -424,6 +424,17 @@ def test_sparsifiner_without_channel_projections_computes_what_was_published():
         convert_checkpoint(plain, "sparsifiner", reduced)
     with pytest.raises(ValueError, match=r"unexpected .*proj_c_k.*convert with reduce_c=2"):
         convert_checkpoint(random_state("deit", rank=8), "sparsifiner", model)
+    square = {  # the public code's layers at reduction 1, which project to as many channels
+        name: torch.randn(16, 16, dtype=torch.float64) / 4 if name.endswith("weight") else value
+        for name, value in state.items()
+        if ".proj_c_" in name
+    }
+    with pytest.raises(ValueError, match=r"convert with reduce_c=1, project=True"):
+        convert_checkpoint({**state, **square}, "sparsifiner", model)
+    wide = spot_vit.sparsify_attention(build(), 0.25, reduce_c=1, project=True, **settings)
+    convert_checkpoint({**state, **square}, "sparsifiner", wide)
+    expected = inference({**state, **square}, image(), 3, sparse=Sparse(5, 3))
+    torch.testing.assert_close(wide(image()), expected, rtol=0, atol=1e-10)
     del plain["blocks.1.attn.mask_predictor.proj_n"]
     with pytest.raises(ValueError, match=r"missing blocks.1.attn.mask_predictor.proj_n"):
         convert_checkpoint(plain, "sparsifiner")

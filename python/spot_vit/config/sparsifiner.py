@@ -23,6 +23,8 @@ class SparsifinerConfig(Fields):
         reduce_n: tokens are projected to ⌊n / reduce_n⌋ of them.
         reduce_c: queries and keys are projected to d // reduce_c channels; 1 leaves them (the
             paper's form).
+        project: whether queries and keys are projected; None for where that makes them narrower. The
+            published code always does, at reduce_c=1 by square layers.
         share_inout_proj: one matrix projects tokens down and up.
         scale: factor of the low-rank logits: "heads" is H**-0.5 (published code), "channels" is
             (d // reduce_c)**-0.5 (what the paper writes).
@@ -45,6 +47,7 @@ class SparsifinerConfig(Fields):
     keep_rate: float = 0.25
     reduce_n: int = 6
     reduce_c: int = 2
+    project: bool | None = None
     share_inout_proj: bool = False
     scale: str = "heads"
     coef_topk: int | None = 8
@@ -62,6 +65,8 @@ class SparsifinerConfig(Fields):
         one_of("scale", self.scale, SCALES)
         one_of("mask", self.mask, MASKS)
         one_of("backend", self.backend, BACKENDS)
+        if self.project is False and self.reduce_c > 1:
+            raise ValueError(f"project=False needs reduce_c=1, got reduce_c={self.reduce_c}")
         if not is_number(self.keep_rate) or not 0 < self.keep_rate <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate!r}")
         for name in ("reduce_n", "reduce_c", "coef_topk"):
@@ -96,6 +101,11 @@ class SparsifinerConfig(Fields):
             raise ValueError(f"blocks must be a non-empty list of block indices, got {blocks!r}")
         if list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
             raise ValueError(f"blocks must ascend from 0 or more, got {list(blocks)}")
+
+    @property
+    def projects(self) -> bool:
+        """Whether queries and keys are projected."""
+        return self.reduce_c > 1 if self.project is None else self.project
 
     def sparse_blocks(self, depth: int) -> tuple[int, ...]:
         """Indices of the sparse blocks of a model of `depth` blocks."""

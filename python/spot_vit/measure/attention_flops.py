@@ -74,7 +74,7 @@ def mhsa_constant(
     patches = num_tokens - 1
     both = num_tokens + patches
     made = both * rank * dim
-    if config.reduce_c > 1:
+    if config.projects:
         back = 2 * rank * dim * channels + rank * num_heads * channels
         made = min(made + back, both * (dim + rank * num_heads) * channels)
     block = 2 * num_tokens * dim + made

@@ -94,7 +94,10 @@ def _cures(model: nn.Module, state: State, missing: set[str], unexpected: set[st
     if any(key.endswith(channels) for key in missing):
         cures.append("the weights have no channel projections: convert with reduce_c=1")
     if sparse is not None and any(key.endswith(channels) for key in unexpected):
-        cures.append("the weights have channel projections: convert with reduce_c=2 or what it was")
+        shapes = [value.shape for key, value in state.items() if key.endswith(channels)]
+        square = all(rows == columns for rows, columns in shapes)
+        which = "reduce_c=1, project=True" if square else "reduce_c=2 or what it was"
+        cures.append(f"the weights have channel projections: convert with {which}")
     return cures
 
 

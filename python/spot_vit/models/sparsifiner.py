@@ -91,7 +91,7 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
         # They name keys by an index, so ordinary training gives them no gradient.
         attention.connectivity = predictor.requires_grad_(False).train(attention.training)
     model.sparsifiner_config = config
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if hasattr(embed, "dynamic_feat_size"):
         embed.register_forward_pre_hook(partial(_note_grid, list(new.values())))
 
@@ -104,7 +104,8 @@ def _note_grid(
         return
     grid = embed.dynamic_feat_size(inputs[0].shape[-2:])
     for predictor in predictors:
-        predictor.shown_grid = grid
+        if grid != (predictor.shown_grid or predictor.grid):
+            predictor.shown_grid = grid
 
 
 def is_sparse(model: Any) -> bool:

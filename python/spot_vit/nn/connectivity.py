@@ -70,7 +70,7 @@ class ConnectivityPredictor(Predictor):
         if channels < 1:
             raise ValueError(f"reduce_c={config.reduce_c} leaves none of {head_dim} channels")
         self.proj_c_q = self.proj_c_k = None
-        if config.reduce_c > 1:
+        if config.projects:
             self.proj_c_q = nn.Linear(head_dim, channels, **made)
             self.proj_c_k = nn.Linear(head_dim, channels, **made)
             for linear in (self.proj_c_q, self.proj_c_k):
