@@ -23,8 +23,8 @@ class SparsifinerConfig(Fields):
         reduce_n: tokens are projected to ⌊n / reduce_n⌋ of them.
         reduce_c: queries and keys are projected to d // reduce_c channels; 1 leaves them (the
             paper's form).
-        project: whether queries and keys are projected; None for where that makes them narrower. The
-            published code always does, at reduce_c=1 by square layers.
+        project: whether queries and keys are projected; None for where that makes them narrower.
+            The published code always does, at reduce_c=1 by square layers.
         share_inout_proj: one matrix projects tokens down and up.
         scale: factor of the low-rank logits: "heads" is H**-0.5 (published code), "channels" is
             (d // reduce_c)**-0.5 (what the paper writes).

@@ -71,7 +71,9 @@ def test_incoming_gradients_of_any_strides(
             assert_close(mine, theirs, what="gradient")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS.values() if op.public is not None], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if op.public is not None], ids=lambda op: op.name
+)
 def test_numbers_may_be_numpys(op: Op, device: torch.device) -> None:
     kinds = {bool: np.bool_, int: np.int64, float: np.float64}
     args = op.samples[0].args(device, torch.float32)
