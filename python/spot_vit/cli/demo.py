@@ -11,11 +11,12 @@ from typing import Any
 OTHERS = {
     "compare": "SPOT, DynamicViT, EViT and random selection at equal cost (up to an hour)",
     "budgets": "one checkpoint for every keep ratio against one for each (up to an hour)",
+    "dense": "dense heads on a sparse backbone, by what stands at dropped places (half an hour)",
     "sparsifiner": "dense attention, Sparsifiner's, and Sparsifiner's with SPOT (half an hour)",
 }
 """Modules of `spot_vit.demos` besides `first`, and what each shows."""
 
-SEVERAL_SEEDS = ("compare", "budgets")
+SEVERAL_SEEDS = ("compare", "budgets", "dense")
 OPTIONS = ("quick", "seed", "seeds", "threads")
 
 
