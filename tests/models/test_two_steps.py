@@ -76,6 +76,14 @@ def test_two_steps_are_one_where_they_are_compiled_together(variant: str):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_naflex_keeps_the_arguments_of_its_head():
+    model = convert("NaFlex, avg")
+    features = model.forward_features(images(model))
+    assert model.forward_head(features, pre_logits=True, patch_valid=None).shape == (3, 48)
+    with pytest.raises(TypeError, match="patch_valid is not supported"):
+        model.forward_head(features, patch_valid=torch.ones(3, 16, dtype=torch.bool))
+
+
 def test_timm_distills_features_of_a_pooled_student():
     task = pytest.importorskip("timm.task")
     student = convert("avg", train_decision="topk", noise=0.0).float()

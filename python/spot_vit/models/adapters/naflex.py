@@ -44,6 +44,14 @@ class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
         _refuse_patches(patches, patch_coord, patch_valid)
         return super().forward_features(patches, attn_mask)
 
+    def forward_head(  # type: ignore[override]
+        self, patches: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None
+    ) -> Tensor:
+        """Logits of what `forward_features` returned, see `SpotLoop.forward_head`."""
+        if patch_valid is not None:
+            raise TypeError("patch_valid is not supported: a SPOT NaFlexVit takes whole images")
+        return super().forward_head(patches, pre_logits)
+
     def _tokens(self, x: Tensor) -> tuple[Tensor, PositionTables]:
         embeds = self._forward_embeds(x, None, None, None)
         rope = embeds["rope_embeds"]
