@@ -12,7 +12,7 @@ from spot_vit.models.loop import SpotLoop
 from spot_vit.nn.positional import PositionTables, RopeTables
 
 
-class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
+class SpotNaFlexVit(SpotLoop, NaFlexVit):
     """A converted `NaFlexVit`.
 
     Images come as tensors [B, 3, H, W]. Patches that come as a dictionary, of several grids in one
@@ -44,7 +44,7 @@ class SpotNaFlexVit(SpotLoop, NaFlexVit):  # type: ignore[misc]
         _refuse_patches(patches, patch_coord, patch_valid)
         return super().forward_features(patches, attn_mask)
 
-    def forward_head(  # type: ignore[override]
+    def forward_head(
         self, patches: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None
     ) -> Tensor:
         """Logits of what `forward_features` returned, see `SpotLoop.forward_head`."""
