@@ -129,7 +129,7 @@ def test_another_conversion_is_refused_by_field(tmp_path: Path, caplog: pytest.L
     with pytest.raises(ValueError, match=r"x.safetensors .*scaling was 'n' and is 'raw'"):
         loaded(file, scaling="raw")
     assert (
-        loaded(file, keep=0.3).spot_config.keep == 0.3 and "keep was 0.6 and is 0.3" in caplog.text
+        loaded(file, keep=0.5).spot_config.keep == 0.5 and "keep was 0.6 and is 0.5" in caplog.text
     )
     with pytest.raises(
         ValueError, match=r"x.pth .*unexpected blocks.3.relevance.*convert with at=\[1, 2, 3\]"

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.config.spot import SpotConfig
@@ -100,7 +100,8 @@ def _note_grid(
     predictors: list[ConnectivityPredictor], embed: Any, inputs: tuple[Any, ...]
 ) -> None:
     """Tells predictors how patches stand, where their number alone leaves a doubt."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or not isinstance(inputs[0], Tensor):  # symbols of torch.fx
         return
     grid = embed.dynamic_feat_size(inputs[0].shape[-2:])
     for predictor in predictors:
