@@ -128,7 +128,7 @@ def count(name: str, value: object, low: int, high: Any = None, meaning: str = "
     if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are some
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     bounded = isinstance(high, int)
-    if int(value) < low or int(value) > (high if bounded else _INT64_MAX):
+    if not low <= int(value) <= (high if bounded else _INT64_MAX):
         wanted = f"between {low} and {high}{meaning}" if bounded else f"an int64 of at least {low}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
 

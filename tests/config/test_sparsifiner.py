@@ -24,6 +24,8 @@ from spot_vit.config.sparsifiner import SparsifinerConfig
         ({"basis_threshold": ".02"}, "basis_threshold must be a number of 0 or more, got '.02'"),
         ({"basis_threshold": None}, "basis_threshold must be a number of 0"),
         ({"share_inout_proj": 1}, "share_inout_proj must be a bool, got 1"),
+        ({"project": "yes"}, "project must be a bool or None, got 'yes'"),
+        ({"project": False}, "project=False needs reduce_c=1, got reduce_c=2"),
         ({"removed_as_zeros": None}, "removed_as_zeros must be a bool, got None"),
         ({"keep_rate": "0.2"}, "keep_rate must be in"),
         ({"mask_threshold": float("nan")}, "mask_threshold must be a number of 0"),

@@ -102,6 +102,12 @@ def test_maps_carry_gradients_of_dropped_tokens():
     assert all(p.grad is not None for p in model.blocks[3].relevance.parameters())
 
 
+def test_a_head_without_tokens_is_refused_here_too():
+    model = spot_vit.sparsify(build("avg", dynamic_img_size=True), keep=0.4, at=[1, 2, 3])
+    with pytest.raises(ValueError, match="leaves none of 4 patch tokens"):
+        model.forward_intermediates(torch.randn(2, 3, 32, 32), aux=True)
+
+
 def test_unknown_fill_is_named():
     model = convert()
     with pytest.raises(ValueError, match="fill must be one of"):

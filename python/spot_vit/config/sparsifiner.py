@@ -65,8 +65,6 @@ class SparsifinerConfig(Fields):
         one_of("scale", self.scale, SCALES)
         one_of("mask", self.mask, MASKS)
         one_of("backend", self.backend, BACKENDS)
-        if self.project is False and self.reduce_c > 1:
-            raise ValueError(f"project=False needs reduce_c=1, got reduce_c={self.reduce_c}")
         if not is_number(self.keep_rate) or not 0 < self.keep_rate <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate!r}")
         for name in ("reduce_n", "reduce_c", "coef_topk"):
@@ -79,6 +77,10 @@ class SparsifinerConfig(Fields):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be a bool, got {value!r}")
+        if self.project is not None and not isinstance(self.project, bool):
+            raise ValueError(f"project must be a bool or None, got {self.project!r}")
+        if self.project is False and self.reduce_c > 1:
+            raise ValueError(f"project=False needs reduce_c=1, got reduce_c={self.reduce_c}")
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_threshold takes the place of coef_topk; set coef_topk=None")
         for name in ("coef_threshold", "basis_threshold", "mask_threshold"):

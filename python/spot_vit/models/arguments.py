@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.config.spot import SpotConfig
-from spot_vit.utils.places import attention_of, heads_of, projection_of
+from spot_vit.utils.places import heads_of, projection_of
 
 HEAD_WIDTH = 256
 """Widest head that attention with masks, statistics or named keys takes."""
@@ -40,10 +40,9 @@ def check_config(config: Any, wanted: type, call: str, budget: str) -> None:
     raise TypeError(f"config must be a {wanted.__name__}, got {config!r}; {cure}")
 
 
-def check_heads(blocks: Sequence[Any], what: str) -> None:
-    """Raises where attention with `what` has no kernel for the width of a head."""
-    for b, block in enumerate(blocks):
-        attention = attention_of(block)
+def check_heads(attentions: Mapping[int, Any], what: str) -> None:
+    """Raises where attention with `what` has no kernel for the width of a head, by block."""
+    for b, attention in attentions.items():
         width = getattr(attention, "head_dim", None)
         if width is None:
             width = projection_of(attention).weight.shape[0] // heads_of(attention)

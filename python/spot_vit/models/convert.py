@@ -72,7 +72,7 @@ def _sparsify(model: Any, config: SpotConfig, overrides: dict[str, Any]) -> None
     assert config.at is not None
     config.ratios(len(config.at))  # a list of ratios must name every stage
     if config.learned or config.cuts_inside:
-        check_heads(blocks, "masks or statistics")
+        check_heads(dict(enumerate(map(attention_of, blocks))), "masks or statistics")
     if not isinstance(budget, Mapping):
         _check_keeps_some(model, config)
     stages = [config.at.index(b) if b in config.at else None for b in range(len(blocks))]

@@ -32,7 +32,7 @@ class HostedPass(TokenPass):
         ratios: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.dense = model, False
-        self.ratios = model._spot_ratios if ratios is None else ratios
+        self.ratios = ratios
         self.blocks = list(model.blocks)
         self._wanted = kept, every_decision
         self._place = {block: b for b, block in enumerate(blocks_of(model))}

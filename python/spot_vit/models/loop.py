@@ -113,16 +113,12 @@ class SpotLoop(nn.Module):
         self._spot_ratios = tuple((ratio.numerator, ratio.denominator) for ratio in ratios)
         shares = [float(ratio) for ratio in ratios]
         self._spot_shares = torch.tensor(shares, dtype=torch.float64, device="cpu")
+        self._spot_noise = torch.tensor(config.noise_scale, device="cpu")
         self.spot_config = config
-        self._set_noise(config.noise)
         for block in blocks_of(self):
             k = block.stage
             highest = ratios[k - 1] if k and not config.cuts_inside else Fraction(1)
             block.cuts = k is not None and ratios[k] < highest
-
-    def _set_noise(self, noise: float | None) -> None:
-        self.spot_config = self.spot_config.replace(noise=noise)
-        self._spot_noise = torch.tensor(self.spot_config.noise_scale, device="cpu")
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compiles the model in place, as `nn.Module.compile`, and for any number of budgets.
@@ -305,12 +301,12 @@ class SpotLoop(nn.Module):
             dense=fill == "last",
             stop=last + 1 if stop_early else None,
         )
-        taken = {}
+        full = []
         for b in range(len(run.blocks)):
             run.block(b)
             if b in take:
-                taken[b] = run.on_grid(fill, self.norm if norm else None)
-        full = [taken[b] for b in sorted(taken)]
+                full.append(run.on_grid(fill, self.norm if norm else None))
+        tokens = self.norm(run.tokens) if aux or not intermediates_only else None
         prefix = [y[:, : self.num_prefix_tokens] for y in full]
         maps = [y[:, self.num_prefix_tokens :] for y in full]
         if output_fmt == "NCHW":
@@ -322,14 +318,15 @@ class SpotLoop(nn.Module):
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(run.tokens)
+                result["image_features"] = tokens
         else:
             result = list(zip(maps, prefix, strict=True)) if with_prefix else maps
             if not intermediates_only:
-                result = (self.norm(run.tokens), result)
+                result = (tokens, result)
         if not aux:
             return result
-        tokens = self.norm(run.tokens)
+        assert tokens is not None
+        self._refuse_nothing_left(run.state)
         return result, self._output(self._head(tokens, run.state.pooled()), tokens, run.state)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from spot_vit.models.adapters.find import attention_adapters
-from spot_vit.nn.operands import AttentionMap, MapRecorder, OperandRecorder, Operands, Recorder
+from spot_vit.nn.operands import (
+    Attended,
+    AttentionMap,
+    Operands,
+    Recorder,
+    map_of,
+    operands_of,
+)
 from spot_vit.utils.modes import blocks_of, unwrap
 from spot_vit.utils.places import attention_of, prefix_of
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -25,8 +35,7 @@ def record_operands(model: Any) -> Iterator[dict[int, Operands]]:
     Args:
         model: a timm model of a supported class, converted or not, wrapped or not.
     """
-    operands: dict[int, Operands] = {}
-    with _watched(model, lambda b, prefix: OperandRecorder(b, prefix, operands)):
+    with _watched(model, operands_of) as operands:
         yield operands
 
 
@@ -45,25 +54,29 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap]:
     Returns:
         A map for each block, float32 (float64 for float64).
     """
-    maps: dict[int, AttentionMap] = {}
     inner = unwrap(model)
-    with _watched(inner, lambda b, prefix: MapRecorder(b, prefix, maps)):
+    with _watched(inner, map_of) as maps:
         inner(images)
     return [maps[b] for b in sorted(maps)]
 
 
 @contextmanager
-def _watched(model: Any, recorder: Callable[[int, int], Recorder]) -> Iterator[None]:
-    """A context in which every attention module has a recorder, made of block and prefix tokens."""
+def _watched(model: Any, take: Callable[[Attended], T]) -> Iterator[dict[int, T]]:
+    """A context that gives what is taken of each block's attention; a second run overwrites."""
     model = unwrap(model)
+    taken: dict[int, T] = {}
+
+    def note(b: int, attended: Attended) -> None:
+        taken[b] = take(attended)
+
     modules = [attention_of(block) for block in blocks_of(model)]
     classes = [type(module) for module in modules]
     adapters = attention_adapters(model)
     try:
         for b, (module, entry) in enumerate(zip(modules, adapters, strict=True)):
             module.__class__ = entry.adapter
-            module.recorder = recorder(b, prefix_of(model))
-        yield
+            module.recorder = Recorder(prefix_of(model), partial(note, b))
+        yield taken
     finally:
         for module, original in zip(modules, classes, strict=True):
             module.__class__ = original

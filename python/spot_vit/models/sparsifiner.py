@@ -78,7 +78,7 @@ def _sparsify(model: Any, config: SparsifinerConfig) -> None:
     blocks = config.sparse_blocks(len(entries))
     config = config.replace(blocks=blocks)
     modules = [attention_of(block) for block in blocks_of(model)]
-    check_heads([blocks_of(model)[b] for b in blocks], "named keys")
+    check_heads({b: modules[b] for b in blocks}, "named keys")
     fitting = [target.__name__ for target, e in ATTENTIONS.items() if e.refuse_sparse is None]
     for b in blocks:
         if reason := entries[b].refuse_sparse:

@@ -214,7 +214,7 @@ class ConnectivityPredictor(Predictor):
                 coef_topk=config.coef_topk, basis_threshold=config.basis_threshold,
                 threshold=threshold,
             )  # fmt: skip
-        coefficients = self._thinned(self.coefficients(q, k, columns, keep, num_patches))
+        coefficients = self.thinned(self.coefficients(q, k, columns, keep, num_patches))
         basis = self._padded_basis(columns, num_patches)
         return spot_ext.connectivity(
             coefficients, basis, budget, columns, keep, threshold=threshold
@@ -233,7 +233,7 @@ class ConnectivityPredictor(Predictor):
 
         For `removed_as_zeros` in training, where that number is another for each image.
         """
-        coefficients = self._thinned(self.coefficients(q, k, columns, keep, num_patches))
+        coefficients = self.thinned(self.coefficients(q, k, columns, keep, num_patches))
         basis = self._padded_basis(columns, num_patches)
         basis = basis if columns is None else basis[:, columns].permute(1, 0, 2)[:, None]
         place = index.clamp(min=0).long()
@@ -245,7 +245,7 @@ class ConnectivityPredictor(Predictor):
         behind = torch.where(excess | (index < 0), k.shape[1], index).sort(dim=-1).values
         return behind.masked_fill(behind == k.shape[1], -1).to(index.dtype)
 
-    def _thinned(self, coefficients: Tensor) -> Tensor:
+    def thinned(self, coefficients: Tensor) -> Tensor:
         """Coefficients [..., R] with those that take no part zero."""
         least, most = self.config.coef_threshold, self.config.coef_topk
         if least is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,53 +30,37 @@ class Operands(NamedTuple):
     num_prefix: int
 
 
-class Recorder:
-    """What attention calls with its operands while someone watches; this class is the base.
+class Attended(NamedTuple):
+    """What attention was given, see `attend`; the arguments but v."""
 
-    Args:
-        block: index of the block that is watched.
+    q: Tensor
+    k: Tensor
+    request: AttentionRequest
+    scale: float
+    bias: Tensor | None
+    connectivity: ConnectivityPredictor | None
+
+
+class Recorder(NamedTuple):
+    """What attention calls while someone watches.
+
+    Attributes:
         num_prefix: P, the model's prefix tokens, where timm's own block asks for nothing.
+        note: is given what each run of the block attends with.
     """
 
-    def __init__(self, block: int, num_prefix: int) -> None:
-        self.block, self.num_prefix = block, num_prefix
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        request: AttentionRequest,
-        scale: float,
-        bias: Tensor | None,
-        connectivity: ConnectivityPredictor | None,
-    ) -> None:
-        """Notes what the block's attention calls it with; arguments are those of `attend`."""
-        raise NotImplementedError
+    num_prefix: int
+    note: Callable[[Attended], None]
 
 
-class OperandRecorder(Recorder):
-    """Notes the operands of one block in a dictionary; a block that is run again overwrites."""
-
-    def __init__(self, block: int, num_prefix: int, operands: dict[int, Operands]) -> None:
-        super().__init__(block, num_prefix)
-        self.operands = operands
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        request: AttentionRequest,
-        scale: float,
-        bias: Tensor | None,
-        connectivity: ConnectivityPredictor | None,
-    ) -> None:
-        """Notes q and k; refuses a bias, which they do not hold."""
-        if bias is not None:
-            raise ValueError(
-                f"attention of block {self.block} adds a bias to its logits, which q and k do not "
-                "hold; spot_vit.attention_maps gives maps with everything in them"
-            )
-        self.operands[self.block] = Operands(q, k, scale, request.num_prefix)
+def operands_of(attended: Attended) -> Operands:
+    """The operands; refuses a bias, which they do not hold."""
+    if attended.bias is not None:
+        raise ValueError(
+            "attention of this model adds a bias to its logits, which q and k do not hold; "
+            "spot_vit.attention_maps gives maps with everything in them"
+        )
+    return Operands(attended.q, attended.k, attended.scale, attended.request.num_prefix)
 
 
 class AttentionMap(NamedTuple):
@@ -93,41 +78,30 @@ class AttentionMap(NamedTuple):
     position: Tensor
 
 
-class MapRecorder(Recorder):
-    """Computes the attention map of one block; costs the whole map in memory."""
+@torch.no_grad()
+def map_of(attended: Attended) -> AttentionMap:
+    """The map: logits with their bias, over the keys that are named and not hidden.
 
-    def __init__(self, block: int, num_prefix: int, maps: dict[int, AttentionMap]) -> None:
-        super().__init__(block, num_prefix)
-        self.maps = maps
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        request: AttentionRequest,
-        scale: float,
-        bias: Tensor | None,
-        connectivity: ConnectivityPredictor | None,
-    ) -> None:
-        """Notes the map: logits with their bias, over the keys that are named and not hidden."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        logits = scale * (q.transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide))
-        if bias is not None:
-            logits = logits + bias
-        num_tokens, front = q.shape[1], request.num_prefix
-        seen = torch.ones_like(logits, dtype=torch.bool)
-        as_zeros = False
-        if connectivity is not None and names_keys(q, request, connectivity):
-            seen = named_keys(named_index(q, k, request, connectivity), num_tokens)
-            as_zeros = request.removed and connectivity.config.removed_as_zeros
-        if request.keep is not None:
-            kept = F.pad(request.keep > 0.5, (front, 0), value=True)[:, None, None]
-            seen = seen & (kept | torch.eye(num_tokens, dtype=torch.bool, device=q.device))
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-        if connectivity is not None and as_zeros:
-            weights[:, :, :front] *= prefix_share(q, k, request, scale, connectivity)[..., None]
-        position = request.position
-        if position is None:
-            position = torch.arange(num_tokens - front, device=q.device).expand(len(q), -1)
-        self.maps[self.block] = AttentionMap(weights.masked_fill(~seen, 0), position)
+    Costs the whole map in memory.
+    """
+    q, k, request, scale, bias, connectivity = attended
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = scale * (q.transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide))
+    if bias is not None:
+        logits = logits + bias
+    num_tokens, front = q.shape[1], request.num_prefix
+    seen = torch.ones_like(logits, dtype=torch.bool)
+    as_zeros = False
+    if connectivity is not None and names_keys(q, request, connectivity):
+        seen = named_keys(named_index(q, k, request, connectivity), num_tokens)
+        as_zeros = request.removed and connectivity.config.removed_as_zeros
+    if request.keep is not None:
+        kept = F.pad(request.keep > 0.5, (front, 0), value=True)[:, None, None]
+        seen = seen & (kept | torch.eye(num_tokens, dtype=torch.bool, device=q.device))
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    if connectivity is not None and as_zeros:
+        weights[:, :, :front] *= prefix_share(q, k, request, scale, connectivity)[..., None]
+    position = request.position
+    if position is None:
+        position = torch.arange(num_tokens - front, device=q.device).expand(len(q), -1)
+    return AttentionMap(weights.masked_fill(~seen, 0), position)

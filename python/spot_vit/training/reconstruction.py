@@ -124,14 +124,9 @@ def _squares(
 
 def _thresholded(predictor: ConnectivityPredictor, q: Tensor, k: Tensor) -> Tensor:
     """The map [B, H, M, N] that names the keys, differentiable where `forward` is not."""
-    config, coefficients = predictor.config, predictor.coefficients(q, k)
-    if config.coef_threshold is not None:
-        coefficients = F.threshold(coefficients, config.coef_threshold, 0.0)
-    elif config.coef_topk is not None and config.coef_topk < coefficients.shape[-1]:
-        best = coefficients.topk(config.coef_topk, dim=-1)
-        coefficients = torch.zeros_like(coefficients).scatter(-1, best.indices, best.values)
+    coefficients = predictor.thinned(predictor.coefficients(q, k))
     _, up = predictor.weights(k.shape[1] - predictor.num_prefix)
-    return coefficients @ F.threshold(up.abs(), config.basis_threshold, 0.0).mT
+    return coefficients @ F.threshold(up.abs(), predictor.config.basis_threshold, 0.0).mT
 
 
 @torch.no_grad()

@@ -126,11 +126,11 @@ class NoiseSchedule:
         """
         spot = spot_inside(model)
         own, noise = spot.spot_config.noise, self.at(self.step)
-        spot._set_noise(noise)
+        spot._configure(spot.spot_config.replace(noise=noise))
         try:
             yield noise
         finally:
-            spot._set_noise(own)
+            spot._configure(spot.spot_config.replace(noise=own))
         self.step += 1
 
 

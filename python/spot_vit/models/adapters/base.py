@@ -1,4 +1,4 @@
-"""Adapters: subclasses that take the place of timm classes, found by exact class and fingerprint.
+"""Adapters: subclasses that take the place of timm classes, found by class and fingerprint.
 
 A timm release that changes one of the overridden methods or the children an adapter calls is
 noticed at conversion, not by wrong results.
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from spot_vit.models.step import BlockStep
 from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
 from spot_vit.nn.connectivity import ConnectivityPredictor
-from spot_vit.nn.operands import Recorder
+from spot_vit.nn.operands import Attended, Recorder
 from spot_vit.nn.pooling import refuse_attn_pool
 from spot_vit.nn.positional import PositionTables
 from spot_vit.nn.predictor import plain_layer
@@ -215,7 +215,7 @@ class AttentionAdapter(nn.Module):
         """Output [B, N, H * D] of q, k, v [B, N, H, D], see `attend`."""
         connectivity = self.connectivity if self.sparse else None
         if self.recorder is not None:
-            self.recorder(q, k, request, scale, bias, connectivity)
+            self.recorder.note(Attended(q, k, request, scale, bias, connectivity))
         return attend(q, k, v, request, scale, bias, connectivity)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -139,10 +139,6 @@ class HostedModel(SpotLoop):
     config: Any
     loss_function: Any
     _can_record_outputs: Any
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compiles the model in place, a graph for each budget."""
-        nn.Module.compile(self, *args, **options)
 
     @property
     def _encoder(self) -> Any:
