@@ -1,15 +1,33 @@
-"""The base of all configurations: checked copies, and a round trip through JSON."""
+"""The base of all configurations: typed checks, checked copies, and a round trip through JSON.
+
+A configuration is a frozen dataclass on `Fields`. Types come from the annotations, ranges and
+choices from `setting`, and what fields ask of each other from methods marked with `relation`.
+Everything that is wrong is found before anything is said, and said in one `ValueError`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import json
+import math
 import numbers
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from functools import cache
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound="Fields")
+M = TypeVar("M", bound=Callable[..., Any])
+
+LARGEST = 2**31 - 1
+"""Of whole numbers, unless a field says otherwise: what counts, sizes and indices fit in."""
+
+
+# ---- plain data ----------------------------------------------------------------------------------
 
 
 def exact(ratio: float) -> Fraction:
@@ -21,10 +39,12 @@ def plain(value: Any) -> Any:
     """What users and files write, as plain data.
 
     NumPy's scalars become the bool, int or float that they print as; lists, ranges and arrays of
-    one dimension become tuples.
+    one dimension become tuples, mappings become dicts.
     """
     if type(value) in (bool, int, float):
         return value
+    if isinstance(value, Mapping):
+        return {key: plain(held) for key, held in value.items()}
     if isinstance(value, list | tuple | range) or getattr(value, "ndim", None) == 1:
         return tuple(map(plain, value))
     if getattr(value, "ndim", None) == 0 and value.dtype == bool:
@@ -32,6 +52,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(str(value)) if isinstance(value, numbers.Real) else value
+
+
+def listed(value: Any) -> Any:
+    """Plain data as JSON and yaml have it: tuples are lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: listed(held) for key, held in value.items()}
+    return [listed(held) for held in value] if isinstance(value, tuple | list) else value
 
 
 def is_number(value: object) -> bool:
@@ -44,19 +71,212 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def nearest(word: object, known: Iterable[str]) -> str:
+    """The words "; did you mean 'x'?" where a known name is like `word`, else nothing."""
+    found = difflib.get_close_matches(str(word).replace("-", "_"), list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises unless `value` is allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
 
 
+# ---- what a field may hold -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a field may hold besides its type; for a tuple, each of its elements.
+
+    Attributes:
+        low: smallest number.
+        above: numbers must exceed it.
+        high: largest number.
+        choices: the values that are allowed, or a function that gives them.
+        distinct: no element twice.
+        ascending: elements ascend.
+        empty: whether a tuple may be empty.
+        expected: words for all of this, where those made from it would not do.
+        text: what the field is, in a line.
+    """
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
+    distinct: bool = False
+    ascending: bool = False
+    empty: bool = False
+    expected: str = ""
+    text: str = ""
+
+    def allowed(self) -> tuple[str, ...]:
+        """The choices, or none where anything of the type will do."""
+        return self.choices() if callable(self.choices) else self.choices
+
+    def admits(self, value: Any) -> bool:
+        """Whether one value of the right type, or an element, is in range and among the choices."""
+        if isinstance(value, str):
+            return not self.allowed() or value in self.allowed()
+        if not is_number(value):
+            return True
+        if not math.isfinite(value) or (is_whole(value) and self.high is None and value > LARGEST):
+            return False
+        return (
+            (self.low is None or value >= self.low)
+            and (self.above is None or value > self.above)
+            and (self.high is None or value <= self.high)
+        )
+
+    def admits_all(self, values: tuple[Any, ...]) -> bool:
+        """Whether the elements of a tuple are, and stand as they should."""
+        if not (values or self.empty) or not all(map(self.admits, values)):
+            return False
+        if self.ascending and any(b <= a for a, b in itertools.pairwise(values)):
+            return False
+        return not self.distinct or len(set(values)) == len(values)
+
+
+def setting(default: Any, **rule: Any) -> Any:
+    """A field of a configuration: its default, and what a `Rule` holds, by name."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(**rule)})
+
+
+def mapping(text: str = "") -> Any:
+    """A field of names and values, none by default."""
+    return dataclasses.field(default_factory=dict, metadata={"rule": Rule(text=text)})
+
+
+def relation(*fields: str) -> Callable[[M], M]:
+    """Marks a method that says what is wrong between fields, or gives None.
+
+    Args:
+        fields: those it reads; it is asked only where each of them is right by itself.
+    """
+
+    def mark(method: M) -> M:
+        method.fields = fields  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+@cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of a configuration's fields."""
+    return typing.get_type_hints(kind)
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation names; several for `int | None` and other unions."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def of_type(value: Any, kind: Any) -> bool:
+    """Whether a plain value has the type; an int is a float too, and a bool is neither."""
+    if kind is Any:
+        return True
+    if kind in (None, type(None)):
+        return value is None
+    if kind is float:
+        return is_number(value)
+    if kind is int:
+        return is_whole(value)
+    if typing.get_origin(kind) is tuple:
+        held = typing.get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        if held[-1] is Ellipsis:
+            return all(of_type(element, held[0]) for element in value)
+        return len(value) == len(held) and all(map(of_type, value, held))
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return isinstance(value, kind)
+
+
+def _named(kind: Any, rule: Rule) -> str:
+    """A type with its range, in words."""
+    if kind in (None, type(None)):
+        return "none"
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return f"one of {list(rule.allowed())}" if rule.allowed() else "text"
+    if typing.get_origin(kind) is dict:
+        return "a mapping of names to values"
+    if typing.get_origin(kind) is tuple:
+        held = typing.get_args(kind)
+        inner = _named(held[0], rule)
+        if held[-1] is not Ellipsis:
+            return f"a list of {len(held)}, each {inner}"
+        order = ", ascending" if rule.ascending else ", none twice" if rule.distinct else ""
+        return f"a {'' if rule.empty else 'non-empty '}list, each {inner}{order}"
+    noun = "a whole number" if kind is int else "a number"
+    least = f"above {rule.above:g}" if rule.above is not None else ""
+    if rule.low is not None:
+        least = f"of {rule.low:g} or more"
+    if rule.high is None:
+        return f"{noun} {least}".rstrip()
+    if not least:
+        return f"{noun} of at most {rule.high:g}"
+    if rule.low is not None:
+        return f"{noun} from {rule.low:g} to {rule.high:g}"
+    return f"{noun} {least} and at most {rule.high:g}"
+
+
+def expected(annotation: Any, rule: Rule) -> str:
+    """What a field may hold, in words."""
+    return rule.expected or ", or ".join(_named(kind, rule) for kind in alternatives(annotation))
+
+
+def complaint(name: str, value: Any, annotation: Any, rule: Rule) -> str | None:
+    """What is wrong with a plain value of a field: expected, found, the nearest choice; or None."""
+    for kind in alternatives(annotation):
+        if of_type(value, kind):
+            fits = rule.admits_all(value) if isinstance(value, tuple) else rule.admits(value)
+            if fits:
+                return None
+    text = f"{name} must be {expected(annotation, rule)}, got {value!r}"
+    words = value if isinstance(value, tuple) else (value,)
+    odd = [word for word in words if isinstance(word, str) and word not in rule.allowed()]
+    return text + nearest(odd[0], rule.allowed()) if odd else text
+
+
+# ---- configurations ------------------------------------------------------------------------------
+
+
 class Fields:
     """Mixin of frozen dataclasses whose fields are plain data and tuples of it."""
+
+    def __post_init__(self) -> None:
+        wrong: dict[str, str] = {}
+        for name, rule in self.rules().items():
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if found := complaint(name, value, types_of(type(self))[name], rule):
+                wrong[name] = found
+        problems = list(wrong.values())
+        for kind in reversed(type(self).__mro__):
+            for method in vars(kind).values():
+                read = getattr(method, "fields", None)
+                if isinstance(read, tuple) and not wrong.keys() & set(read):
+                    found = method(self)
+                    problems += [found] if found else []
+        raise_all(type(self).__name__, problems)
 
     @classmethod
     def names(cls) -> list[str]:
         """Names of the configuration's fields."""
         return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def rules(cls) -> dict[str, Rule]:
+        """What each field may hold besides its type."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return {field.name: field.metadata.get("rule", Rule()) for field in fields}
 
     def replace(self: F, **changes: Any) -> F:
         """A copy with some fields changed, checked again."""
@@ -67,8 +287,7 @@ class Fields:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
-        values = {name: getattr(self, name) for name in self.names()}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {name: listed(getattr(self, name)) for name in self.names()}
 
     @classmethod
     def from_dict(cls: type[F], data: Mapping[str, Any]) -> F:
@@ -83,3 +302,11 @@ class Fields:
     def from_json(cls: type[F], text: str) -> F:
         """A configuration from what `to_json` gave."""
         return cls.from_dict(json.loads(text))
+
+
+def raise_all(what: str, problems: list[str]) -> None:
+    """Raises one `ValueError` with all the problems, a line each; nothing where there are none."""
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError("\n  ".join([f"{what}: {len(problems)} problems", *problems]))
