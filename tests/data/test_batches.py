@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.data import random
-
 from spot_vit.data.batches import images_and_target
 from spot_vit.data.digits import ClutteredDigits
+from support.data import random
 
 IMAGES, TARGET = random("images", (4, 3, 8, 8), torch.float32), torch.tensor([3, 1, 0, 2])
 
