@@ -157,16 +157,10 @@ def relation(*fields: str) -> Callable[[M], M]:
     """
 
     def mark(method: M) -> M:
-        method.fields = fields  # type: ignore[attr-defined]
+        method.relates = fields  # type: ignore[attr-defined]
         return method
 
     return mark
-
-
-@cache
-def types_of(kind: type) -> dict[str, Any]:
-    """The types of a configuration's fields."""
-    return typing.get_type_hints(kind)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -192,7 +186,7 @@ def of_type(value: Any, kind: Any) -> bool:
         if held[-1] is Ellipsis:
             return all(of_type(element, held[0]) for element in value)
         return len(value) == len(held) and all(map(of_type, value, held))
-    if typing.get_origin(kind) is dict:
+    if typing.get_origin(kind) is Mapping:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return isinstance(value, kind)
 
@@ -205,7 +199,7 @@ def _named(kind: Any, rule: Rule) -> str:
         return "true or false"
     if kind is str:
         return f"one of {list(rule.allowed())}" if rule.allowed() else "text"
-    if typing.get_origin(kind) is dict:
+    if typing.get_origin(kind) is Mapping:
         return "a mapping of names to values"
     if typing.get_origin(kind) is tuple:
         held = typing.get_args(kind)
@@ -248,24 +242,41 @@ def complaint(name: str, value: Any, annotation: Any, rule: Rule) -> str | None:
 # ---- configurations ------------------------------------------------------------------------------
 
 
+class _Checks(typing.NamedTuple):
+    """Annotation and rule of each field, and the methods that relate fields."""
+
+    fields: dict[str, tuple[Any, Rule]]
+    relations: list[Callable[[Any], str | None]]
+
+
+@cache
+def _checks(kind: Any) -> _Checks:
+    hints = typing.get_type_hints(kind)
+    rules = {f.name: f.metadata.get("rule", Rule()) for f in dataclasses.fields(kind)}
+    methods = [method for base in reversed(kind.__mro__) for method in vars(base).values()]
+    return _Checks(
+        {name: (hints[name], rule) for name, rule in rules.items()},
+        [method for method in methods if hasattr(method, "relates")],
+    )
+
+
 class Fields:
     """Mixin of frozen dataclasses whose fields are plain data and tuples of it."""
 
     def __post_init__(self) -> None:
+        checks = _checks(type(self))
         wrong: dict[str, str] = {}
-        for name, rule in self.rules().items():
+        for name, (annotation, rule) in checks.fields.items():
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if found := complaint(name, value, types_of(type(self))[name], rule):
+            if found := complaint(name, value, annotation, rule):
                 wrong[name] = found
-        problems = list(wrong.values())
-        for kind in reversed(type(self).__mro__):
-            for method in vars(kind).values():
-                read = getattr(method, "fields", None)
-                if isinstance(read, tuple) and not wrong.keys() & set(read):
-                    found = method(self)
-                    problems += [found] if found else []
-        raise_all(type(self).__name__, problems)
+        between = [
+            method(self)
+            for method in checks.relations
+            if not wrong.keys() & set(method.relates)  # type: ignore[attr-defined]
+        ]
+        raise_all(type(self).__name__, [*wrong.values(), *filter(None, between)])
 
     @classmethod
     def names(cls) -> list[str]:
@@ -273,10 +284,9 @@ class Fields:
         return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     @classmethod
-    def rules(cls) -> dict[str, Rule]:
-        """What each field may hold besides its type."""
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        return {field.name: field.metadata.get("rule", Rule()) for field in fields}
+    def rules(cls) -> dict[str, tuple[Any, Rule]]:
+        """The annotation of each field, and what it may hold besides that type."""
+        return dict(_checks(cls).fields)
 
     def replace(self: F, **changes: Any) -> F:
         """A copy with some fields changed, checked again."""

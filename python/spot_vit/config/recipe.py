@@ -42,7 +42,7 @@ class Recipe(  # a dataclass collects the fields of its bases from the last to t
 
     The field `foo_bar` is the flag `--foo-bar` of `spot train` and a key of its yaml; names are
     those of timm's training script wherever that has the same. Each field says what it is in its
-    `Rule` (`Recipe.rules()["keep"].text`), and None stands for what its text has in parentheses.
+    `Rule` (`Recipe.rules()["keep"]`), and None stands for what its text has in parentheses.
 
     Raises:
         ValueError: any field is of another type or out of range, or does not fit the others. The

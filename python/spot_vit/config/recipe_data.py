@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from spot_vit.config.fields import Fields, mapping, setting
@@ -29,7 +30,7 @@ class DataFields(Fields):
     target_key: str | None = setting(None, text="field of a sample with the label")
     train_num_samples: int | None = setting(None, low=1, text="number of training images to use")
     val_num_samples: int | None = setting(None, low=1, text="number of evaluation images to use")
-    data_args: dict[str, Any] = mapping(
+    data_args: Mapping[str, Any] = mapping(
         text="settings of ClutteredDigits for digits, else of timm's create_dataset"
     )
     synthetic: bool = setting(False, text="random images and labels instead of DATA")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from spot_vit.config.fields import Fields, mapping, setting
@@ -28,7 +29,7 @@ class ModelFields(Fields):
     model: str = setting("deit_tiny_patch16_224", text="name of the dense model in timm")
     pretrained: bool = setting(False, text="start from the weights that timm has for it")
     initial_checkpoint: str | None = setting(None, text="file with weights to start from")
-    model_kwargs: dict[str, Any] = mapping(text="further arguments of timm's create_model")
+    model_kwargs: Mapping[str, Any] = mapping(text="further arguments of timm's create_model")
     num_classes: int | None = setting(None, low=1, text="number of classes (the data's)")
     img_size: int | None = setting(None, low=1, text="side of the images, pixels (the model's)")
     in_chans: int | None = setting(None, low=1, text="channels of the images (the data's)")
@@ -73,11 +74,11 @@ class SparsityFields(Fields):
         None, choices=TRAIN_DECISIONS, text="draw in training (topk where budgets are sampled)"
     )
     noise: float | None = setting(None, low=0, text="scale of that draw's noise")
-    spot: dict[str, Any] = mapping(text="further fields of SpotConfig")
+    spot: Mapping[str, Any] = mapping(text="further fields of SpotConfig")
     attention_keep: float | None = setting(
         None, above=0, high=1, text="share of keys that each query sees (attention stays dense)"
     )
-    sparsifiner: dict[str, Any] = mapping(text="further fields of SparsifinerConfig")
+    sparsifiner: Mapping[str, Any] = mapping(text="further fields of SparsifinerConfig")
     sampled_keep: tuple[float, float] | None = setting(
         None, above=0, high=1, text="draw keep anew at every step, LO HI"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from spot_vit.config.fields import Fields, mapping, setting
@@ -20,7 +21,7 @@ class OptimizerFields(Fields):
     opt: str = setting("adamw", text="optimizer, as timm names it")
     opt_eps: float | None = setting(None, above=0, text="its epsilon")
     opt_betas: tuple[float, ...] | None = setting(None, low=0, high=0.99999999, text="its betas")
-    opt_kwargs: dict[str, Any] = mapping(text="further arguments of timm's optimizer")
+    opt_kwargs: Mapping[str, Any] = mapping(text="further arguments of timm's optimizer")
     momentum: float = setting(0.9, low=0, high=0.99999999, text="of an optimizer that has it")
     weight_decay: float = setting(0.05, low=0, text="of matrices")
     lr: float = setting(1e-3, above=0, text="peak learning rate")
