@@ -94,6 +94,7 @@ class Rule:
         low: smallest number.
         above: numbers must exceed it.
         high: largest number.
+        even: whether numbers are even.
         choices: the values that are allowed, or a function that gives them.
         distinct: no element twice.
         ascending: elements ascend.
@@ -105,6 +106,7 @@ class Rule:
     low: float | None = None
     above: float | None = None
     high: float | None = None
+    even: bool = False
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
     distinct: bool = False
     ascending: bool = False
@@ -128,6 +130,7 @@ class Rule:
             (self.low is None or value >= self.low)
             and (self.above is None or value > self.above)
             and (self.high is None or value <= self.high)
+            and not (self.even and value % 2)
         )
 
     def admits_all(self, values: tuple[Any, ...]) -> bool:
@@ -194,7 +197,7 @@ def of_type(value: Any, kind: Any) -> bool:
 def _named(kind: Any, rule: Rule) -> str:
     """A type with its range, in words."""
     if kind in (None, type(None)):
-        return "none"
+        return "None"
     if kind is bool:
         return "true or false"
     if kind is str:
@@ -234,6 +237,8 @@ def complaint(name: str, value: Any, annotation: Any, rule: Rule) -> str | None:
             if fits:
                 return None
     text = f"{name} must be {expected(annotation, rule)}, got {value!r}"
+    if any(of_type((value,), kind) and rule.admits(value) for kind in alternatives(annotation)):
+        return f"{text}; for one: [{value!r}]"
     words = value if isinstance(value, tuple) else (value,)
     odd = [word for word in words if isinstance(word, str) and word not in rule.allowed()]
     return text + nearest(odd[0], rule.allowed()) if odd else text
@@ -249,8 +254,7 @@ class _Checks(typing.NamedTuple):
     relations: list[Callable[[Any], str | None]]
 
 
-@cache
-def _checks(kind: Any) -> _Checks:
+def _read_checks(kind: Any) -> _Checks:
     hints = typing.get_type_hints(kind)
     rules = {f.name: f.metadata.get("rule", Rule()) for f in dataclasses.fields(kind)}
     methods = [method for base in reversed(kind.__mro__) for method in vars(base).values()]
@@ -258,6 +262,9 @@ def _checks(kind: Any) -> _Checks:
         {name: (hints[name], rule) for name, rule in rules.items()},
         [method for method in methods if hasattr(method, "relates")],
     )
+
+
+_checks: Callable[[Any], _Checks] = cache(_read_checks)
 
 
 class Fields:

@@ -81,14 +81,14 @@ class Recipe(  # a dataclass collects the fields of its bases from the last to t
         """The configuration of `sparsify`, or None where no token is removed."""
         if not self.sparse:
             return None
-        own: dict[str, Any] = {"soft": self.soft, "noise": self.noise}
+        own = {name: getattr(self, name) for name in ("method", "keep", "at", "soft", "noise")}
         if self.features is not None:
             own["features"] = self.features
         if self.train_decision is not None:
             own["train_decision"] = self.train_decision
         elif self.sampled_keep is not None:
             own["train_decision"] = "topk"
-        return SpotConfig(method=self.method, keep=self.keep, at=self.at, **own | self.spot)
+        return SpotConfig(**{**own, **self.spot})
 
     def sparsifiner_config(self) -> SparsifinerConfig | None:
         """The configuration of `sparsify_attention`, or None where attention stays dense."""

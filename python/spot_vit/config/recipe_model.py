@@ -59,7 +59,7 @@ class SparsityFields(Fields):
     )
     keep: float | tuple[float, ...] = setting(
         SpotConfig.keep,
-        above=0,
+        low=1e-6,
         high=1,
         text="share of tokens kept at each stage, or one cumulative share for each",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from spot_vit.config.fields import Fields, is_number, is_whole, one_of, plain
+from spot_vit.config.fields import Fields, relation, setting
 
 SCALES = ("heads", "channels")
 MASKS = ("topk", "threshold")
@@ -44,65 +44,37 @@ class SparsifinerConfig(Fields):
             masks it, "auto" takes the faster one by measurement. The result is the same.
     """
 
-    keep_rate: float = 0.25
-    reduce_n: int = 6
-    reduce_c: int = 2
+    keep_rate: float = setting(0.25, low=1e-6, high=1, expected="in (0, 1], from 1e-06 on")
+    reduce_n: int = setting(6, low=1)
+    reduce_c: int = setting(2, low=1)
     project: bool | None = None
     share_inout_proj: bool = False
-    scale: str = "heads"
-    coef_topk: int | None = 8
-    coef_threshold: float | None = None
-    basis_threshold: float = 2e-2
-    mask: str = "topk"
-    mask_threshold: float = 1e-4
+    scale: str = setting("heads", choices=SCALES)
+    coef_topk: int | None = setting(8, low=1)
+    coef_threshold: float | None = setting(None, low=0)
+    basis_threshold: float = setting(2e-2, low=0)
+    mask: str = setting("topk", choices=MASKS)
+    mask_threshold: float = setting(1e-4, low=0)
     removed_as_zeros: bool = False
-    blocks: tuple[int, ...] | None = None
-    backend: str = "auto"
+    blocks: tuple[int, ...] | None = setting(
+        None,
+        low=0,
+        ascending=True,
+        expected="a non-empty list of block indices that ascend, or None",
+    )
+    backend: str = setting("auto", choices=BACKENDS)
 
-    def __post_init__(self) -> None:
-        for name in self.names():
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        one_of("scale", self.scale, SCALES)
-        one_of("mask", self.mask, MASKS)
-        one_of("backend", self.backend, BACKENDS)
-        if not is_number(self.keep_rate) or not 0 < self.keep_rate <= 1:
-            raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate!r}")
-        for name in ("reduce_n", "reduce_c", "coef_topk"):
-            value = getattr(self, name)
-            if name == "coef_topk" and value is None:
-                continue
-            if not is_whole(value) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        for name in ("share_inout_proj", "removed_as_zeros"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be a bool, got {value!r}")
-        if self.project is not None and not isinstance(self.project, bool):
-            raise ValueError(f"project must be a bool or None, got {self.project!r}")
-        if self.project is False and self.reduce_c > 1:
-            raise ValueError(f"project=False needs reduce_c=1, got reduce_c={self.reduce_c}")
-        if self.coef_topk is not None and self.coef_threshold is not None:
-            raise ValueError("coef_threshold takes the place of coef_topk; set coef_topk=None")
-        for name in ("coef_threshold", "basis_threshold", "mask_threshold"):
-            value = getattr(self, name)
-            if name == "coef_threshold" and value is None:
-                continue
-            if not is_number(value) or not value >= 0:
-                raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
-        self._check_blocks()
+    @relation("project", "reduce_c")
+    def _projection_fits(self) -> str | None:
+        if self.project is not False or self.reduce_c == 1:
+            return None
+        return f"project=False needs reduce_c=1, got reduce_c={self.reduce_c}"
 
-    def _check_blocks(self) -> None:
-        blocks = self.blocks
-        if blocks is None:
-            return
-        if is_whole(blocks):
-            raise ValueError(
-                f"blocks must be a list of block indices, got {blocks!r}; for one block: [{blocks}]"
-            )
-        if not isinstance(blocks, tuple) or not blocks or not all(map(is_whole, blocks)):
-            raise ValueError(f"blocks must be a non-empty list of block indices, got {blocks!r}")
-        if list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
-            raise ValueError(f"blocks must ascend from 0 or more, got {list(blocks)}")
+    @relation("coef_topk", "coef_threshold")
+    def _one_way_to_choose(self) -> str | None:
+        if self.coef_topk is None or self.coef_threshold is None:
+            return None
+        return "coef_threshold takes the place of coef_topk; set coef_topk=None"
 
     @property
     def projects(self) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from fractions import Fraction
 
-from spot_vit.config.fields import Fields, exact, is_number, is_whole, one_of, plain
+from spot_vit.config.fields import Fields, exact, relation, setting
 from spot_vit.config.methods import FEATURES, METHODS, STATISTICS, Method
 
 SCALINGS = ("log1p", "n", "raw")
@@ -56,79 +55,61 @@ class SpotConfig(Fields):
             `train_decision`, see `NOISE`. Inference has none.
     """
 
-    method: str = "spot"
-    keep: float | tuple[float, ...] = 0.7
-    at: tuple[int, ...] | None = None
-    features: tuple[str, ...] = FEATURES
-    history: str | int = "all"
-    heads: str = "concat"
-    d_remap: int | None = None
-    scaling: str = "log1p"
+    method: str = setting("spot", choices=lambda: tuple(METHODS))
+    keep: float | tuple[float, ...] = setting(
+        0.7, low=1e-6, high=1, expected="in (0, 1], a number from 1e-06 on or a list of them"
+    )
+    at: tuple[int, ...] | None = setting(
+        None,
+        low=0,
+        ascending=True,
+        expected="a non-empty list of block indices that ascend, or None",
+    )
+    features: tuple[str, ...] = setting(FEATURES, choices=FEATURES, distinct=True)
+    history: str | int = setting(
+        "all",
+        choices=("all", "since_last"),
+        low=1,
+        expected="'all', 'since_last' or a positive int",
+    )
+    heads: str = setting("concat", choices=HEADS)
+    d_remap: int | None = setting(
+        None, low=2, high=2**20, even=True, expected="an even int of at least 2, or None"
+    )
+    scaling: str = setting("log1p", choices=SCALINGS)
     detach_stats: bool = False
-    soft: str | None = None
-    train_decision: str = "gumbel"
-    tau: float = 1.0
-    noise: float | None = None
+    soft: str | None = setting(None, choices=SOFT)
+    train_decision: str = setting("gumbel", choices=TRAIN_DECISIONS)
+    tau: float = setting(1.0, above=0, high=1e6)
+    noise: float | None = setting(None, low=0, high=1e6)
 
-    def __post_init__(self) -> None:
-        for name in self.names():
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        one_of("method", self.method, tuple(METHODS))
-        one_of("heads", self.heads, HEADS)
-        one_of("scaling", self.scaling, SCALINGS)
-        one_of("train_decision", self.train_decision, TRAIN_DECISIONS)
-        if self.soft is not None:
-            one_of("soft", self.soft, SOFT)
-        if not isinstance(self.features, tuple) or not self.features:
-            raise ValueError(f"features must be a non-empty list of {list(FEATURES)}")
-        for feature in self.features:
-            one_of("features", feature, FEATURES)
-        if not self.row.chooses_evidence and set(self.features) != set(FEATURES):
-            raise ValueError(f"features are SPOT's; method {self.method!r} has its own evidence")
-        counted = is_whole(self.history) and int(self.history) > 0
-        if self.history not in ("all", "since_last") and not counted:
-            raise ValueError(
-                f"history must be 'all', 'since_last' or a positive int, got {self.history!r}"
-            )
-        width = self.d_remap
-        if width is not None and (not is_whole(width) or width < 2 or width % 2):
-            raise ValueError(f"d_remap must be an even int of at least 2, or None, got {width!r}")
-        if not isinstance(self.detach_stats, bool):
-            raise ValueError(f"detach_stats must be a bool, got {self.detach_stats!r}")
-        if not is_number(self.tau) or not 0 < self.tau < math.inf:
-            raise ValueError(f"tau must be positive, got {self.tau!r}")
-        noise = self.noise
-        if noise is not None and not (is_number(noise) and 0 <= noise < math.inf):
-            raise ValueError(f"noise must be 0 or more, or None, got {noise!r}")
-        self._check_keep()
-        self._check_blocks()
+    @relation("method", "features")
+    def _evidence_is_chosen(self) -> str | None:
+        if self.row.chooses_evidence or set(self.features) == set(FEATURES):
+            return None
+        return f"features are SPOT's; method {self.method!r} has its own evidence"
 
-    def _check_keep(self) -> None:
+    @relation("keep")
+    def _keep_falls(self) -> str | None:
         ratios = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        for ratio in ratios:
-            if not is_number(ratio) or not 0 < ratio <= 1:
-                raise ValueError(f"keep must be in (0, 1], got {self.keep!r}")
-        if any(later > sooner for sooner, later in itertools.pairwise(ratios)):
-            raise ValueError(f"keep must not rise from stage to stage, got {list(ratios)}")
+        if all(later <= sooner for sooner, later in itertools.pairwise(ratios)):
+            return None
+        return f"keep must not rise from stage to stage, got {list(ratios)}"
 
-    def _check_blocks(self) -> None:
-        if self.at is None:
-            return
-        if is_whole(self.at):
-            raise ValueError(
-                f"at must be a list of block indices, got {self.at!r}; for one block: [{self.at}]"
-            )
-        if not isinstance(self.at, tuple) or not self.at or not all(map(is_whole, self.at)):
-            raise ValueError(f"at must be a non-empty list of block indices, got {self.at!r}")
-        if list(self.at) != sorted(set(self.at)) or self.at[0] < 0:
-            raise ValueError(f"at must ascend from 0 or more, got {list(self.at)}")
-        if self.at[0] == 0 and self.uses_statistics:
-            raise ValueError(
-                "at must not contain 0: no block comes before it, so there are no attention "
-                f"statistics for features {list(self.evidence)}"
-            )
-        if isinstance(self.keep, tuple) and len(self.keep) != len(self.at):
-            raise ValueError(f"keep names {len(self.keep)} stages, at names {len(self.at)}")
+    @relation("keep", "at")
+    def _stages_agree(self) -> str | None:
+        if self.at is None or not isinstance(self.keep, tuple) or len(self.keep) == len(self.at):
+            return None
+        return f"keep names {len(self.keep)} stages, at names {len(self.at)}"
+
+    @relation("method", "features", "at")
+    def _statistics_come_first(self) -> str | None:
+        if self.at is None or self.at[0] > 0 or not self.uses_statistics:
+            return None
+        return (
+            "at must not contain 0: no block comes before it, so there are no attention "
+            f"statistics for features {list(self.evidence)}"
+        )
 
     @property
     def row(self) -> Method:
