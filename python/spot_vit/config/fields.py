@@ -327,3 +327,9 @@ def raise_all(what: str, problems: list[str]) -> None:
         raise ValueError(problems[0])
     if problems:
         raise ValueError("\n  ".join([f"{what}: {len(problems)} problems", *problems]))
+
+
+def problem_lines(error: ValueError) -> list[str]:
+    """The problems that `raise_all` put into an error."""
+    lines = str(error).split("\n  ")
+    return lines[1:] or lines

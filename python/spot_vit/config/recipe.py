@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from spot_vit.config.fields import Fields, nearest, raise_all
+from spot_vit.config.fields import Fields, nearest, problem_lines, raise_all, relation
 from spot_vit.config.methods import METHODS
 from spot_vit.config.recipe_data import AugmentationFields, DataFields
-from spot_vit.config.recipe_model import DENSE, ModelFields, SparsityFields, TeacherFields
+from spot_vit.config.recipe_model import DENSE, STAGES, ModelFields, SparsityFields, TeacherFields
 from spot_vit.config.recipe_training import MachineFields, OptimizerFields, OutputFields
 from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.config.spot import SpotConfig
@@ -65,10 +66,107 @@ class Recipe(  # a dataclass collects the fields of its bases from the last to t
         try:
             recipe = cls(**known)
         except ValueError as error:
-            lines = str(error).split("\n  ")
-            problems += lines[1:] if len(lines) > 1 else lines
+            problems += problem_lines(error)
         raise_all(cls.__name__, problems)
         return recipe
+
+    # ---- what fields ask of each other -------------------------------------------------------
+
+    @relation(
+        "method", "keep", "at", "features", "soft", "train_decision", "noise", "spot",
+        "sampled_keep",
+    )  # fmt: skip
+    def _tokens_can_go(self) -> str | None:
+        return self._misfit("spot", SpotConfig, self.spot_config)
+
+    @relation("attention_keep", "sparsifiner")
+    def _attention_can_be_sparse(self) -> str | None:
+        if self.attention_keep is None and self.sparsifiner:
+            return "sparsifiner says how attention is sparse: attention_keep must say how much"
+        return self._misfit("sparsifiner", SparsifinerConfig, self.sparsifiner_config)
+
+    def _misfit(
+        self, name: str, kind: type[Fields], make: Callable[[], Fields | None]
+    ) -> str | None:
+        """What keeps fields of the recipe and further ones from making a configuration."""
+        taken = {"keep_rate": "attention_keep"} if kind is SparsifinerConfig else {}
+        problems = []
+        for field in getattr(self, name):
+            own = taken.get(field, field)
+            if own in self.names():
+                problems.append(f"{name}: {field} is the recipe's own field {own}")
+            elif field not in kind.names():
+                known = nearest(field, kind.names())
+                problems.append(f"{name}: {field} is no field of {kind.__name__}{known}")
+        if not problems:
+            try:
+                make()
+            except ValueError as error:
+                problems = problem_lines(error)
+        return "; ".join(problems) or None
+
+    @relation("method", "train_decision", "spot", "sampled_keep", "keep_epochs")
+    def _budgets_can_change(self) -> str | None:
+        if self.sampled_keep is None and self.keep_epochs is None:
+            return None
+        if not self.sparse:
+            return f"sampled_keep and keep_epochs need a method that removes tokens, got {DENSE!r}"
+        if self.sampled_keep is not None and self.keep_epochs is not None:
+            return "sampled_keep and keep_epochs both say what keep is at a step: give one"
+        drawn = self.sampled_keep is not None and METHODS[self.method].evidence
+        if drawn and self.train_decision not in (None, "topk"):
+            return (
+                "sampled_keep needs train_decision='topk', which meets every budget exactly, got "
+                f"{self.train_decision!r}"
+            )
+        return None
+
+    @relation("sampled_keep", "keep_epochs", "scale", "ratio")
+    def _pairs_ascend(self) -> str | None:
+        pairs = {n: getattr(self, n) for n in ("sampled_keep", "keep_epochs", "scale", "ratio")}
+        wrong = [f"{n}={list(pair)}" for n, pair in pairs.items() if pair and pair[0] > pair[1]]
+        return f"expected the smaller number first, got {', '.join(wrong)}" if wrong else None
+
+    @relation("stage", "attention_keep")
+    def _stage_has_a_predictor(self) -> str | None:
+        if self.stage != STAGES[0] or self.attention_keep is not None:
+            return None
+        return (
+            f"stage {self.stage!r} trains the predictors of sparse attention: give attention_keep"
+        )
+
+    @relation("mixup", "cutmix", "batch_size")
+    def _mixed_batches_are_even(self) -> str | None:
+        if not (self.mixup or self.cutmix) or self.batch_size % 2 == 0:
+            return None
+        return f"batch_size must be even where mixup or cutmix is on, got {self.batch_size}"
+
+    @relation("bce_loss", "bce_sum", "bce_target_thresh")
+    def _bce_is_on(self) -> str | None:
+        if self.bce_loss or not (self.bce_sum or self.bce_target_thresh is not None):
+            return None
+        return "bce_sum and bce_target_thresh belong to bce_loss, which is off"
+
+    @relation("synthetic", "val_share")
+    def _share_can_be_split_off(self) -> str | None:
+        if self.val_share is None or not self.synthetic:
+            return None
+        return "val_share splits DATA, and synthetic takes none"
+
+    @relation("device")
+    def _device_is_known(self) -> str | None:
+        if self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            return None
+        return f"device must be cpu, cuda or cuda:N, got {self.device!r}"
+
+    @relation("resume", "initial_checkpoint")
+    def _weights_have_one_source(self) -> str | None:
+        if self.resume is None or self.initial_checkpoint is None:
+            return None
+        return (
+            "resume goes on with a run as it was, initial_checkpoint begins another from its "
+            "weights: give one"
+        )
 
     # ---- what follows from the fields --------------------------------------------------------
 
