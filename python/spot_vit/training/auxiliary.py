@@ -35,6 +35,7 @@ def apart(student: nn.Module, output: SpotOutput) -> SpotOutput:
 
 def teacher_apart(teacher: nn.Module, view: Teacher) -> Teacher:
     """What `apart` gives, of a teacher's view."""
+    assert view.tokens is not None  # objectives with `auxiliary` ask for them
     return Teacher(*_heads(teacher, view.tokens, "teacher"))
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from spot_vit.data.batches import images_and_target
 from spot_vit.training.objectives import Objective, default_objective
+from spot_vit.training.step import NonFiniteStep, TrainStep
 
 
 def cosine_schedule(
@@ -49,13 +52,16 @@ def fit(
     clip_grad: float = math.inf,
     after_backward: Callable[[], Any] = lambda: None,
     name: str = "train",
+    accumulate: int = 1,
+    amp_dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Trains a model in place, with a progress bar.
 
     Args:
         model: any module; batches are moved to its device.
-        loader: yields (images, targets, ...), of which whatever follows is ignored, or images
-            alone: the objective's target is None then.
+        loader: yields (images, targets, ...), of which whatever follows is ignored, or mappings
+            with "image" and "label" or "pixel_values" and "labels", or images alone: the
+            objective's target is None then.
         optimizer: over the model's parameters; each group's rate is its peak rate.
         objective: the loss, ``dense_objective`` or a ``SpotObjective`` or one of yours. None is
             ``SpotObjective()`` for a SPOT model and ``dense_objective`` for any other.
@@ -64,6 +70,9 @@ def fit(
         clip_grad: largest norm of the gradient of all parameters together.
         after_backward: called when a step's gradients are there, before they are clipped.
         name: label of the progress bar.
+        accumulate: batches a step, whose gradients are averaged over images; the last step of an
+            epoch may have fewer.
+        amp_dtype: bfloat16 or float16, the latter with a scaler; see `TrainStep`.
 
     Warns:
         UserWarning: a group of the optimizer rests for all of the epochs, see `param_groups`.
@@ -74,41 +83,37 @@ def fit(
 
     Raises:
         ValueError: the loader is empty.
-        FloatingPointError: when loss or gradient stops being finite; the parameters are then
-            those of the last good step.
+        TypeError: a batch of another form.
+        NonFiniteStep: a FloatingPointError, when loss or gradient stops being finite; the
+            parameters are then those of the last good step.
     """
     if not len(loader):
         raise ValueError(
             f"{name}: the loader is empty; does drop_last drop its only batch, or is the folder of "
             "images another one?"
         )
+    if accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1 batch a step, got {accumulate}")
     _warn_of_rest(optimizer, epochs, name)
-    objective = objective or default_objective(model)
-    device = next(model.parameters()).device
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    schedule = cosine_schedule(optimizer, epochs * len(loader), warmup, len(loader))
+    train_step = TrainStep(
+        model,
+        optimizer,
+        objective or default_objective(model),
+        amp_dtype=amp_dtype,
+        clip_grad=clip_grad,
+        after_backward=after_backward,
+    )
+    per_epoch = math.ceil(len(loader) / accumulate)
+    schedule = cosine_schedule(optimizer, epochs * per_epoch, warmup, per_epoch)
     means: dict[str, float] = {}
     started, step = time.perf_counter(), 0
     model.train()
-    with tqdm(total=epochs * len(loader), desc=name, unit="step", mininterval=0.5) as bar:
-        for batch in (batch for _ in range(epochs) for batch in loader):
-            images, target = (batch, None) if isinstance(batch, Tensor) else _first_two(batch)
-            target = target.to(device) if isinstance(target, Tensor) else target
-            loss, parts = objective(model, images.to(device), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            after_backward()
-            norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
-            scalars = {"loss": loss.detach(), "gradient_norm": norm, **parts}
-            # One transfer for all of them: each one waits for the device.
-            values = dict(zip(scalars, torch.stack([*scalars.values()]).tolist(), strict=True))
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                terms = ", ".join(f"{key} {value:g}" for key, value in values.items())
-                raise FloatingPointError(
-                    f"{name}: not finite at step {step}: {terms}; lower the learning rate or "
-                    "clip_grad, or check the data"
-                )
-            optimizer.step()
+    with tqdm(total=epochs * per_epoch, desc=name, unit="step", mininterval=0.5) as bar:
+        for batches in (group for _ in range(epochs) for group in _grouped(loader, accumulate)):
+            try:
+                values = train_step([images_and_target(batch) for batch in batches])
+            except NonFiniteStep as error:
+                raise NonFiniteStep(error.values, f" at step {step}", name) from None
             schedule.step()
             step += 1
             for key, value in values.items():
@@ -118,8 +123,10 @@ def fit(
     return {"steps": step, "seconds": time.perf_counter() - started, **means}
 
 
-def _first_two(batch: Sequence[Any]) -> tuple[Any, Any]:
-    return batch[0], batch[1] if len(batch) > 1 else None
+def _grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    rest = iter(batches)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _warn_of_rest(optimizer: torch.optim.Optimizer, epochs: int, name: str) -> None:

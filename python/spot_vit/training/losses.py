@@ -20,6 +20,10 @@ Distillation = Callable[[Tensor, Tensor], Tensor]
 """Maps the student's and the teacher's logits to a scalar."""
 
 TOKEN_TERMS = ("mse", "kl")
+_LOGITS_ALONE = (
+    "a teacher without tokens of the student's grid and width can teach by its logits alone: "
+    "weights=LossWeights(mse=0) (--token-weight 0)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,28 +48,31 @@ class Teacher(NamedTuple):
 
     Attributes:
         logits: [B, classes].
-        tokens: [B, P+N, C], final normalised token features, prefix tokens first.
+        tokens: [B, P+N, C], final normalised token features, prefix tokens first; None of a teacher
+            that has none of the student's grid and width.
     """
 
     logits: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
 
 
 # ---- single terms --------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     """Softmax cross-entropy, mean over images.
 
     Args:
         logits: [B, classes].
         target: int64 [B] class indices, or [B, classes] probabilities (smoothed labels, mixup).
+        smoothing: share of class indices' probability that is spread evenly over all classes;
+            probabilities are taken as they are.
 
     Raises:
         ValueError: rows of the target that are no probabilities, such as those of several labels:
             softmax cross-entropy of them is no loss anyone wants.
     """
-    _check_one_head(logits)
+    check_one_head(logits)
     several = target.ndim > 1 and target.shape == logits.shape
     if several and not torch.compiler.is_compiling():
         # 1e-2: smoothed labels of a thousand classes in bfloat16 add up to so much.
@@ -79,7 +86,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
                 f"sums to {odd:g}; for several labels an image give "
                 "criterion=torch.nn.functional.binary_cross_entropy_with_logits"
             )
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits, target, label_smoothing=0.0 if target.ndim > 1 else smoothing)
 
 
 def softmax_distillation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -143,7 +150,8 @@ def spot_loss(
             is given: logits of a model without a head are features, which have no softmax.
         keep_ratios: the share of the N patches that each of the K stages should keep; empty leaves
             the ratio term out.
-        teacher: the dense teacher's view of the same batch; without it kl and mse are left out.
+        teacher: the dense teacher's view of the same batch; without it kl and mse are left out,
+            without its tokens mse.
         weights: weight of each term.
         criterion: takes the place of the cross-entropy, e.g.
             `torch.nn.functional.binary_cross_entropy_with_logits` for several labels an image; the
@@ -170,14 +178,20 @@ def spot_loss(
     if len(keep_ratios):
         found.append(("ratio", weights.ratio, _ratio(output.masks, keep_ratios)))
     if teacher is not None:
-        _check_logits(output.logits, teacher.logits)
         if distillation is None and target is not None and criterion is None:
             distillation = softmax_distillation
         if distillation is not None:
+            _check_logits(output.logits, teacher.logits)
             name = "kl" if distillation is softmax_distillation else "distillation"
             found.append((name, weights.kl, distillation(output.logits, teacher.logits)))
-        name = "mse" if token_term == "mse" else "token_kl"
-        found.append((name, weights.mse, _kept_error(output, teacher.tokens, token_term)))
+        if teacher.tokens is not None:
+            name = "mse" if token_term == "mse" else "token_kl"
+            found.append((name, weights.mse, _kept_error(output, teacher.tokens, token_term)))
+        elif weights.mse:
+            raise ValueError(
+                f"teacher.tokens: expected [B, P+N, C], got None, and the weight of the tokens' "
+                f"distillation is {weights.mse}; {_LOGITS_ALONE}"
+            )
     if target is None and teacher is None:
         raise ValueError(
             "nothing to learn from: there is no teacher, and no target (a model without a head, "
@@ -207,7 +221,8 @@ def check_terms(
         )
 
 
-def _check_one_head(logits: Any) -> None:
+def check_one_head(logits: Any) -> None:
+    """Raises a TypeError unless logits are those of one head."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"logits must be a tensor, got {type(logits).__name__}: a distilled model gives those "
@@ -217,8 +232,8 @@ def _check_one_head(logits: Any) -> None:
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    _check_one_head(student)
-    _check_one_head(teacher)
+    check_one_head(student)
+    check_one_head(teacher)
     if student.shape == teacher.shape:
         return
     if student.shape[:-1] == teacher.shape[:-1]:
@@ -248,17 +263,19 @@ def _kept_error(output: SpotOutput, reference: Tensor, term: str) -> Tensor:
     """How far final tokens are from `reference` [B, P+N, C], mean over kept patches."""
     mask, tokens = output.masks[-1].detach(), output.tokens
     grid = mask.shape[1]
+    prefix = tokens.shape[1] - (output.index[-1].shape[1] if output.index else grid)
+    expected = (tokens.shape[0], prefix + grid, tokens.shape[2])
+    if reference.shape != expected:
+        raise ValueError(
+            f"teacher.tokens: expected shape {list(expected)}, as the student's in training, got "
+            f"{list(reference.shape)}; {_LOGITS_ALONE}"
+        )
     if output.index:  # training removed the others: survivors [B, n, C] against their own places
         index = output.index[-1]
         mask = (index < grid).to(mask.dtype)  # the teacher has no fused tokens
         places = index.clamp(max=grid - 1)[..., None].expand(-1, -1, reference.shape[2])
-        tokens = tokens[:, tokens.shape[1] - index.shape[1] :]
-        reference = reference[:, reference.shape[1] - grid :].gather(1, places)
-    if tokens.shape != reference.shape:
-        raise ValueError(
-            f"teacher.tokens: expected shape {list(tokens.shape)}, as the student's in training, "
-            f"got {list(reference.shape)}"
-        )
+        tokens = tokens[:, prefix:]
+        reference = reference[:, prefix:].gather(1, places)
     if term == "mse":
         error = (tokens - reference).square().mean(dim=2)
     else:

@@ -80,7 +80,8 @@ class SpotObjective:
             empty for no ratio term; a `SampledKeep` that draws a budget at every step, or a
             `KeepSchedule`.
         teacher: dense model with the student's token grid, wrapped or not; at the first step it is
-            put in eval mode and frozen.
+            put in eval mode and frozen. With `weights.mse` 0 any module that gives logits will do:
+            a CNN, a ViT of another grid or width, a model of another library.
         weights: weights of the loss terms.
         criterion: takes the place of the cross-entropy, see `spot_loss`.
         distillation: takes the place of the KL of logits, see `spot_loss`.
@@ -122,7 +123,9 @@ class SpotObjective:
             images: [B, channels, H, W].
             target: as in `spot_loss`.
         """
-        view = self.teacher.view(model, images)
+        weights = self.weights or LossWeights()
+        # LV-ViT's class head, which `auxiliary` takes apart, reads tokens too.
+        view = self.teacher.view(model, images, weights.mse != 0 or self.auxiliary is not None)
         with (
             self._budget(model) as ratios,
             nullcontext() if self.noise is None else self.noise(model),

@@ -23,15 +23,17 @@ class NonFiniteStep(FloatingPointError):
     Args:
         values: what the step would have returned.
         where: put after "not finite", e.g. " at step 3".
+        name: of the training, put before it.
 
     Attributes:
         values: loss, gradient_norm and the loss terms, by name.
     """
 
-    def __init__(self, values: Mapping[str, float], where: str = "") -> None:
-        terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    def __init__(self, values: Mapping[str, float], where: str = "", name: str = "") -> None:
+        terms = ", ".join(f"{term} {value:g}" for term, value in values.items())
         super().__init__(
-            f"not finite{where}: {terms}; lower the learning rate or clip_grad, or check the data"
+            f"{name and name + ': '}not finite{where}: {terms}; lower the learning rate or "
+            "clip_grad, or check the data"
         )
         self.values = dict(values)
 
@@ -88,6 +90,12 @@ class TrainStep:
             )
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.device = next(model.parameters()).device
+        self._wrappers = _exchanging(model)
+        if clip_mode == "agc" and any(hasattr(p, "full_tensor") for p in model.parameters()):
+            raise ValueError(
+                "clip_mode: 'agc' needs whole weights, and those of fully_shard are in pieces; "
+                "expected 'norm' or 'value'"
+            )
         if scaler is None and amp_dtype is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self.amp_dtype, self.scaler = amp_dtype, scaler
@@ -121,8 +129,8 @@ class TrainStep:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = gradient_norm(parameters).to(means)
-        found = _mean_over_processes(torch.cat([norm[None], means]), self.model)
+        norm = self._norm(parameters)
+        found = _mean_over_processes(torch.cat([norm.to(means)[None], means]), self._wrappers)
         size, *rest = found.tolist()
         values = {"loss": rest[0], "gradient_norm": size}
         values.update(zip(names[1:], rest[1:], strict=True))
@@ -150,7 +158,7 @@ class TrainStep:
         total: Tensor | None = None
         for number, (images, target) in enumerate(batches, 1):
             share = len(images) / images_of_all
-            with gradients_exchanged(self.model, number == len(batches)):
+            with _exchanged(self._wrappers, number == len(batches)):
                 loss, terms = self._loss(images, target)
                 part = loss * share
                 (part if self.scaler is None else self.scaler.scale(part)).backward()
@@ -172,7 +180,14 @@ class TrainStep:
         if self.amp_dtype is None:
             return self.objective(self.model, images, target)
         with torch.autocast(self.device.type, self.amp_dtype):
-            return self.objective(self.model, images, target)
+            loss, terms = self.objective(self.model, images, target)
+        return loss.float(), terms  # a scaled loss may be too large for float16
+
+    def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        for module in self._wrappers:
+            if hasattr(module, "clip_grad_norm_"):  # FSDP1: a process sees its piece alone
+                return module.clip_grad_norm_(math.inf)
+        return gradient_norm(parameters)
 
     def _clip(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         if math.isinf(self.clip_grad):
@@ -204,18 +219,19 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return torch.hypot(norm, nn.utils.get_total_norm(whole).to(norm)) if whole else norm
 
 
-@contextmanager
-def gradients_exchanged(model: nn.Module, now: bool) -> Iterator[None]:
-    """A context whose passes let processes exchange gradients at once, or leave it to later ones.
+def _exchanging(model: nn.Module) -> list[Any]:
+    """The outermost modules that exchange gradients with other processes: of DDP, FSDP2, FSDP1."""
+    if hasattr(type(model), "no_sync") or hasattr(type(model), "set_requires_gradient_sync"):
+        return [model]
+    return [found for child in model.children() for found in _exchanging(child)]
 
-    Args:
-        model: whatever it is wrapped in; without DistributedDataParallel and FSDP nothing happens.
-        now: whether the backward pass in it exchanges them.
-    """
-    wrappers = [] if now else _distributed(model)
+
+@contextmanager
+def _exchanged(wrappers: Sequence[Any], now: bool) -> Iterator[None]:
+    """A context whose backward pass exchanges gradients, or leaves that to a later one."""
     with ExitStack() as stack:
-        for module in wrappers:
-            if hasattr(module, "no_sync"):
+        for module in () if now else wrappers:
+            if not hasattr(module, "set_requires_gradient_sync"):
                 stack.enter_context(module.no_sync())
             else:
                 module.set_requires_gradient_sync(False)
@@ -223,18 +239,8 @@ def gradients_exchanged(model: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
-def _distributed(model: nn.Module) -> list[Any]:
-    """The outermost modules that exchange gradients: of DDP, FSDP1 or FSDP2."""
-    if hasattr(type(model), "no_sync") or hasattr(type(model), "set_requires_gradient_sync"):
-        return [model]
-    return [found for child in model.children() for found in _distributed(child)]
-
-
-def _mean_over_processes(values: Tensor, model: nn.Module) -> Tensor:
-    """The mean over the processes that train the model together: all of them then do the same."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return values
-    wrappers = _distributed(model)
+def _mean_over_processes(values: Tensor, wrappers: Sequence[Any]) -> Tensor:
+    """The mean over the processes that train a model together: all of them then do the same."""
     if not wrappers:
         return values
     group = getattr(wrappers[0], "process_group", None)
