@@ -13,6 +13,7 @@ from types import ModuleType
 from spot_vit.utils.requirements import timm_trouble
 
 _MODULES = (
+    "spot_vit.models.digits_vit",
     "spot_vit.models.lvvit",
     "spot_vit.models.named",
 )  # they import timm, and register when imported

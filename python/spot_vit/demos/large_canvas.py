@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from spot_vit.data.digits import ClutteredDigits
-from spot_vit.demos.setup import ConvStem, train_once
+from spot_vit.demos.setup import train_once
 from spot_vit.training.fit import fit
 from spot_vit.training.objectives import Objective, Parts
 
@@ -91,16 +92,13 @@ def build(canvas: Canvas) -> VisionTransformer:
 
     Positions start as sines and cosines: what a window teaches then holds elsewhere too.
     """
-    model = VisionTransformer(
+    model = timm.create_model(
+        "digits_vit",
         img_size=canvas.size,
-        patch_size=PATCH,
-        in_chans=1,
-        num_classes=10,
         embed_dim=canvas.width,
         depth=canvas.depth,
         num_heads=canvas.heads,
         mlp_ratio=canvas.mlp_ratio,
-        embed_layer=ConvStem,
     )
     assert model.pos_embed is not None
     with torch.no_grad():

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -53,40 +53,14 @@ class Recipe:
         return ClutteredDigits(split, length, **self.data, **settings)
 
 
-class ConvStem(PatchEmbed):
-    """Three convolutions of stride 2 for 8 px patches, in place of one of stride 8.
-
-    A plain patch embedding does not learn the task in the time of a demonstration.
-    """
-
-    def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any
-    ) -> None:
-        super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
-        layers: list[nn.Module] = []
-        for width in (24, 48):
-            layers += [
-                nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.GELU(),
-            ]
-            in_chans = width
-        layers.append(nn.Conv2d(in_chans, embed_dim, 3, stride=2, padding=1))
-        self.add_module("proj", nn.Sequential(*layers))
-
-
 def build_dense(recipe: Recipe) -> VisionTransformer:
     """Makes the dense model, for float32 images [B, 1, 64, 64]."""
-    return VisionTransformer(
-        img_size=64,
-        patch_size=8,
-        in_chans=1,
-        num_classes=10,
+    return timm.create_model(
+        "digits_vit",
         embed_dim=recipe.width,
         depth=recipe.depth,
         num_heads=recipe.heads,
         mlp_ratio=recipe.mlp_ratio,
-        embed_layer=ConvStem,
     )
 
 

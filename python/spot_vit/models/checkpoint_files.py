@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from spot_vit.utils.errors import UserError
+from spot_vit.utils.files import atomic_write
 
 State = dict[str, Tensor]
 
@@ -125,9 +128,9 @@ def short_name(name: str) -> tuple[str, list[str]]:
 
 
 def refuse_non_finite(state: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError where a tensor has NaN or infinite numbers; it is named."""
+    """Raises UserError where a tensor has NaN or infinite numbers; it is named."""
     if bad := [name for name, value in state.items() if not _finite(value)]:
-        raise ValueError(
+        raise UserError(
             f"{where} holds NaN or infinite numbers in {listed(bad)}: its training diverged; take "
             "an earlier checkpoint"
         )
@@ -157,6 +160,31 @@ def read_safetensors(path: str | os.PathLike[str]) -> State:
         return load_file(path)
 
 
+def write_safetensors(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Writes tensors as a file of safetensors, atomically.
+
+    Args:
+        path: of the file; folders are made.
+        state: tensors by name, of any layout; those that share memory are written each in full.
+        metadata: texts that stand beside them.
+
+    Raises:
+        UserError: the file cannot be written, see `atomic_write`.
+    """
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().contiguous()
+        start = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if start in seen else tensor
+        seen.add(start)
+    with atomic_write(path) as temporary:
+        # Not save_file: it renames by itself, and makes files that only the owner may read.
+        temporary.write_bytes(save(tensors, metadata))
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file of safetensors says besides its tensors, of that which is JSON.
 
@@ -174,14 +202,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A context in which reading raises ValueError that names the file, and why it was not read."""
+    """A context in which reading raises UserError that names the file, and why it was not read."""
     try:
         yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         # torch's own text advises to read the file anyway.
         asked = re.search(r"GLOBAL (\S+)", f"{error} {error.__cause__}")
         reason = f"it asks for {asked[1]}" if asked else "it is damaged, or no checkpoint"
-        raise ValueError(
+        raise UserError(
             f"{path} was not read, and nothing in it was executed: only tensors and plain data are "
             f"accepted, and {reason}"
         ) from error

@@ -17,6 +17,7 @@ from spot_vit.models.checkpoint_files import (
     named_in_errors,
     read_metadata,
     refuse_non_finite,
+    without_prefixes,
 )
 from spot_vit.models.checkpoint_fit import misfits, refuse_conversion
 from spot_vit.models.checkpoint_layouts import CONNECTIVITY, RELEVANCE
@@ -69,6 +70,7 @@ def read_own(cfg: Mapping[str, Any], cache_dir: Any = None) -> OwnWeights:
     plain = {**cfg, "first_conv": None, "classifier": None, "custom_load": False}
     with named_in_errors(where):  # an empty model: timm reads, and loads nothing
         load_pretrained(nn.Module(), plain, filter_fn=take, cache_dir=cache_dir)
+    state, _ = without_prefixes(state)
     refuse_non_finite(state, where)
     predictors = {name: t for name, t in state.items() if any(part in name for part in _PARTS)}
     dense = {name: tensor for name, tensor in state.items() if name not in predictors}

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors.torch import save
 from torch import nn
 
 from spot_vit.config.conversion import conversion_of
@@ -23,12 +22,11 @@ from spot_vit.models.checkpoint_files import (
     read_safetensors,
     refuse_non_finite,
     short_name,
+    write_safetensors,
 )
 from spot_vit.models.checkpoint_fit import misfits, refuse_conversion
-from spot_vit.utils.files import atomic_write
+from spot_vit.models.saved import CONFIG
 from spot_vit.utils.modes import unwrap
-
-_CONFIG = "config"  # what the caller of save_checkpoint gives, in the file's metadata
 
 
 def save_checkpoint(
@@ -43,14 +41,11 @@ def save_checkpoint(
         model: any model, wrapped or not.
         config: more to write beside the weights, as JSON takes it.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     metadata = {
-        _CONFIG: json.dumps({} if config is None else config),
+        CONFIG: json.dumps({} if config is None else config),
         CONVERSION: json.dumps(conversion_of(unwrap(model))),
     }
-    with atomic_write(path) as temporary:
-        # Not save_file: it renames by itself, and makes files that only the owner may read.
-        temporary.write_bytes(save(tensors, metadata))
+    write_safetensors(path, model.state_dict(), metadata)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or was not written by `save_checkpoint`; it is named.
     """
-    return _own_metadata(path)[_CONFIG]
+    return _own_metadata(path)[CONFIG]
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
@@ -92,12 +87,12 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
     if problems := misfits(model, state):
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(state, strict=False)
-    return metadata[_CONFIG]
+    return metadata[CONFIG]
 
 
 def _own_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     metadata = read_metadata(path)
-    if _CONFIG not in metadata:
+    if CONFIG not in metadata:
         raise ValueError(
             f"{path} was not written by save_checkpoint and does not say what its weights mean; "
             "convert_checkpoint reads published weights, model.load_state_dict plain ones"
