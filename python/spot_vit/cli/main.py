@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from spot_vit.cli import bench, demo, info
+from spot_vit.cli import bench, demo, info, train
 
-COMMANDS = (demo, bench, info)
+COMMANDS = (train, demo, bench, info)
 """Modules with `add_parser(commands)`; importing them imports neither torch nor timm."""
 
 
@@ -24,9 +24,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status."""
+    """Runs one subcommand; returns the exit status, 130 where Ctrl-C ended it."""
     arguments = parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("spot: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
