@@ -92,7 +92,7 @@ def build(canvas: Canvas) -> VisionTransformer:
 
     Positions start as sines and cosines: what a window teaches then holds elsewhere too.
     """
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "digits_vit",
         img_size=canvas.size,
         embed_dim=canvas.width,
@@ -100,7 +100,6 @@ def build(canvas: Canvas) -> VisionTransformer:
         num_heads=canvas.heads,
         mlp_ratio=canvas.mlp_ratio,
     )
-    assert model.pos_embed is not None
     with torch.no_grad():
         model.pos_embed[:, 1:] = 0.3 * _waves(canvas.size // PATCH, canvas.width)
     return model

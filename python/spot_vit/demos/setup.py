@@ -55,13 +55,14 @@ class Recipe:
 
 def build_dense(recipe: Recipe) -> VisionTransformer:
     """Makes the dense model, for float32 images [B, 1, 64, 64]."""
-    return timm.create_model(
+    model: Any = timm.create_model(
         "digits_vit",
         embed_dim=recipe.width,
         depth=recipe.depth,
         num_heads=recipe.heads,
         mlp_ratio=recipe.mlp_ratio,
     )
+    return model
 
 
 def train_phase(

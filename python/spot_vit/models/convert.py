@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -57,6 +57,29 @@ def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
         )
     check_config(config, SpotConfig, "sparsify", "keep")
     _sparsify(model, config or SpotConfig(), overrides)
+    return model
+
+
+def convert_as(model: Any, conversion: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Converts a dense model in place by each conversion that is named, and returns it.
+
+    Args:
+        model: of a supported class.
+        conversion: fields of each configuration by the conversion's name, as `conversion_of` gives
+            them; unknown names are of another version.
+
+    Raises:
+        ValueError: an unknown name, or as `sparsify` and `sparsify_attention`.
+    """
+    calls: dict[str, Callable[..., Any]] = {
+        "sparsifiner": sparsifiner.sparsify_attention,
+        "spot": sparsify,
+    }
+    if unknown := sorted(set(conversion) - set(calls)):
+        raise ValueError(f"conversions are {sorted(calls)}, got {unknown}")
+    for kind, call in calls.items():
+        if kind in conversion:
+            call(model, **conversion[kind])
     return model
 
 

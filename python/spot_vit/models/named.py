@@ -113,8 +113,7 @@ def _build(
     # Imported when a model is made: these modules import timm, which imports this one.
     from spot_vit.config.conversion import CONVERSIONS
     from spot_vit.models import own_weights
-    from spot_vit.models.convert import sparsify
-    from spot_vit.models.sparsifiner import sparsify_attention
+    from spot_vit.models.convert import convert_as
 
     cfg = resolve_pretrained_cfg(
         name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
@@ -135,9 +134,7 @@ def _build(
     )
     own_weights.forget_weights(model, cfg)
     inner = model.model if kwargs.get("features_only") else model
-    calls: dict[str, Callable[..., Any]] = {"sparsifiner": sparsify_attention, "spot": sparsify}
-    for kind, fields in conversion.items():
-        calls[kind](inner, **fields)
+    convert_as(inner, conversion)
     if weights is not None:
         own_weights.load_predictors(inner, weights)
     return model

@@ -27,9 +27,8 @@ from spot_vit.models.checkpoint_files import (
     write_safetensors,
 )
 from spot_vit.models.checkpoint_fit import misfits
-from spot_vit.models.convert import set_keep, sparsify
+from spot_vit.models.convert import convert_as, set_keep
 from spot_vit.models.named import ANY, NAMED
-from spot_vit.models.sparsifiner import sparsify_attention
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.modes import unwrap
 
@@ -261,21 +260,13 @@ def _build(name: str, arguments: Mapping[str, Any], conversion: Conversion, wher
             "import the package that registers it, or update timm"
         )
     try:
-        model = timm.create_model(name, **arguments)
-        configs = {
-            kind: CONVERSIONS[kind].config.from_dict(conversion[kind]) for kind in conversion
-        }
-        if "sparsifiner" in configs:
-            sparsify_attention(model, config=configs["sparsifiner"])
-        if "spot" in configs:
-            sparsify(model, configs["spot"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return convert_as(timm.create_model(name, **arguments), conversion)
+    except (TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{where} cannot be built by timm {timm.__version__} and spot_vit {__version__}, which "
             f"may not be the versions that it was made with: {reason}"
         ) from error
-    return model
 
 
 @functools.lru_cache(maxsize=8)  # a training saves the same model again and again
