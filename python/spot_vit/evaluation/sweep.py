@@ -93,7 +93,7 @@ def speed_of(models: Mapping[str, nn.Module], images: Tensor, seconds: float = 1
         images: [B, C, H, W] on the models' device.
         seconds: about how long it may take, though at least three rounds are run.
     """
-    once = compare_latency(models, images, rounds=1, warmup=1, name="speed, warm-up")
+    once = compare_latency(models, images, rounds=2, warmup=1, name="speed, warm-up")
     a_round = sum(one.median for one in once.values()) / 1e3
     fewest, most = ROUNDS
     rounds = int(min(max(seconds / max(a_round, 1e-6), fewest), most))
