@@ -84,7 +84,7 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Ten
                 "target: expected class indices, int64 [B], or probabilities, a float [B, classes] "
                 f"whose rows sum to 1, got {target.dtype} {list(target.shape)} with a row that "
                 f"sums to {odd:g}; for several labels an image give "
-                "criterion=torch.nn.functional.binary_cross_entropy_with_logits"
+                "criterion=torch.nn.functional.binary_cross_entropy_with_logits (--bce-loss)"
             )
     return F.cross_entropy(logits, target, label_smoothing=0.0 if target.ndim > 1 else smoothing)
 

@@ -102,6 +102,7 @@ class TrainStep:
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         self.after_backward = after_backward
         self.skipped = 0
+        self._begun = False
 
     def __call__(self, batches: Sequence[tuple[Tensor, Any]]) -> dict[str, float]:
         """Moves the parameters once, by the gradient of the mean loss over all images.
@@ -158,7 +159,7 @@ class TrainStep:
         total: Tensor | None = None
         for number, (images, target) in enumerate(batches, 1):
             share = len(images) / images_of_all
-            with _exchanged(self._wrappers, number == len(batches)):
+            with _exchanged(self._wrappers, number == len(batches), self._begun):
                 loss, terms = self._loss(images, target)
                 part = loss * share
                 (part if self.scaler is None else self.scaler.scale(part)).backward()
@@ -170,6 +171,7 @@ class TrainStep:
                     f"{found[1:]}"
                 )
             names, total = found, values if total is None else total + values
+        self._begun = True
         assert total is not None
         return names, total
 
@@ -227,15 +229,22 @@ def _exchanging(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _exchanged(wrappers: Sequence[Any], now: bool) -> Iterator[None]:
-    """A context whose backward pass exchanges gradients, or leaves that to a later one."""
+def _exchanged(wrappers: Sequence[Any], now: bool, begun: bool) -> Iterator[None]:
+    """A context whose backward pass exchanges gradients, or leaves that to a later one.
+
+    Args:
+        wrappers: of the model.
+        now: whether it exchanges them.
+        begun: whether there was a step before. In the first one DDP with a static graph learns its
+            graph and cannot leave it out; the gradient is the same.
+    """
     with ExitStack() as stack:
         for module in () if now else wrappers:
-            if not hasattr(module, "set_requires_gradient_sync"):
-                stack.enter_context(module.no_sync())
-            else:
+            if hasattr(module, "set_requires_gradient_sync"):
                 module.set_requires_gradient_sync(False)
                 stack.callback(module.set_requires_gradient_sync, True)
+            elif begun or not getattr(module, "static_graph", False):
+                stack.enter_context(module.no_sync())
         yield
 
 
