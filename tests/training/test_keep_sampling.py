@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,37 @@ def test_every_step_keeps_exactly_what_was_drawn_and_then_the_own_budget_is_back
     for keep in seen:
         with again(model):
             assert model.spot_config.keep == keep
+
+
+def test_a_state_goes_on_with_the_same_draws(tmp_path: Path) -> None:
+    model, draw = make_model(), SampledKeep(0.3, 1.0, seed=4)
+
+    def drawn(draw: SampledKeep, count: int) -> list[float]:
+        seen = []
+        for _ in range(count):
+            with draw(model) as ratios:
+                seen.append(ratios[0])
+        return seen
+
+    before = drawn(draw, 700)  # beyond the 624 words of a state
+    torch.save(draw.state_dict(), tmp_path / "state.pt")
+    texts = json.dumps(draw.state_dict())
+    expected = drawn(draw, 700)
+    assert len(set(before + expected)) > 300
+    for state in (torch.load(tmp_path / "state.pt", weights_only=True), json.loads(texts)):
+        other = SampledKeep(0.3, 1.0, seed=9)
+        other.load_state_dict(state)
+        assert drawn(other, 700) == expected
+
+
+def test_a_state_of_other_settings_is_refused() -> None:
+    draw = SampledKeep(0.3, 1.0, seed=4)
+    kept = draw.state_dict()
+    with pytest.raises(ValueError, match=r"SampledKeep: low was 0.4 and is 0.3, power was 1.0 and"):
+        draw.load_state_dict(SampledKeep(0.4, 1.0, power=1.0).state_dict())
+    with pytest.raises(ValueError, match=r"expected \['high', .*got \['step'\]"):
+        draw.load_state_dict({"step": 3})
+    assert draw.state_dict() == kept
 
 
 @pytest.mark.parametrize("power", [1.0, 3.0])

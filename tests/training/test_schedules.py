@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -89,6 +90,38 @@ def test_noise_falls_evenly_and_the_own_is_back() -> None:
     for _ in range(3):
         objective(model.train(), images(model, 2), torch.tensor([0, 1]))
     assert seen == [0.5, 0.1, 0.1] and model.spot_config.noise == 0.7
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **changes: KeepSchedule(**{"steps_per_epoch": 4, "start": 1, "end": 3, **changes}),
+        lambda **changes: NoiseSchedule(**{"steps": 9, "start": 0.75, "end": 0.25, **changes}),
+    ],
+)
+def test_a_state_goes_on_where_it_was(make: Any) -> None:
+    model: Any = sparsify(build(), keep=0.5, at=[1, 2], train_decision="topk")
+
+    def follow(schedule: Any, count: int) -> list[Any]:
+        seen = []
+        for _ in range(count):
+            with schedule(model) as value:
+                seen.append(value)
+        return seen
+
+    schedule = make()
+    follow(schedule, 5)
+    state = json.loads(json.dumps(schedule.state_dict()))
+    assert state["step"] == 5
+    expected = follow(schedule, 6)
+    other = make()
+    other.load_state_dict(state)
+    assert follow(other, 6) == expected and follow(make(), 6) != expected
+    with pytest.raises(ValueError, match=r"state of \w+Schedule: end was 3.5 and is"):
+        other.load_state_dict(make(end=3.5).state_dict())
+    with pytest.raises(ValueError, match=r"expected \['end', 'start', .*got \['step'\]"):
+        other.load_state_dict({"step": 1})
+    assert other.step == 11
 
 
 def test_a_compiled_model_is_not_compiled_anew_for_every_scale(fresh_compiler: None) -> None:

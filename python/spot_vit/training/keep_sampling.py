@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from spot_vit.models.convert import set_keep
-from spot_vit.training.schedules import spot_inside
+from spot_vit.training.schedules import continued, spot_inside
 
 
 class SampledKeep:
@@ -30,6 +31,8 @@ class SampledKeep:
         ValueError: unless 0 < low <= high <= 1 and power is positive.
     """
 
+    _SETTINGS = ("low", "high", "power")
+
     def __init__(
         self, low: float = 0.3, high: float = 1.0, seed: int = 0, power: float = 3.0
     ) -> None:
@@ -39,6 +42,21 @@ class SampledKeep:
             raise ValueError(f"power: expected more than 0, got {power}")
         self.low, self.high, self.power = low, high, power
         self._random = random.Random(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, and where the sequence of draws is, as plain data."""
+        version, words, _ = self._random.getstate()
+        place = {"version": version, "words": list(words)}
+        return {**{name: getattr(self, name) for name in self._SETTINGS}, "random": place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the draws of one of the same settings, whatever its seed was.
+
+        Raises:
+            ValueError: other settings, or something else.
+        """
+        (place,) = continued(self, state, self._SETTINGS, "random")
+        self._random.setstate((place["version"], tuple(place["words"]), None))
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[list[float]]:

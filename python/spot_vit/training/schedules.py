@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,8 @@ class KeepSchedule:
         ValueError: unless 0 <= start <= end, and there are steps in an epoch.
     """
 
+    _SETTINGS = ("steps_per_epoch", "start", "end")
+
     def __init__(
         self, steps_per_epoch: int, start: float = 10, end: float = 100, step: int = 0
     ) -> None:
@@ -43,6 +45,18 @@ class KeepSchedule:
         if not 0 <= start <= end:
             raise ValueError(f"expected 0 <= start <= end, got start={start}, end={end}")
         self.steps_per_epoch, self.start, self.end, self.step = steps_per_epoch, start, end, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and the step, as plain data."""
+        return {name: getattr(self, name) for name in (*self._SETTINGS, "step")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a schedule of the same settings was.
+
+        Raises:
+            ValueError: other settings, or something else.
+        """
+        (self.step,) = continued(self, state, self._SETTINGS, "step")
 
     def at(self, step: int) -> float:
         """The share of the way back to 1: from 1 at the start to 0 at the end."""
@@ -102,12 +116,26 @@ class NoiseSchedule:
         ValueError: a scale below 0, or no step.
     """
 
+    _SETTINGS = ("steps", "start", "end")
+
     def __init__(self, steps: int, start: float = 1.0, end: float = 0.0, step: int = 0) -> None:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         if not (0 <= start < math.inf and 0 <= end < math.inf):
             raise ValueError(f"expected scales of 0 or more, got start={start}, end={end}")
         self.steps, self.start, self.end, self.step = steps, start, end, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and the step, as plain data."""
+        return {name: getattr(self, name) for name in (*self._SETTINGS, "step")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a schedule of the same settings was.
+
+        Raises:
+            ValueError: other settings, or something else.
+        """
+        (self.step,) = continued(self, state, self._SETTINGS, "step")
 
     def at(self, step: int) -> float:
         """The scale of the noise at a step."""
@@ -132,6 +160,35 @@ class NoiseSchedule:
         finally:
             spot._configure(spot.spot_config.replace(noise=own))
         self.step += 1
+
+
+def continued(
+    own: Any, state: Mapping[str, Any], settings: Sequence[str], *moving: str
+) -> list[Any]:
+    """What moves in the course of a training, from the state of an object of the same settings.
+
+    Args:
+        own: the object that goes on.
+        state: of the one that was saved.
+        settings: names of what must be the same, attributes and entries.
+        *moving: names of the entries to give.
+
+    Raises:
+        ValueError: entries are missing or unknown, or settings differ; they are named.
+    """
+    kind, names = type(own).__name__, {*settings, *moving}
+    if set(state) != names:
+        raise ValueError(f"state of {kind}: expected {sorted(names)}, got {sorted(state)}")
+    changed = [
+        f"{name} was {state[name]!r} and is {getattr(own, name)!r}"
+        for name in settings
+        if state[name] != getattr(own, name)
+    ]
+    if changed:
+        raise ValueError(
+            f"state of {kind}: {', '.join(changed)}; make one of the settings of the saved run"
+        )
+    return [state[name] for name in moving]
 
 
 def spot_inside(model: nn.Module) -> SpotLoop:
