@@ -34,6 +34,7 @@ ELSEWHERE = {
     "--no-resume-opt": "say --initial-checkpoint in place of --resume",
     "--start-epoch": "a run goes on where it was by --resume",
     "--local-rank": "torchrun says it in the environment",
+    "--torchcompile-mode": "a step compiles in the default mode",
     "--learning-rate": "say --lr",
 }
 """What to say of flags that are known elsewhere."""

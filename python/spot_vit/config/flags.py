@@ -19,6 +19,9 @@ from spot_vit.config.fields import Fields, Rule, alternatives, expected, is_numb
 class Formatter(argparse.HelpFormatter):
     """Help with the names of values as they were given, since any number of them is read."""
 
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return str(action.metavar or default_metavar)
 
@@ -224,7 +227,7 @@ def _metavar(annotation: Any) -> str:
 
 def _help(rule: Rule, default: Any) -> str:
     words = [rule.text]
-    if rule.allowed() and not any(word in rule.text for word in rule.allowed()):
+    if rule.allowed():
         words.append(f"[{', '.join(rule.allowed())}]")
     if default is not None and default is not False and default != {}:
         shown = (

@@ -77,17 +77,20 @@ def read_text(text: str) -> Any:
 
 def to_yaml(recipe: Recipe) -> str:
     """A recipe as yaml that `read` and other loaders take, complete and in groups."""
-    import yaml
-
     values = recipe.to_dict()
     blocks = []
     for group in GROUPS:
-        fields = {name: values[name] for name in group.names()}
-        text = yaml.safe_dump(
-            fields, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1000
-        )
-        blocks.append(f"# {(group.__doc__ or '').rstrip('.')}\n{text}")
+        lines = [_line(name, values[name]) for name in group.names()]
+        blocks.append(f"# {(group.__doc__ or '').rstrip('.')}\n{''.join(lines)}")
     return "\n".join(blocks)
+
+
+def _line(name: str, value: Any) -> str:
+    """A field as yaml, lists and mappings of plain values in one line."""
+    import yaml
+
+    flow = None if isinstance(value, list | dict) else False
+    return yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=flow, width=1000)
 
 
 @cache

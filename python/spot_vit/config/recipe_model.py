@@ -38,7 +38,7 @@ class ModelFields(Fields):
     head: str = setting(
         "auto",
         choices=HEADS,
-        text="classifier: as pretrained, new, alone (linear), finetune",
+        text="classifier; linear: it alone learns",
     )
     backbone_lr_scale: float | None = setting(
         None,
@@ -55,7 +55,7 @@ class SparsityFields(Fields):
     """Sparsity."""
 
     method: str = setting(
-        SpotConfig.method, choices=methods, text="how tokens are scored; dense: not"
+        SpotConfig.method, choices=methods, text="how tokens are scored, if at all"
     )
     keep: float | tuple[float, ...] = setting(
         SpotConfig.keep,
