@@ -97,7 +97,8 @@ def _cost(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     if row["gmacs"] is None:
         return ""
     share = f" {row['gmacs'] / first['gmacs']:4.0%}" if first["gmacs"] else ""
-    return f"{row['gmacs']:.{3 if row['gmacs'] >= 1 else 4}f}{share}"
+    digits = 3 if (first["gmacs"] or row["gmacs"]) >= 1 else 4
+    return f"{row['gmacs']:.{digits}f}{share}"
 
 
 def _speed(row: Mapping[str, Any], rows: int) -> str:
@@ -127,7 +128,8 @@ def _legend(summary: Summary) -> str:
         lines["ReaL top-1"] = (
             f"by reassessed labels, of the {rows[0]['real']['images']} images that have any"
         )
-    lines["GMACs/image"] = "multiply-accumulates of everything, predictors and statistics included"
+    if any(row["gmacs"] is not None for row in rows):
+        lines["GMACs/image"] = "multiply-accumulates of everything, predictors and statistics included"
     if speed:
         busy = "*" if speed["busy"] else ""
         threads = summary["machine"]["threads"]
@@ -135,16 +137,16 @@ def _legend(summary: Summary) -> str:
         lines[f"images/s{busy}"] = f"forward passes of batches of {speed['batch']}, {where}"
         if busy:
             lines["*"] = f"a busy machine, so no ratio is stated: {speed['busy']}"
-    width = max(map(len, lines))
+    width = max(map(len, lines), default=0)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines.items())
 
 
 def _classes(summary: Summary, every_class: bool) -> str:
     classes = [one for one in summary["per_class"] if one["images"]]
     names = [row["name"] for row in summary["rows"]]
-    few = every_class or len(classes) <= FEW
+    all_of_them = every_class or len(classes) <= FEW
     shown = classes
-    if not few:
+    if not all_of_them:
         shown = sorted(classes, key=lambda one: one["shares"][names[-1]] or 0)[:WEAKEST]
     measure = "average precision" if summary["data"]["multi_label"] else "top-1"
     table = [["class", "images", *names]]
@@ -153,11 +155,12 @@ def _classes(summary: Summary, every_class: bool) -> str:
         table.append([one["class"], str(one["images"]), *shares])
     empty = len(summary["per_class"]) - len(classes)
     title = f"{measure} of each class"
-    if not few:
+    if not all_of_them:
         title = f"the {WEAKEST} classes with the lowest {measure} at {names[-1]}"
-    more = [] if few else [f"{len(classes)} classes in all: --per-class prints every one"]
+    more = [] if all_of_them else [f"{len(classes)} classes in all: --per-class prints every one"]
     if empty:
-        more.append(f"{empty} classes of the model have no image here")
+        none = "1 class of the model has" if empty == 1 else f"{empty} classes of the model have"
+        more.append(f"{none} no image here")
     return "\n".join([f"{title}\n", format_table(table), *more])
 
 
