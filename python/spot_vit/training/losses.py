@@ -263,19 +263,20 @@ def _kept_error(output: SpotOutput, reference: Tensor, term: str) -> Tensor:
     """How far final tokens are from `reference` [B, P+N, C], mean over kept patches."""
     mask, tokens = output.masks[-1].detach(), output.tokens
     grid = mask.shape[1]
-    prefix = tokens.shape[1] - (output.index[-1].shape[1] if output.index else grid)
-    expected = (tokens.shape[0], prefix + grid, tokens.shape[2])
-    if reference.shape != expected:
+    # Before the survivors are prefix tokens, and perhaps the token that the last cut made.
+    before = tokens.shape[1] - (output.index[-1].shape[1] if output.index else grid)
+    fits = [(len(tokens), n + grid, tokens.shape[2]) for n in (before, before - 1)]
+    if reference.shape not in fits[: 2 if output.index else 1]:
         raise ValueError(
-            f"teacher.tokens: expected shape {list(expected)}, as the student's in training, got "
+            f"teacher.tokens: expected shape {list(fits[0])}, as the student's in training, got "
             f"{list(reference.shape)}; {_LOGITS_ALONE}"
         )
     if output.index:  # training removed the others: survivors [B, n, C] against their own places
         index = output.index[-1]
         mask = (index < grid).to(mask.dtype)  # the teacher has no fused tokens
         places = index.clamp(max=grid - 1)[..., None].expand(-1, -1, reference.shape[2])
-        tokens = tokens[:, prefix:]
-        reference = reference[:, prefix:].gather(1, places)
+        tokens = tokens[:, before:]
+        reference = reference[:, reference.shape[1] - grid :].gather(1, places)
     if term == "mse":
         error = (tokens - reference).square().mean(dim=2)
     else:
