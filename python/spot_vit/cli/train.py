@@ -80,13 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains as flags and recipe say; 2 where they are wrong, 1 where a package is missing."""
     try:
         recipe = recipe_of(arguments)
+        text = to_yaml(recipe) if arguments.print_config else None
     except ModuleNotFoundError as error:
         return _missing(error)
     except ValueError as error:
         print(f"spot train: {error}", file=sys.stderr)
         return 2
-    if arguments.print_config:
-        print(to_yaml(recipe), end="")
+    if text is not None:
+        print(text, end="")
         return 0
     return _carry_out(recipe)
 
