@@ -79,9 +79,10 @@ def test_a_timm_user_types_what_they_know() -> None:
     words = (
         "photos --model vit_tiny_patch16_224 --pretrained --num-classes 7 -b 64 -vb 8 -j 2"
         " --lr 5e-4 --opt lamb --opt-betas 0.9 0.99 --sched step --epochs 3 --amp"
-        " --amp-dtype float16 --aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --scale 0.5 1 --model-ema"
-        " --clip-grad 1.0 --torchcompile --model-kwargs global_pool=avg class_token=false -d"
-        " torch/cifar10 --warmup-epochs 0.5 --no-aug --seed 0 --mean 0.5 0.5 0.5 --input-key jpg"
+        " --amp-dtype float16 --aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --scale 0.5 1"
+        " --model-ema --clip-grad 1.0 --torchcompile --model-kwargs global_pool=avg"
+        " class_token=false -d torch/cifar10 --warmup-epochs 0.5 --no-aug --seed 0"
+        " --mean 0.5 0.5 0.5 --input-key jpg"
     )
     assert recipe(*words.split()) == Recipe(
         data="photos", model="vit_tiny_patch16_224", pretrained=True, num_classes=7, batch_size=64,

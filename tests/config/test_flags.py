@@ -92,6 +92,7 @@ def test_types_of_what_is_read() -> None:
         (["--open_late", "--xyzzy"], [], ["--open_late is no flag; did you mean --open-late?",
                                           "--xyzzy is no flag"]),
         (["a", "b"], ["a", "b"], []),
+        (["--keep", "0.5", "--", "-odd", "b"], ["-odd", "b"], []),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_kept(words: list[str], rest: list[str], problems: list[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spot_vit.config.fields import problem_lines
+from spot_vit.config.fields import problem_lines, raise_all
 from spot_vit.config.flags import Formatter, add_flags, keep_rest, read_flags
 from spot_vit.config.recipe import GROUPS, Recipe
 from spot_vit.config.recipe_files import RUN, read, shipped, to_yaml
@@ -124,9 +124,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         recipe = Recipe.from_dict(_merged(base, flags))
     except ValueError as error:
         problems += problem_lines(error)
-    if recipe is None or problems:
-        head = [f"{len(problems)} problems"] if len(problems) > 1 else []
-        raise ValueError("\n  ".join(head + problems))
+    raise_all("", problems)
+    assert recipe is not None  # else there was a problem
     return recipe
 
 

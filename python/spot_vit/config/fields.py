@@ -322,11 +322,18 @@ class Fields:
 
 
 def raise_all(what: str, problems: list[str]) -> None:
-    """Raises one `ValueError` with all the problems, a line each; nothing where there are none."""
+    """Raises one `ValueError` with all the problems, a line each; nothing where there are none.
+
+    Args:
+        what: has them, for the first line where there are several; may be empty.
+        problems: a line each.
+    """
     if len(problems) == 1:
         raise ValueError(problems[0])
     if problems:
-        raise ValueError("\n  ".join([f"{what}: {len(problems)} problems", *problems]))
+        raise ValueError(
+            "\n  ".join([f"{what and what + ': '}{len(problems)} problems", *problems])
+        )
 
 
 def problem_lines(error: ValueError) -> list[str]:

@@ -151,7 +151,9 @@ def _sorted_out(
     words: list[str] = []
     problems: list[str] = []
     is_value = False
-    for word in rest:
+    for place, word in enumerate(rest):
+        if word == "--":
+            return [*words, *rest[place + 1 :]], problems
         if not word.startswith("-"):
             if not is_value:
                 words.append(word)
