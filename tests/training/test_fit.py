@@ -135,3 +135,48 @@ def test_a_group_that_never_trains_is_named() -> None:
         warnings.simplefilter("error", UserWarning)
         fit(model, make_loader(), groups(freeze_epochs=1), dense_objective, epochs=2)
         fit(model, make_loader(), make_optimizer(model), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: [x, y, "name"],
+        lambda x, y: {"image": x, "label": y},
+        lambda x, y: {"pixel_values": x, "labels": y, "names": ["a"]},
+    ],
+)
+def test_batches_may_be_of_any_form(form: Any) -> None:
+    reports = []
+    for made in (lambda x, y: (x, y), form):
+        model = make_model()
+        batches = [made(x, y) for x, y in make_loader()]
+        reports.append(fit(model, batches, make_optimizer(model)))
+    assert reports[1]["loss"] == reports[0]["loss"]
+    with pytest.raises(TypeError, match="batch: expected a tensor of images"):
+        fit(make_model(), ["images"], make_optimizer(make_model()))
+
+
+def test_accumulated_batches_are_steps_of_large_ones() -> None:
+    found = []
+    for size, accumulate in ((48, 1), (16, 3)):  # 128 images: two steps of 48 and one of 32
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2).double()
+        batches = [(x.double(), y) for x, y in make_loader(size)]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        report = fit(model, batches, optimizer, epochs=2, warmup=1, accumulate=accumulate)
+        found.append((report, model.weight.detach()))
+    (large, one), (small, other) = found
+    assert large["steps"] == small["steps"] == 6
+    assert small["loss"] == pytest.approx(large["loss"], rel=1e-10)
+    torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="accumulate: expected at least 1 batch a step, got 0"):
+        fit(make_model(), make_loader(), make_optimizer(make_model()), accumulate=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_as_well(dtype: torch.dtype) -> None:
+    model, loader, seen = make_model(), make_loader(), set()
+    model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    fit(model, loader, make_optimizer(model), epochs=10, warmup=5, clip_grad=1.0, amp_dtype=dtype)
+    assert seen == {dtype}
+    assert evaluate(model, loader).top1 > 0.95
