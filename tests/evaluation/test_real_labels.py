@@ -35,7 +35,7 @@ def test_of_all_images_it_is_what_timm_finds() -> None:
     for best in found.best.split(1000):
         logits = torch.zeros(len(best), 1000)
         theirs.add_result(logits.scatter(1, best, torch.arange(5.0, 0, -1).expand_as(best)))
-    ours = real_accuracy(found, names(50000), labels)
+    ours = real_accuracy(found, dict(enumerate(names(50000))), labels)
     assert 0.05 < ours["top1"] < ours["top5"] < 0.5
     for k in (1, 5):
         assert 100 * ours[f"top{k}"] == pytest.approx(theirs.get_accuracy(k))
@@ -47,14 +47,14 @@ def test_images_without_labels_are_left_out(tmp_path: Path) -> None:
     path.write_text(json.dumps([[3], [], [1, 2]]))
     found = drawn(3)
     found.best = torch.tensor([[3, 0], [4, 0], [0, 2]])
-    assert real_accuracy(found, names(3), real_labels(path)) == {
+    assert real_accuracy(found, dict(enumerate(names(3))), real_labels(path)) == {
         "top1": 0.5, "top5": 1.0, "images": 2,
     }  # fmt: skip
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of these images is one; the first is cat\.jpg"):
-        real_accuracy(drawn(1), ["cat.jpg"], real_labels())
+        real_accuracy(drawn(1), {0: "cat.jpg"}, real_labels())
     path = tmp_path / "real.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"real\.json is not a list"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from spot_vit.evaluation.accuracy import Evaluation
@@ -32,8 +32,18 @@ def real_labels(path: str | os.PathLike[str] | None = None) -> dict[str, list[in
     return {f"ILSVRC2012_val_{i + 1:08d}": one for i, one in enumerate(labels)}
 
 
+def check_names(names: Iterable[str], labels: Mapping[str, Sequence[int]]) -> None:
+    """Raises a ValueError where none of the files is one of ImageNet's validation images."""
+    found = list(names)
+    if not any(labels.get(Path(name).stem) for name in found):
+        raise ValueError(
+            "real labels are those of ImageNet's validation images (ILSVRC2012_val_00000001.JPEG "
+            f"and so on), and none of these images is one; the first is {found[0]}"
+        )
+
+
 def real_accuracy(
-    found: Evaluation, names: Sequence[str], labels: Mapping[str, Sequence[int]]
+    found: Evaluation, names: Mapping[int, str], labels: Mapping[str, Sequence[int]]
 ) -> dict[str, float | int]:
     """Accuracy against such labels; images that have none are left out.
 
@@ -48,6 +58,7 @@ def real_accuracy(
     Raises:
         ValueError: none of the images is one of ImageNet's validation images.
     """
+    check_names(names.values(), labels)
     first, among, images = 0, 0, 0
     for index, best in zip(found.index.tolist(), found.best.tolist(), strict=True):
         truth = labels.get(Path(names[index]).stem, ())
@@ -55,9 +66,4 @@ def real_accuracy(
             images += 1
             first += best[0] in truth
             among += any(one in truth for one in best)
-    if not images:
-        raise ValueError(
-            "real labels are those of ImageNet's validation images (ILSVRC2012_val_00000001.JPEG "
-            f"and so on), and none of these images is one; the first is {names[0]}"
-        )
     return {"top1": first / images, "top5": among / images, "images": images}
