@@ -27,7 +27,9 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     text = capsys.readouterr().out
-    assert left.value.code == 0 and all(name in text for name in ("demo", "bench", "info"))
+    assert left.value.code == 0 and all(
+        module.__name__.rpartition(".")[2] in text for module in command.COMMANDS
+    )
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,3 +71,23 @@ def test_what_is_not_there_is_refused(words: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_how_threads_wait_is_settled_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(command, "set_wait_policy", lambda: calls.append("policy"))
+    parser = command.parser
+    monkeypatch.setattr(command, "parser", lambda: calls.append("parser") or parser())
+    assert main(["info", "--json"]) == 0
+    assert calls == ["policy", "parser"]
+
+
+def test_ctrl_c_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spot_vit.cli.info.requirements", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "spot: interrupted\n"

@@ -262,6 +262,14 @@ def test_help_needs_no_package(words: list[str]) -> None:
     assert ("--keep" if len(words) > 1 else "train") in done.stdout
 
 
+def test_info_needs_no_package() -> None:
+    done = blocked({"timm", "yaml", "jsonargparse"}, "info")
+    assert done.returncode == 0 and not done.stderr
+    done = blocked({"torch", "timm", "yaml", "jsonargparse"}, "info")
+    assert done.returncode == 1 and not done.stderr
+    assert "No module named 'torch'" in done.stdout and "timm>=" in done.stdout
+
+
 def test_what_is_missing_is_said() -> None:
     for packages, words in (({"yaml"}, ["photos", "--print-config"]), ({"timm"}, ["photos"])):
         done = blocked(packages, "train", *words)

@@ -17,16 +17,24 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the facts of `python -m spot_ext.info`, and which versions models need."""
-    from spot_ext.info import collect, report
+    """Prints the facts of `python -m spot_ext.info`, and which versions models need.
 
-    facts = collect()
+    Where torch is missing there are no facts but that one.
+    """
+    try:
+        from spot_ext.info import collect, report
+
+        facts = collect()
+        text = report(facts)
+    except ModuleNotFoundError as error:
+        facts = {"error": str(error)}
+        text = f"{'error':<13}{error}"
     needs = requirements()
     if arguments.json:
         named = {need.name: {**need._asdict(), "met": need.met} for need in needs}
         print(json.dumps({**facts, "needs": named}, indent=2))
     else:
-        print(report(facts))
+        print(text)
         for need in needs:
             print(f"{'needs' if need.met else 'NOT MET':<13}{need}")
     return 1 if facts["error"] else 0

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from spot_vit.cli import bench, demo, info, train
+from spot_vit.cli import bench, demo, eval, info, train
+from spot_vit.utils.threads import set_wait_policy
 
-COMMANDS = (train, demo, bench, info)
+COMMANDS = (train, eval, demo, bench, info)
 """Modules with `add_parser(commands)`; importing them imports neither torch nor timm."""
 
 
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status, 130 where Ctrl-C ended it."""
+    set_wait_policy()
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
