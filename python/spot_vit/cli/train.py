@@ -155,7 +155,8 @@ def _merged(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]
 
 def _carry_out(recipe: Recipe) -> int:
     try:
-        from spot_vit.runs.train import Stopped, train
+        from spot_vit.runs.stopping import Stopped
+        from spot_vit.runs.train import train
         from spot_vit.training.step import NonFiniteStep
     except ModuleNotFoundError as error:
         return _missing(error)

@@ -61,7 +61,7 @@ def param_groups(
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay!r}")
     model = unwrap(model)
     own = predictor_parameters(model)
-    new_head = _head_of(model) if head == "new" or (head == "auto" and _is_new(model)) else set()
+    new_head = head_parameters(model) if head == "new" or (head == "auto" and _is_new(model)) else set()
     layers = {} if layer_decay is None else _layers(model)
     top = max(layers.values(), default=0)
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
@@ -107,7 +107,7 @@ def _is_new(model: Any) -> bool:
     return config.get("num_classes") != getattr(model, "num_classes", None)
 
 
-def _head_of(model: Any) -> set[str]:
+def head_parameters(model: Any) -> set[str]:
     """Names of the parameters of the classifier, or classifiers."""
     config = getattr(model, "pretrained_cfg", None) or {}
     classifier = config.get("classifier") or "head"

@@ -1,0 +1,268 @@
+"""From a recipe to what a phase trains: the model, its teacher, the objective, the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from spot_vit.config.recipe import Recipe
+from spot_vit.models.checkpoint_files import State, logger, read_weights
+from spot_vit.models.checkpoint_fit import misfits
+from spot_vit.models.convert import sparsify
+from spot_vit.models.named import NAMED
+from spot_vit.models.saved import load
+from spot_vit.models.sparsifiner import sparsify_attention
+from spot_vit.nn.predictor import predictor_parameters
+from spot_vit.runs.phases import CONNECTIVITY, DENSE, Phase
+from spot_vit.training.keep_sampling import SampledKeep
+from spot_vit.training.losses import (
+    Criterion,
+    LossWeights,
+    sigmoid_distillation,
+    softmax_distillation,
+)
+from spot_vit.training.objectives import Objective, SpotObjective, dense_objective
+from spot_vit.training.param_groups import head_parameters, param_groups
+from spot_vit.training.schedules import KeepSchedule
+from spot_vit.training.sparsifiner import ReconstructionObjective, SparsifinerObjective
+from spot_vit.utils.errors import UserError
+
+_RESTING = ("cls_token", "pos_embed")  # never move in DynamicViT's recipe, of which they are part
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def dense_model(recipe: Recipe, arguments: dict[str, Any]) -> Any:
+    """The model of a recipe before it is converted, with the weights that the recipe asks for.
+
+    Args:
+        recipe: names a dense model, or one of our names for what is made from it.
+        arguments: further ones of `timm.create_model`, such as what the data need.
+
+    Raises:
+        UserError: timm knows no such model, or has no weights for it.
+    """
+    given = {**arguments, **recipe.model_kwargs}
+    if recipe.drop:
+        given["drop_rate"] = recipe.drop
+    if recipe.drop_path:
+        given["drop_path_rate"] = recipe.drop_path
+    name = NAMED.get(recipe.model, recipe.model)
+    return _create(name, recipe.pretrained and not recipe.synthetic, given, "model")
+
+
+def _create(name: str, pretrained: bool, arguments: dict[str, Any], what: str) -> Any:
+    if not timm.is_model(name):
+        import difflib
+
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise UserError(f"{what}: timm knows no model {name!r}, and there is no such file{hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:
+        if not pretrained:
+            raise UserError(f"{what} {name}: {error}") from error
+        raise UserError(
+            f"{what} {name}: its pretrained weights could not be had ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); give weights of your own with "
+            f"--{'teacher' if what == 'teacher' else 'initial-checkpoint'} FILE, or train from "
+            "scratch with --no-pretrained"
+        ) from error
+
+
+def convert(model: Any, recipe: Recipe) -> Any:
+    """The model made sparse, in place, as the recipe says."""
+    attention, tokens = recipe.sparsifiner_config(), recipe.spot_config()
+    try:
+        if attention is not None:
+            sparsify_attention(model, config=attention)
+        if tokens is not None:
+            sparsify(model, config=tokens)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {recipe.model}: {error}") from error
+    return model
+
+
+def initial_state(model: Any, path: str | Path) -> State:
+    """Weights to start from: of a dense or a converted model, of as many classes or others.
+
+    Predictors that the file has not stay new, and so does a head of other classes.
+
+    Args:
+        model: that is to take them, converted or not.
+        path: of the file.
+
+    Raises:
+        UserError: there is no such file, or it does not fit.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"initial_checkpoint: there is no file {path}")
+    try:
+        state = read_weights(path).state
+    except ValueError as error:
+        raise UserError(f"initial_checkpoint: {error}") from error
+    own, head = model.state_dict(), head_parameters(model)
+    others = any(name in state and state[name].shape != own[name].shape for name in head)
+    if others:
+        logger.info("%s: the head has other classes and is new", path)
+        state = {name: value for name, value in state.items() if name not in head}
+    predictors = set(predictor_parameters(model)) - set(state)
+    if predictors:
+        logger.info("%s: predictors are new", path)
+    optional = predictors | (head if others else set())
+    if problems := misfits(model, state, optional):
+        raise UserError(f"initial_checkpoint {path} does not fit: {'; '.join(problems)}")
+    return state
+
+
+def check(recipe: Recipe, arguments: dict[str, Any]) -> None:
+    """Raises a UserError where the recipe's model cannot be made or converted; takes no memory."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        convert(dense_model(recipe.replace(pretrained=False), arguments), recipe)
+
+
+def teacher_of(recipe: Recipe, classes: int, arguments: dict[str, Any]) -> nn.Module:
+    """The teacher that a recipe names.
+
+    Args:
+        recipe: names a model of timm, or a file.
+        classes: of the data.
+        arguments: of `timm.create_model` that the data need.
+
+    Raises:
+        UserError: there is no such teacher, or it knows other classes.
+    """
+    assert recipe.teacher is not None
+    path = Path(recipe.teacher)
+    if path.is_file():
+        try:
+            teacher: Any = load(path)
+        except UserError as error:
+            teacher = _create(NAMED.get(recipe.model, recipe.model), False, arguments, "teacher")
+            state = read_weights(path).state
+            if problems := misfits(teacher, state):
+                raise UserError(
+                    f"teacher {path}: {error}; and as a {recipe.model} it does not fit: "
+                    f"{'; '.join(problems)}"
+                ) from error
+            teacher.load_state_dict(state)
+    elif path.suffix in (".safetensors", ".pt", ".pth", ".tar") or "/" in recipe.teacher:
+        raise UserError(f"teacher: there is no file {path}")
+    elif recipe.synthetic:
+        teacher = _create(recipe.teacher, False, arguments, "teacher")
+    else:
+        teacher = _create(recipe.teacher, True, {}, "teacher")
+    known = getattr(teacher, "num_classes", classes)
+    if known != classes:
+        raise UserError(
+            f"teacher {recipe.teacher}: it knows {known} classes, and the data have {classes}; "
+            "train the dense model on them first, in the same run with --dense-epochs N, or in one "
+            "of its own with --method dense, whose best.safetensors is the teacher then"
+        )
+    return teacher
+
+
+# ---- what a phase trains with --------------------------------------------------------------------
+
+
+def objective_of(
+    recipe: Recipe,
+    phase: Phase,
+    teacher: nn.Module | None,
+    criterion: Criterion,
+    draw: SampledKeep | KeepSchedule | None,
+) -> Objective:
+    """What the phase minimises."""
+    if phase.name == CONNECTIVITY:
+        return ReconstructionObjective()
+    sparse = recipe.sparse or recipe.attention_keep is not None
+    if phase.name == DENSE or not sparse:
+        return lambda model, images, target: dense_objective(
+            model, images, target, criterion=criterion
+        )
+    weights = LossWeights(
+        recipe.ce_weight, recipe.kl_weight, recipe.token_weight, recipe.ratio_weight
+    )
+    common: dict[str, Any] = {
+        "criterion": criterion,
+        "distillation": sigmoid_distillation if recipe.bce_loss else softmax_distillation,
+    }
+    if recipe.attention_keep is not None:
+        return SparsifinerObjective(teacher, draw, weights, recipe.self_distillation, **common)
+    return SpotObjective(draw, teacher, weights, **common)
+
+
+def draw_of(recipe: Recipe, phase: Phase) -> SampledKeep | KeepSchedule | None:
+    """What changes the budget in the course of a phase; None for a constant one."""
+    if phase.name in (DENSE, CONNECTIVITY):
+        return None
+    if recipe.sampled_keep is not None:
+        return SampledKeep(*recipe.sampled_keep, seed=recipe.seed)
+    if recipe.keep_epochs is not None:
+        passes = phase.per_epoch * recipe.grad_accum_steps
+        return KeepSchedule(passes, *recipe.keep_epochs)
+    return None
+
+
+def groups_of(recipe: Recipe, phase: Phase, model: Any) -> list[dict[str, Any]]:
+    """Groups of parameters whose rates are shares (`lr_scale`) of the schedule's."""
+    scale, rest = (1.0, 0) if phase.name in (DENSE, CONNECTIVITY) else recipe.backbone_rate()
+    groups = param_groups(
+        model,
+        phase.lr,
+        recipe.weight_decay,
+        scale,
+        rest,
+        frozen=_RESTING if rest else (),
+        head="new" if recipe.head in ("linear", "finetune") else recipe.head,
+        layer_decay=recipe.layer_decay,
+    )
+    return [{**group, "lr": phase.lr, "lr_scale": group["lr"] / phase.lr} for group in groups]
+
+
+def optimizer_of(
+    recipe: Recipe, phase: Phase, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """Timm's optimiser of the recipe's name.
+
+    Raises:
+        UserError: timm has none of the name.
+    """
+    given: dict[str, Any] = {}
+    if recipe.opt_eps is not None:
+        given["eps"] = recipe.opt_eps
+    if recipe.opt_betas is not None:
+        given["betas"] = tuple(recipe.opt_betas)
+    try:
+        return create_optimizer_v2(
+            groups,
+            opt=recipe.opt,
+            lr=phase.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            **given,
+            **recipe.opt_kwargs,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"opt {recipe.opt}: {error}") from error
+
+
+def train_head_only(model: Any) -> Callable[[], None]:
+    """Switches gradients off for everything but the classifier; what it gives switches them on."""
+    head = head_parameters(model)
+    resting = [p for name, p in model.named_parameters() if name not in head and p.requires_grad]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+
+    def undo() -> None:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+
+    return undo

@@ -1,0 +1,73 @@
+"""The learning curve of a run, as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spot_vit.runs.folder import RunFolder
+from spot_vit.utils.files import atomic_write
+
+_POINTS = 400  # of the loss: more than a picture of this width can show
+
+
+def save_curve(folder: RunFolder) -> Path | None:
+    """Draws the losses and accuracies of metrics.jsonl into the run's folder.
+
+    Returns:
+        The picture; None where matplotlib is not installed, or nothing was written yet.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    if not steps:
+        return None
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    width = -(-len(steps) // _POINTS)
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    left.plot(
+        [group[-1]["step"] for group in groups],
+        [sum(r["loss"] or 0.0 for r in group) / len(group) for group in groups],
+        linewidth=1.2,
+        label="training",
+    )
+    _line(left, epochs, "val_loss", "validation")
+    left.set(xlabel="step", ylabel="loss", yscale="log")
+    for name, label in (("top1", "top-1"), ("ema_top1", "top-1, moving average"), ("map", "mAP")):
+        _line(right, epochs, name, label)
+    right.set(xlabel="step", ylabel="validation", ylim=(None, 1))
+    begun = ""
+    for record in records:
+        if record["phase"] != begun:
+            begun = record["phase"]
+            for axes in (left, right):
+                axes.axvline(record["step"], color="0.8", linewidth=0.8, zorder=0)
+            left.annotate(
+                begun,
+                (record["step"], 1.0),
+                (3, -3),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+                color="0.4",
+            )
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+    with atomic_write(folder.curve) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    return folder.curve
+
+
+def _line(axes: Any, records: list[dict[str, Any]], name: str, label: str) -> None:
+    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)

@@ -1,0 +1,248 @@
+"""The data of a run: opened from its recipe, loaded, mixed, and with the loss that fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from spot_vit.config.recipe import Recipe
+from spot_vit.data.batches import images_and_target
+from spot_vit.data.loaders import EvalLoader, TrainLoader
+from spot_vit.data.open import open_data
+from spot_vit.models.named import NAMED
+from spot_vit.runs.processes import Processes
+from spot_vit.training.criteria import criterion_for
+from spot_vit.training.losses import Criterion
+from spot_vit.utils.errors import UserError
+
+_AUGMENT = (
+    "no_aug", "scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "reprob", "remode",
+    "recount", "train_interpolation",
+)  # fmt: skip
+
+
+class RunData:
+    """What a run reads, and what its model must fit.
+
+    Args:
+        recipe: of the run.
+        processes: this one among all.
+        train_data: a data set in place of the recipe's.
+        val_data: likewise; None with `train_data` for no evaluation.
+        classes: names of the classes of those.
+
+    Attributes:
+        loader: of training.
+        val_loader: of evaluation, or None.
+        batches: micro-batches of an epoch of this process, None where nobody knows.
+        classes: names, or None.
+        num_classes: how many there are.
+        input_size: (channels, height, width) of an image.
+        data_config: how images are made ready, as timm has it.
+        model_arguments: of `timm.create_model`, that the data ask for.
+        criterion: the loss of the recipe.
+        description: what there is, in a line.
+        fingerprint: numbers that a run must find again when it goes on.
+
+    Raises:
+        UserError: the data cannot be used so.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        *,
+        train_data: Any = None,
+        val_data: Any = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.recipe, self.processes = recipe, processes
+        if train_data is None:
+            self._open()
+        else:
+            self._take(train_data, val_data, classes)
+        self.model_arguments = self._arguments()
+        self.batches = None if self.loader.unknown_length else len(self.loader)
+        self.mixes = recipe.mixup > 0 or recipe.cutmix > 0
+        self.criterion = self._criterion()
+        self.fingerprint = [_length(self.loader.dataset), self.num_classes]
+
+    # ---- where images come from --------------------------------------------------------------
+
+    def _open(self) -> None:
+        recipe = self.recipe
+        data = open_data(
+            recipe.data,
+            dataset=recipe.dataset or "",
+            train_split=recipe.train_split,
+            val_split=recipe.val_split,
+            class_map=recipe.class_map,
+            input_key=recipe.input_key,
+            target_key=recipe.target_key,
+            train_num_samples=recipe.train_num_samples,
+            val_num_samples=recipe.val_num_samples,
+            data_args=recipe.data_args,
+            synthetic=recipe.synthetic,
+            val_share=recipe.val_share,
+            num_classes=recipe.num_classes,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+        )
+        self.classes, self.num_classes = data.classes, data.num_classes
+        self.multi_label = data.multi_label
+        self.native = data.native
+        self.data_config = self._config(data.native)
+        augment = {name: getattr(recipe, name) for name in _AUGMENT}
+        train = data.train_set(self.data_config, **augment)
+        val = data.val_set(self.data_config)
+        self._load(train, val)
+        counts = f"{_count(train)} training and {_count(val)} validation images"
+        name = "synthetic" if recipe.synthetic else recipe.data
+        about = f"{name}: {counts}, {self.num_classes} classes"
+        self.description = "\n".join([*data.notes, about])
+
+    def _take(self, train: Any, val: Any, classes: Sequence[str] | None) -> None:
+        self.classes = None if classes is None else list(classes)
+        image, label = _first(train)
+        self.multi_label = isinstance(label, Tensor) and label.ndim == 1
+        number = self.recipe.num_classes or (None if classes is None else len(classes))
+        if number is None and self.multi_label:
+            number = len(label)
+        if number is None:
+            raise UserError("num_classes: give it, or classes, with data sets of your own")
+        self.num_classes = number
+        self.native = {"input_size": tuple(image.shape)}
+        self.data_config = self._config(self.native)
+        self._load(train, val)
+        counts = f"{_count(train)} training and {'no' if val is None else _count(val)} validation"
+        self.description = f"data sets of your own: {counts} images, {number} classes"
+
+    def _load(self, train: Dataset[Any], val: Dataset[Any] | None) -> None:
+        recipe, processes = self.recipe, self.processes
+        common: dict[str, Any] = {
+            "rank": processes.rank,
+            "world": processes.world,
+            "workers": recipe.workers,
+            "pin": recipe.pin_mem and processes.device.type == "cuda",
+            "bad_share": recipe.bad_share,
+        }
+        self.loader = TrainLoader(train, recipe.batch_size, seed=recipe.seed, **common)
+        size = recipe.validation_batch_size or recipe.batch_size
+        self.val_loader = None if val is None else EvalLoader(val, size, **common)
+
+    # ---- what the model must fit ---------------------------------------------------------------
+
+    def _config(self, native: dict[str, Any] | None) -> dict[str, Any]:
+        """Timm's data configuration: what the recipe says, else the data, else the model."""
+        recipe = self.recipe
+        found = timm.get_pretrained_cfg(NAMED.get(recipe.model, recipe.model))
+        cfg = {} if found is None else found.to_dict()
+        given = {
+            name: getattr(recipe, name)
+            for name in ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
+            if getattr(recipe, name) is not None
+        }
+        size = recipe.model_kwargs.get("img_size")
+        if size is not None:
+            given.setdefault("img_size", size)
+        if "in_chans" in recipe.model_kwargs:
+            given.setdefault("in_chans", recipe.model_kwargs["in_chans"])
+        channels = given.get("in_chans", (native or cfg).get("input_size", (3,))[0])
+        if native is None and channels != 3:
+            given.setdefault("mean", (0.5,) * channels)
+            given.setdefault("std", (0.5,) * channels)
+        if native is not None and "img_size" in given:
+            native = {**native, "input_size": (native["input_size"][0], *[given["img_size"]] * 2)}
+        return resolve_data_config(given, pretrained_cfg={**cfg, **(native or {})})
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.data_config["input_size"]
+
+    def _arguments(self) -> dict[str, Any]:
+        """What `timm.create_model` must be told: classes, and a size that is not its own."""
+        found = timm.get_pretrained_cfg(NAMED.get(self.recipe.model, self.recipe.model))
+        own = (3, 224, 224) if found is None else found.input_size
+        channels, *size = self.input_size
+        arguments: dict[str, Any] = {"num_classes": self.num_classes}
+        if channels != own[0]:
+            arguments["in_chans"] = channels
+        if tuple(size) != tuple(own[1:]):
+            arguments["img_size"] = size[0] if size[0] == size[1] else tuple(size)
+        return arguments
+
+    # ---- losses and mixing ---------------------------------------------------------------------
+
+    def _criterion(self) -> Criterion:
+        recipe = self.recipe
+        if self.multi_label and not recipe.bce_loss:
+            raise UserError(
+                "bce_loss: images of these data may have several labels, which softmax "
+                "cross-entropy cannot learn; add --bce-loss"
+            )
+        return criterion_for(
+            smoothing=recipe.smoothing,
+            bce_loss=recipe.bce_loss,
+            bce_target_thresh=recipe.bce_target_thresh,
+            bce_sum=recipe.bce_sum,
+            mixup=self.mixes,
+        )
+
+    def mixup(self) -> Callable[..., Any] | None:
+        """Timm's Mixup of the recipe, or None."""
+        recipe = self.recipe
+        if not self.mixes:
+            return None
+        if recipe.batch_size % 2 and recipe.mixup_mode != "elem":
+            raise UserError(
+                f"batch_size: mixup pairs the images of a batch, and {recipe.batch_size} is odd"
+            )
+        return Mixup(
+            mixup_alpha=recipe.mixup,
+            cutmix_alpha=recipe.cutmix,
+            prob=recipe.mixup_prob,
+            switch_prob=recipe.mixup_switch_prob,
+            mode=recipe.mixup_mode,
+            label_smoothing=recipe.smoothing,
+            num_classes=self.num_classes,
+            **({"multi_label": True} if self.multi_label else {}),
+        )
+
+    def unreadable(self) -> dict[str, str]:
+        """Pictures that could not be read so far, and why, of all processes."""
+        own = dict(self.loader.unreadable)
+        if self.val_loader is not None:
+            own |= self.val_loader.unreadable
+        found: dict[str, str] = {}
+        for one in self.processes.gathered(own):
+            found |= one
+        return found
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+def _count(dataset: Any) -> str:
+    number = _length(dataset)
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _first(dataset: Any) -> Any:
+    try:
+        sample = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+    except (IndexError, StopIteration):
+        raise UserError("train_data: the data set is empty") from None
+    image, label = images_and_target(sample)
+    return torch.as_tensor(image), label

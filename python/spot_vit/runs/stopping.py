@@ -1,0 +1,51 @@
+"""Signals that end a run: noted, and heeded between two steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Stop:
+    """A context in which SIGINT and SIGTERM ask for a stop, which the loop looks for.
+
+    A second SIGINT interrupts at once, as Python does. In a thread other than the main one, where
+    Python takes no signals, nothing is noted.
+
+    Attributes:
+        signal: number of the signal that came, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:
+                break
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Stopped(Exception):
+    """A signal ended the run, which is saved.
+
+    Attributes:
+        signal: number of the signal.
+    """
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal

@@ -1,0 +1,187 @@
+"""A run that is stopped, killed or damaged goes on as if nothing had happened, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import spot_vit
+import torch
+import yaml
+from spot_vit.runs.stopping import Stopped
+from spot_vit.runs.train import train
+from spot_vit.training.step import TrainStep
+from spot_vit.utils.errors import UserError
+from support.runs import command, folder_of_pictures, small_recipe, trace
+
+EVERYTHING: dict[str, Any] = {
+    "sampled_keep": (0.4, 1.0),
+    "noise": 0.5,
+    "grad_accum_steps": 2,
+    "model_ema": True,
+    "model_ema_decay": 0.9,
+    "mixup": 0.5,
+    "cutmix": 0.5,
+    "dense_epochs": 1,
+    "drop_path": 0.2,
+    "recovery_interval": 2,
+}
+
+
+class Crash(Exception):
+    """What ends a run in these tests."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets the run die in the forward pass of its n-th optimiser step from now."""
+    count = 0
+    before = TrainStep.__call__
+
+    def counted(self: TrainStep, batches: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > step:
+            raise Crash
+        return before(self, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["everything", "attention"])
+def test_crashes_change_nothing(
+    kind: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(EVERYTHING)
+    if kind == "attention":
+        options = {"attention_keep": 0.5, "connectivity_epochs": 1, "recovery_interval": 2}
+        options |= {"self_distillation": 0.01, "keep_epochs": (0, 1), "method": "evit"}
+    whole = small_recipe(tmp_path, experiment="whole", workers=workers, **options)
+    train(whole)
+    expected = trace(tmp_path / "whole")
+    assert len(expected) >= 9
+    recipe = whole.replace(experiment="broken")
+    draw = random.Random(3)
+    for crashes in range(20):
+        with monkeypatch.context() as patch:
+            crash_at(patch, draw.randrange(1, 5))
+            try:
+                train(recipe)
+            except Crash:
+                if (tmp_path / "broken/resume.pt").exists():
+                    recipe = small_recipe(tmp_path, resume=str(tmp_path / "broken"))
+                    recipe = type(recipe)(resume=str(tmp_path / "broken"))
+                else:
+                    recipe = recipe.replace(experiment=f"broken{crashes}")
+                    (tmp_path / "broken/recipe.yaml").rename(tmp_path / f"{crashes}.yaml")
+                    recipe = recipe.replace(experiment="broken")
+            else:
+                break
+    else:
+        raise AssertionError("never finished")
+    assert crashes >= 2
+    assert trace(tmp_path / "broken") == expected
+    states = [
+        spot_vit.load(tmp_path / name / "last.safetensors").state_dict()
+        for name in ("whole", "broken")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def words_of(recipe: Any, path: Path) -> list[str]:
+    """The command that trains as a recipe says."""
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    return ["train", recipe.data, "--config", str(path)]
+
+
+def test_kill_9_and_sigterm_change_nothing(tmp_path: Path) -> None:
+    data = str(folder_of_pictures(tmp_path / "pictures", per_class=16))
+    options = {
+        **EVERYTHING, "synthetic": False, "data": data, "num_classes": None, "workers": 1,
+        "train_num_samples": None, "val_num_samples": None, "epochs": 6, "recovery_interval": 1,
+    }  # fmt: skip
+    whole = small_recipe(tmp_path, experiment="whole", **options)
+    process = command(*words_of(whole, tmp_path / "whole.yaml"))
+    assert process.wait(300) == 0, process.communicate()[1]
+    expected = trace(tmp_path / "whole")
+    broken = tmp_path / "broken"
+    words = words_of(whole.replace(experiment="broken"), tmp_path / "broken.yaml")
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = command(*words)
+        begun = len(trace(broken)) if (broken / "metrics.jsonl").exists() else 0
+        deadline = time.monotonic() + 120
+        while not ((broken / "resume.pt").exists() and len(trace(broken)) >= min(begun + 3, 18)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        output = process.communicate(timeout=120)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 128 + number, output
+            assert re.search(r"go on with: spot train --resume \S+broken", "".join(output))
+            assert "Traceback" not in "".join(output)
+        words = ["train", "--resume", str(broken)]
+        seen = {path.name for path in broken.iterdir() if not path.name.startswith(".")}
+        assert not any(name.endswith((".tmp", ".link")) for name in seen)
+    process = command(*words)
+    assert process.wait(300) == 0, process.communicate()
+    assert trace(broken) == expected
+
+
+def test_a_damaged_state_is_named_and_the_previous_one_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(tmp_path, recovery_interval=2)
+    train(recipe.replace(experiment="whole"))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(patch, 7)
+        train(recipe)
+    state = tmp_path / "run/resume.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    train(type(recipe)(resume=str(tmp_path / "run")))
+    assert re.search(r"resume\.pt was not read.*going on from \S+resume-previous\.pt", caplog.text)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lr": 0.5},
+            r"goes on as it began, and lr was 0\.001 and is 0\.5; .*--initial-checkpoint",
+        ),
+        ({"resume": "nowhere"}, r"resume: there is no run in nowhere"),
+    ],
+)
+def test_what_resume_refuses(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, steps=2)
+    train(recipe)
+    given = type(recipe)(**{"resume": str(tmp_path / "run"), **changes})
+    with pytest.raises(UserError, match=message):
+        train(given)
+
+
+def test_a_signal_in_the_middle_saves_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(tmp_path)
+    train(recipe.replace(experiment="whole"))
+    before = TrainStep.__call__
+
+    def signalled(self: TrainStep, batches: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return before(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", signalled)
+        with pytest.raises(Stopped, match=r"behind step 1, and saved; go on with: spot train"):
+            train(recipe)
+    train(type(recipe)(resume=str(tmp_path / "run")))
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
