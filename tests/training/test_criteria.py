@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from spot_vit.training.criteria import criterion_for
+from spot_vit.training.losses import sigmoid_distillation, softmax_distillation
+from spot_vit.training.objectives import SpotObjective, dense_objective
+from spot_vit.training.sparsifiner import SparsifinerObjective
+from spot_vit.training.step import TrainStep
+from support.models import build, images
+from support.ranks import converted
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 torch.manual_seed(0)
@@ -97,3 +104,32 @@ def test_criteria_are_copied_and_pickled() -> None:
         criterion = criterion_for(**given)  # type: ignore[arg-type]
         for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
             assert torch.equal(other(LOGITS, LABELS), criterion(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "spot", "both"])
+@pytest.mark.parametrize("bce", [False, True])
+def test_every_objective_trains_with_them(kind: str, bce: bool, amp: Any) -> None:
+    model: nn.Module = (build() if kind == "dense" else converted(kind).float()).train()
+    x = images(build(), 6)
+    target = (torch.rand(6, 7) > 0.6).long() if bce else torch.randn(6, 7).softmax(1)
+    criterion = criterion_for(smoothing=0.1, bce_loss=bce, mixup=not bce)
+    given: dict[str, Any] = {
+        "teacher": build(),
+        "criterion": criterion,
+        "distillation": sigmoid_distillation if bce else softmax_distillation,
+    }
+    objective: Any = {
+        "dense": partial(dense_objective, criterion=criterion),
+        "spot": SpotObjective(**given),
+        "both": SparsifinerObjective(**given),
+    }[kind]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    step = TrainStep(model, optimizer, objective, amp_dtype=amp)
+    values = [step([(x, target)]) for _ in range(4)]
+    losses = [one["loss"] for one in values]
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        assert criterion(model(x), target).item() == pytest.approx(
+            values[-1]["loss" if kind == "dense" else "criterion"], rel=0.1
+        )

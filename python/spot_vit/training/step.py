@@ -107,8 +107,10 @@ class TrainStep:
     def __call__(self, batches: Sequence[tuple[Tensor, Any]]) -> dict[str, float]:
         """Moves the parameters once, by the gradient of the mean loss over all images.
 
-        With batches of equal size that is the mean of their losses. Gradients stay where they are
-        until the next step.
+        With batches of equal size that is the mean of their losses. It is that of one large batch
+        where the loss is a mean over images; one that sums over them, as reconstruction does, or
+        takes the mean over what each image kept, is another in small batches. Gradients stay where
+        they are until the next step.
 
         Args:
             batches: (images [B, channels, H, W], target or None), on any device.
