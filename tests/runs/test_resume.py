@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -16,7 +17,7 @@ import torch
 import yaml
 from spot_vit.runs.stopping import Stopped
 from spot_vit.runs.train import train
-from spot_vit.training.step import TrainStep
+from spot_vit.training.step import NonFiniteStep, TrainStep
 from spot_vit.utils.errors import UserError
 from support.runs import command, folder_of_pictures, small_recipe, trace
 
@@ -185,3 +186,32 @@ def test_a_signal_in_the_middle_saves_and_says_how_to_go_on(
             train(recipe)
     train(type(recipe)(resume=str(tmp_path / "run")))
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
+def test_a_step_that_is_not_finite_is_kept_and_happens_again(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, sampled_keep=(0.4, 1.0), mixup=0.5, drop_path=0.2)
+
+    class Breaks:
+        """Cross-entropy that is NaN at its eighth call in training."""
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            loss = torch.nn.functional.cross_entropy(logits, target)
+            return loss * (float("nan") if self.calls == 8 else 1.0)
+
+    with pytest.raises(NonFiniteStep, match=r"at step 8 of seed 42 .* nan") as first:
+        train(recipe, criterion=Breaks())
+    path = tmp_path / "run/nonfinite-step8.pt"
+    assert str(path) in str(first.value)
+    content = torch.load(path, weights_only=True)
+    assert len(content["batches"]) == 1 and content["batches"][0][0][0].shape == (8, 3, 32, 32)
+    again = Breaks()
+    again.calls = 7
+    with pytest.raises(NonFiniteStep) as second:
+        train(type(recipe)(resume=str(path)), criterion=again)
+    for name, value in first.value.values.items():
+        found = second.value.values[name]
+        assert found == value or (math.isnan(found) and math.isnan(value)), name

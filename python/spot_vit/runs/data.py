@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -196,7 +196,7 @@ class RunData:
             mixup=self.mixes,
         )
 
-    def mixup(self) -> Callable[..., Any] | None:
+    def mixup(self) -> Any:
         """Timm's Mixup of the recipe, or None."""
         recipe = self.recipe
         if not self.mixes:

@@ -60,24 +60,27 @@ class RunFolder:
         if spare.exists():
             os.replace(spare, self.previous)
 
-    def load_state(self) -> dict[str, Any]:
+    def load_state(self, path: Path | None = None) -> dict[str, Any]:
         """The last state; the previous one, with a warning, where that is damaged.
+
+        Args:
+            path: of another state of the run.
 
         Raises:
             UserError: there is none that can be read.
         """
-        reasons = []
-        for path in (self.state, self.previous):
-            if not path.exists():
+        reasons: list[str] = []
+        for file in (self.state, self.previous) if path is None else (path,):
+            if not file.exists():
                 continue
             try:
-                with named_in_errors(path):
-                    state = torch.load(path, map_location="cpu", weights_only=True)
+                with named_in_errors(file):
+                    state = torch.load(file, map_location="cpu", weights_only=True)
                 if isinstance(state, dict) and "step" in state:
                     if reasons:
-                        logger.warning("%s; going on from %s", reasons[0], path)
+                        logger.warning("%s; going on from %s", reasons[0], file)
                     return state
-                reasons.append(f"{path} holds no state of a run")
+                reasons.append(f"{file} holds no state of a run")
             except (ValueError, OSError, KeyError, TypeError) as error:
                 reasons.append(str(error))
         raise UserError(

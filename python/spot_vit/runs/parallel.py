@@ -38,7 +38,7 @@ def spread(model: Any, processes: Processes, how: str, static_graph: bool = Fals
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in blocks_in(model):
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+        return fully_shard(model, mesh=mesh)
     if processes.world == 1:
         return model
     devices = [processes.device.index] if processes.device.type == "cuda" else None

@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from spot_vit.data.batches import images_and_target
+from spot_vit.data.loaders import EvalLoader
 from spot_vit.evaluation.accuracy import Evaluation, evaluate
 from spot_vit.measure.flops import count_flops
 from spot_vit.models.saved import load, save
@@ -180,7 +181,7 @@ class PhaseRun:
         for batches in _groups(loader.epoch(at.epoch, at.batch), recipe.grad_accum_steps):
             ready = [self._ready(batch) for batch in batches]
             rate = self.rates.set(at.step)
-            before = random_state(self.processes.device)
+            before = self._drawn()
             try:
                 values = self.step(ready)
             except NonFiniteStep as error:
@@ -243,9 +244,9 @@ class PhaseRun:
     def _heed(self) -> None:
         """Saves, and stops, where it is time; all processes do the same."""
         due = self.recipe.recovery_interval
-        save_now = time.monotonic() - self.saved > SAVE_SECONDS
-        save_now |= due > 0 and self.at.total % due == 0
-        signal, save_now = self.processes.largest(self.run.stop.signal, int(save_now))
+        old = time.monotonic() - self.saved > SAVE_SECONDS
+        old |= due > 0 and self.at.total % due == 0
+        signal, save_now = self.processes.largest(self.run.stop.signal, int(old))
         if signal or save_now:
             self._save()
         if signal:
@@ -256,24 +257,19 @@ class PhaseRun:
             )
 
     def _keep_for_replay(
-        self, error: NonFiniteStep, batches: list[tuple[Tensor, Any]], random: dict[str, Any]
+        self, error: NonFiniteStep, batches: list[tuple[Tensor, Any]], before: dict[str, Any]
     ) -> NonFiniteStep:
-        """Saves what is needed to see the step again, and gives an error that says where."""
-        path = self.run.folder.path / f"nonfinite-step{self.at.total}-rank{self.processes.rank}.pt"
-        content = {
-            "recipe": self.recipe.to_dict(),
-            "phase": self.phase.name,
-            "step": self.at.total,
-            "values": error.values,
-            "batches": batches,
-            "random": random,
-            "model": model_state(self.model, self.sharded),
-            "draw": None if self.draw is None else self.draw.state_dict(),
-        }
-        save_torch(path, content)
-        found = NonFiniteStep(error.values, f" at step {self.at.total}")
-        found.add_note(f"batch, weights and random states are in {path}")
-        return found
+        """Saves the state before the step, and its batches; gives an error that says where."""
+        path = self.run.folder.path / f"nonfinite-step{self.at.total + 1}.pt"
+        state = self._state(before)
+        state |= {"values": error.values, "batches": self.processes.gathered(batches)}
+        if self.processes.first:
+            save_torch(path, state)
+        return NonFiniteStep(
+            error.values,
+            f" at step {self.at.total + 1} of seed {self.recipe.seed} (its batch and the state "
+            f"before it are in {path}; the step again: spot train --resume {path})",
+        )
 
     # ---- evaluation and files ------------------------------------------------------------------
 
@@ -289,10 +285,10 @@ class PhaseRun:
         }
         found = None
         if data.val_loader is not None and self.phase.name != CONNECTIVITY:
-            found = self._evaluation(self.model)
+            found = self._evaluation(self.model, data.val_loader)
             record |= _figures(found, "")
             if self.ema is not None:
-                found = self._evaluation(self.ema.module)
+                found = self._evaluation(self.ema.module, data.val_loader)
                 record |= _figures(found, "ema_")
             self.model.train()
             self._keep_best(found)
@@ -302,9 +298,9 @@ class PhaseRun:
         self._name_unreadable()
         return found
 
-    def _evaluation(self, model: nn.Module) -> Evaluation:
+    def _evaluation(self, model: nn.Module, loader: EvalLoader) -> Evaluation:
         inside = model if self.sharded else unwrap(model)
-        return evaluate(inside, self.run.data.val_loader, "validate", progress=False)
+        return evaluate(inside, loader, "validate", progress=False)
 
     def _name_unreadable(self) -> None:
         found = self.run.data.unreadable()
@@ -374,30 +370,44 @@ class PhaseRun:
     # ---- state -----------------------------------------------------------------------------------
 
     def _save(self, finished: bool = False) -> None:
-        """Writes everything that going on needs; between two phases that is little."""
-        processes = self.processes
+        """Writes everything that going on needs; behind the end of the phase that is little."""
         self.saved = time.monotonic()
-        state: dict[str, Any] = {
-            "at": dataclasses.asdict(self.at.next_phase() if finished else self.at),
+        if finished:
+            state = {**self._state_of_run(), "at": dataclasses.asdict(self.at.next_phase())}
+            state["best"] = []
+        else:
+            state = self._state(self._drawn())
+        if self.processes.first:
+            self.run.folder.save_state(state)
+        self.processes.wait()
+
+    def _state_of_run(self) -> dict[str, Any]:
+        return {
+            "at": dataclasses.asdict(self.at),
             "step": self.at.total,
             "results": self.run.results,
-            "best": [] if finished else self.run.best,
+            "best": self.run.best,
             "data": self.run.data.fingerprint,
             "lines": 0 if self.log is None else self.log.lines,
         }
-        if not finished:
-            scaler = self.step.scaler
-            state |= {
-                "model": model_state(self.model, self.sharded),
-                "optimizer": optimizer_state(self.model, self.optimizer, self.sharded),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "ema": None if self.ema is None else model_state(self.ema.module, self.sharded),
-                "draw": None if self.draw is None else self.draw.state_dict(),
-                "random": processes.gathered(random_state(processes.device)),
-            }
-        if processes.first:
-            self.run.folder.save_state(state)
-        processes.wait()
+
+    def _drawn(self) -> dict[str, Any]:
+        """Everything that the next random draws depend on."""
+        draw = None if self.draw is None else self.draw.state_dict()
+        return {"random": random_state(self.processes.device), "draw": draw}
+
+    def _state(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """The state with which the next step begins, given what `_drawn` gave before it."""
+        scaler = self.step.scaler
+        return {
+            **self._state_of_run(),
+            "model": model_state(self.model, self.sharded),
+            "optimizer": optimizer_state(self.model, self.optimizer, self.sharded),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if self.ema is None else model_state(self.ema.module, self.sharded),
+            "draw": drawn["draw"],
+            "random": self.processes.gathered(drawn["random"]),
+        }
 
     def _load(self, state: dict[str, Any]) -> None:
         """Goes on from what `_save` wrote."""

@@ -90,16 +90,20 @@ def started(device: str | None = None) -> Iterator[Processes]:
         UserError: there is no such device.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    joined = distributed.is_available() and distributed.is_initialized()
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {kind}: torch sees no GPU here; leave --device out, or say cpu")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if joined:
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+    else:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         own = torch.device("cuda", local)
         torch.cuda.set_device(own)
     else:
         own = torch.device(kind)
-    if world == 1 or distributed.is_initialized():
+    if world == 1 or joined:
         yield Processes(rank, world, own)
         return
     distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")

@@ -28,8 +28,7 @@ def resumed(recipe: Recipe) -> Recipe:
     """
     if recipe.resume is None:
         return recipe
-    path = Path(recipe.resume)
-    folder = RunFolder(path.parent if path.is_file() else path)
+    folder = RunFolder(folder_of(recipe))
     try:
         saved = Recipe.from_dict(read(str(folder.path)))
     except ValueError as error:
@@ -53,7 +52,7 @@ def resumed(recipe: Recipe) -> Recipe:
         for name in FREE
         if getattr(recipe, name) != getattr(default, name)
     }
-    return saved.replace(**changed | {"resume": str(folder.path)})
+    return saved.replace(**changed)
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -63,7 +62,8 @@ def folder_of(recipe: Recipe) -> Path:
         UserError: another run is there.
     """
     if recipe.resume is not None:
-        return Path(recipe.resume)
+        path = Path(recipe.resume)
+        return path.parent if path.is_file() else path
     name = recipe.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.model.replace('/', '-')}"
     folder = RunFolder(Path(recipe.output) / name)
     if folder.recipe.exists():

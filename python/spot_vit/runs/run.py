@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -79,10 +80,11 @@ class Run:
         self.at = Position()
         self.best: list[dict[str, Any]] = []  # of this phase: file, value, the best first
         self.results: dict[str, Any] = {}
-        going_on = recipe.resume is not None
-        self.state = processes.from_first(
-            folder.load_state() if going_on and processes.first else None
-        )
+        state = None
+        if recipe.resume is not None and processes.first:
+            path = Path(recipe.resume)
+            state = folder.load_state(path if path.is_file() else None)
+        self.state = processes.from_first(state)
         seed_all(recipe.seed)
         self.data = RunData(recipe, processes, **given)
         self.phases = phases_of(recipe, self.data.batches)
