@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from spot_vit.cli.main import main
 from spot_vit.data.digits import ClutteredDigits
-from spot_vit.demos import first
-from spot_vit.training.checkpoint import read_config
+from spot_vit.demos import first, setup
+from spot_vit.demos.setup import Recipe
+from spot_vit.models.saved import load
 
 MODELS = ["dense", "dense, longer", "SPOT"]
 
@@ -34,8 +38,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
 def test_the_files_are_there_and_named(ran: tuple[Path, str, dict]) -> None:
     folder, text, _ = ran
     names = {path.name for path in folder.iterdir()}
-    assert names == {"spot.safetensors", "summary.json", "kept.png"}
-    assert all(str(folder / name) in text for name in names)
+    shown = {"spot.safetensors", "summary.json", "kept.png"}
+    assert names == shown | {"dense.safetensors", "dense-longer.safetensors"}
+    assert all(str(folder / name) in text for name in shown)
     assert (folder / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -80,13 +85,71 @@ def test_the_summary_is_consistent(ran: tuple[Path, str, dict]) -> None:
 
 def test_the_checkpoint_comes_back_as_the_same_model(ran: tuple[Path, str, dict]) -> None:
     folder, _, summary = ran
-    model = first.load(folder / "spot.safetensors")
-    assert read_config(folder / "spot.safetensors")["spot"]["keep"] == summary["recipe"]["keep"]
+    model = load(folder / "spot.safetensors")
+    assert model.spot_config.keep == summary["recipe"]["keep"]
     batch = ClutteredDigits("test", summary["recipe"]["test_images"]).batch(range(360))
     with torch.inference_mode():
         correct = model(batch.image).argmax(1) == batch.label
     top1 = summary["rows"][2]["top1"]
     assert correct.float().mean().item() == pytest.approx(top1, abs=1.5 / 360)
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_another_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = Recipe(width=16, depth=4, heads=2, steps=3, extra_steps=2, batch_size=4, test_images=40)
+    monkeypatch.setattr(first, "QUICK", dataclasses.replace(small, latency_rounds=2))
+    threads = torch.get_num_threads()
+    command = ["demo", "--quick", "--threads", "1", "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    phase, names = setup.train_phase, []
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        names.append(arguments[4])
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        phase(*arguments, **options)
+
+    monkeypatch.setattr(first, "train_phase", interrupted)
+    folder = tmp_path / "halves"
+    capsys.readouterr()
+    assert main([*command, str(folder)]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"spot demo: interrupted; finished phases are in {folder}, and the same command goes on "
+        "behind them"
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        "dense.safetensors",
+        "dense-longer.safetensors",
+    }
+    assert main([*command, str(folder)]) == 0
+    assert names == ["dense ViT", "dense, longer", "SPOT ViT", "SPOT ViT"]
+    states = [load(tmp_path / name / "spot.safetensors").state_dict() for name in ("whole", folder)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    monkeypatch.setattr(first, "train_phase", None)  # nothing is trained a third time
+    assert main([*command, str(folder)]) == 0
+    torch.set_num_threads(threads)
+
+
+def test_a_damaged_phase_is_named_and_trained_again(tmp_path: Path) -> None:
+    path, trained = tmp_path / "x.safetensors", []
+    recipe = Recipe(width=16, depth=2, heads=2)
+    for content in (None, b"damaged", None):
+        if content is not None:
+            path.write_bytes(content)
+        model = setup.build_dense(recipe)
+        with contextlib.ExitStack() as stack:
+            if content is not None:
+                stack.enter_context(
+                    pytest.warns(
+                        RuntimeWarning, match=r"x\.safetensors was not read.*trained again"
+                    )
+                )
+            setup.train_once(path, model, {"seed": 3}, lambda: trained.append(3))
+    assert len(trained) == 2
+    setup.train_once(path, model, {"seed": 4}, lambda: trained.append(4))
+    assert trained == [3, 3, 4]
 
 
 def test_info_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:

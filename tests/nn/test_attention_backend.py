@@ -128,6 +128,45 @@ def test_a_given_file_is_used_and_never_added_to(
             backend.choose(577, 0.1, torch.float32, CPU)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "half of a fi",
+        "[]",
+        '{"columns": 3}',
+        '{"columns": [{"tokens": 577, "dtype": "float32", "device": "cpu", "entries": []}]}',
+        '{"columns": [{"tokens": 577, "dtype": "float32", "device": "cpu", "entries": '
+        '[{"keep_rate": 0.5, "sparse": NaN, "masked": 1.0}]}]}',
+        "\udcff",
+    ],
+)
+def test_a_damaged_cache_is_measured_again_and_mended(timer: Fake, text: str) -> None:
+    path = backend.cache_path(backend.machine(CPU))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.warns(RuntimeWarning, match=rf"{path.name} is no crossover table .*measured again"):
+        assert backend.choose(577, 0.3, torch.float32, CPU) == "sparse"
+    assert timer.calls == len(backend.RATES)
+    forget()
+    assert backend.choose(577, 0.9, torch.float32, CPU) == "dense"
+    assert timer.calls == len(backend.RATES)  # from the new file
+
+
+def test_a_cache_that_cannot_be_read_or_written_costs_only_time(
+    timer: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert backend.choose(577, 0.3, torch.float32, CPU) == "sparse"
+    forget()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(backend.os.path, "expanduser", lambda path: path)  # nobody's home
+    monkeypatch.setattr(backend.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    assert backend.choose(577, 0.3, torch.float32, CPU) == "sparse"
+    assert timer.calls == 2 * len(backend.RATES)
+    assert list((tmp_path / "temporary/.cache/spot").glob("crossover-*.json"))
+
+
 def test_nothing_is_measured_where_something_watches(timer: Fake) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

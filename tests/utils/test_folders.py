@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from spot_vit.utils.errors import UserError
-from spot_vit.utils.folders import prepare
+from spot_vit.utils.folders import prepare, prepare_file
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
@@ -56,3 +56,14 @@ def test_a_folder_that_takes_no_file_is_refused(
 def test_a_folder_that_cannot_be_made_is_refused() -> None:
     with pytest.raises(UserError, match="/proc/none/out cannot be written"):
         prepare("/proc/none/out")
+
+
+def test_a_file_to_write_is_checked_through_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.json"
+    assert prepare_file(path) == path and os.listdir(tmp_path / "new") == []
+    path.write_text("old")
+    assert prepare_file(str(path)) == path and path.read_text() == "old"
+    with pytest.raises(UserError, match="new cannot be the output file: it is a folder"):
+        prepare_file(tmp_path / "new")
+    with pytest.raises(UserError, match=r"out\.json is a file; name another"):
+        prepare_file(path / "deeper.json")

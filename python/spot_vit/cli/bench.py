@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spot_vit.utils.errors import UserError
+from spot_vit.utils.folders import prepare_file
 from spot_vit.utils.tables import format_table
 
 
@@ -40,7 +42,24 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures the whole table, keeps it for this machine, prints it and writes it as JSON."""
+    """Measures the whole table, keeps it for this machine, prints it and writes it as JSON.
+
+    Returns:
+        2 where an option is wrong.
+    """
+    try:
+        if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
+            raise UserError(f"--threads: expected 1 to 1024, got {arguments.threads}")
+        prepare_file(arguments.output)
+        table = _measured(arguments)
+    except UserError as error:
+        print(f"spot bench: {error}", file=sys.stderr)
+        return 2
+    print(f"{describe(table)}\n\nwritten: {arguments.output}")
+    return 0
+
+
+def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from spot_vit.nn import attention_backend
@@ -49,15 +68,15 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = arguments.tokens or attention_backend.SIZES
     if unknown := sorted(set(sizes) - set(attention_backend.SIZES)):
         there = ", ".join(map(str, attention_backend.SIZES))
-        print(f"spot bench: no column of {unknown} tokens; there are {there}", file=sys.stderr)
-        return 2
-    if arguments.threads:
+        raise UserError(f"no column of {unknown} tokens; there are {there}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: torch sees no GPU here (`spot info` tells more)")
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     table = attention_backend.measure_table(torch.device(arguments.device), dtypes, sizes)
     save_json(arguments.output, table)
-    print(f"{describe(table)}\n\nwritten: {arguments.output}")
-    return 0
+    return table
 
 
 def describe(table: Mapping[str, Any]) -> str:

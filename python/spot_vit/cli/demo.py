@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from spot_vit.utils.errors import UserError
+from spot_vit.utils.folders import prepare
 
 OTHERS = {
     "compare": "SPOT, DynamicViT, EViT and random selection at equal cost (up to an hour)",
@@ -18,6 +22,8 @@ OTHERS = {
 
 SEVERAL_SEEDS = ("compare", "budgets", "dense")
 OPTIONS = ("quick", "seed", "seeds", "threads")
+LIMITS = {"seed": (0, 2**31 - 1), "seeds": (1, 1000), "threads": (1, 1024)}
+NEEDED_BYTES = 100_000_000
 
 
 def add_parser(commands: Any) -> None:
@@ -51,13 +57,38 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the demonstration that is asked for; 1 where a package is missing."""
+    """Runs the demonstration that is asked for.
+
+    Returns:
+        1 where a package is missing, 2 where an option is wrong, 130 where Ctrl-C ended it.
+    """
     given = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
+    output = getattr(arguments, "output", Path("spot-demo"))
     try:
+        _check(given)
+        prepare(output, NEEDED_BYTES)
         demo = importlib.import_module(f"spot_vit.demos.{arguments.demo}")
-        demo.run(getattr(arguments, "output", Path("spot-demo")), **given)
+        demo.run(output, **given)
     except ModuleNotFoundError as error:
         hint = "install what the demonstration needs: pip install 'spot-vit[demo]'"
         print(f"spot demo: {error}; {hint}", file=sys.stderr)
         return 1
+    except UserError as error:
+        print(f"spot demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        words = f"finished phases are in {output}, and the same command goes on behind them"
+        print(f"\nspot demo: interrupted; {words}", file=sys.stderr)
+        return 130
     return 0
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raises UserError, with all that is wrong, before anything is imported or made."""
+    problems = [
+        f"--{name}: expected {low} to {high}, got {given[name]}"
+        for name, (low, high) in LIMITS.items()
+        if name in given and not low <= given[name] <= high
+    ]
+    if problems:
+        raise UserError("; ".join(problems))

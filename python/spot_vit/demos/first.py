@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from spot_vit.data.digits import ClutteredDigits
-from spot_vit.demos.setup import Recipe, build_dense, train_phase
+from spot_vit.demos.setup import Recipe, build_dense, train_once, train_phase
 from spot_vit.evaluation.accuracy import evaluate
 from spot_vit.evaluation.foreground import foreground_kept
 from spot_vit.evaluation.pictures import save_kept
@@ -22,7 +20,6 @@ from spot_vit.evaluation.statistics import paired_difference
 from spot_vit.measure.flops import count_flops
 from spot_vit.measure.latency import compare_latency, compare_training
 from spot_vit.models.convert import sparsify
-from spot_vit.training.checkpoint import load_checkpoint, read_config, save_checkpoint
 from spot_vit.training.objectives import SpotObjective, dense_objective
 from spot_vit.training.param_groups import param_groups
 from spot_vit.utils.files import save_json
@@ -35,16 +32,10 @@ _BATCH_SIZES = (1, 32)  # at which latency is measured
 QUICK = Recipe(steps=40, extra_steps=10, test_images=360, latency_rounds=5)
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
-    """Rebuilds the SPOT ViT that the demonstration wrote."""
-    config = read_config(path)
-    model = sparsify(build_dense(Recipe(**config["recipe"])), **config["spot"])
-    load_checkpoint(path, model)
-    return model.eval()
-
-
 def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -> dict[str, Any]:
     """Trains, compares, prints the table, and writes spot.safetensors, summary.json and kept.png.
+
+    Trained models are kept in `output`: an interrupted run goes on behind its last phase.
 
     Args:
         output: folder for the files, made when it is not there.
@@ -62,9 +53,21 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
 
     torch.manual_seed(seed)
     dense = build_dense(recipe)
-    train_phase(dense, dense.parameters(), recipe, seed, "dense ViT", first=True)
+    about = {"recipe": dataclasses.asdict(recipe), "seed": seed, "threads": threads}
+
+    def phase(name: str, model: Any, parameters: Any, words: str, **more: Any) -> Path:
+        path = output / f"{name}.safetensors"
+        train_once(
+            path,
+            model,
+            {**about, "phase": name},
+            lambda: train_phase(model, parameters, recipe, seed, words, **more),
+        )
+        return path
+
+    phase("dense", dense, dense.parameters(), "dense ViT", first=True)
     longer = copy.deepcopy(dense)
-    train_phase(longer, longer.parameters(), recipe, seed, "dense, longer")
+    phase("dense-longer", longer, longer.parameters(), "dense, longer")
     spot: Any = sparsify(copy.deepcopy(dense), keep=recipe.keep, at=list(recipe.at))
     groups = param_groups(
         spot,
@@ -75,20 +78,16 @@ def run(output: Path, *, quick: bool = False, seed: int = 0, threads: int = 2) -
         head="pretrained",
     )
     objective = SpotObjective(teacher=copy.deepcopy(dense))
-    train_phase(spot, groups, recipe, seed, "SPOT ViT", objective)
+    weights = phase("spot", spot, groups, "SPOT ViT", objective=objective)
 
     models = {"dense": dense, "dense, longer": longer, "SPOT": spot}
     summary = {
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
+        **about,
         "quick": quick,
-        "threads": threads,
         "machine": facts(),
         "rows": _compare(models, recipe, test),
     }
-    files = [output / name for name in ("spot.safetensors", "summary.json", "kept.png")]
-    config = {"recipe": summary["recipe"], "spot": spot.spot_config.to_dict()}
-    save_checkpoint(files[0], spot, config)
+    files = [weights, output / "summary.json", output / "kept.png"]
     save_kept(files[2], spot, test.batch(range(12)))
     summary["seconds"] = time.perf_counter() - started
     save_json(files[1], summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,15 @@ from torch.utils.data import DataLoader
 
 from spot_vit.data.digits import ClutteredDigits
 from spot_vit.models.convert import sparsify
-from spot_vit.training.checkpoint import load_checkpoint, read_config, save_checkpoint
+from spot_vit.models.saved import save
+from spot_vit.training.checkpoint import load_checkpoint, read_config
 from spot_vit.training.fit import fit
 from spot_vit.training.keep_sampling import SampledKeep
 from spot_vit.training.objectives import Objective, SpotObjective, dense_objective
 from spot_vit.training.param_groups import param_groups
 from spot_vit.utils.machine import versions
+
+_RANDOM = "random"  # of the config of a trained model: torch's state behind its training
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,29 @@ def trained_sparse(
 def train_once(
     path: Path, model: nn.Module, config: Mapping[str, Any], train: Callable[[], None]
 ) -> None:
-    """Trains and saves, unless `path` holds a model that was trained just so."""
+    """Trains and saves, unless `path` holds a model that was trained just so.
+
+    Random numbers go on as after the training, so that an interrupted run ends as another would.
+    The file is one of `spot_vit.models.saved.save`. A damaged one is named, and made again.
+    """
     config = json.loads(json.dumps({**config, "versions": versions()}))  # as it will be read
-    if path.exists() and read_config(path) == config:
+    found = _config_of(path)
+    random = found.pop(_RANDOM, None)
+    if found == config and random is not None:
         load_checkpoint(path, model)
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(random), dtype=torch.uint8))
         return
     train()
-    save_checkpoint(path, model, config)
+    random = bytes(torch.get_rng_state().tolist()).hex()
+    save(path, model, config={**config, _RANDOM: random})
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """How a model was trained; nothing where it is not there or damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return read_config(path)
+    except ValueError as error:
+        warnings.warn(f"{error}; it is trained again", RuntimeWarning, stacklevel=3)
+        return {}

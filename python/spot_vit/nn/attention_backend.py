@@ -12,7 +12,10 @@ import hashlib
 import json
 import math
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import spot_ext
 from spot_ext.sparse_attention import named_keys
+from spot_vit.utils.errors import UserError
 from spot_vit.utils.files import save_json
 from spot_vit.utils.machine import Clock, contention, facts
 from spot_vit.utils.timing import Side, take_turns
@@ -33,6 +37,7 @@ HEADS, HEAD_DIM = 6, 64
 SECONDS = 0.15  # for one entry, more where three rounds take longer
 ROUNDS = 3
 KEY = ("tokens", "dtype", "device")  # what a column is for
+FIGURES = ("keep_rate", "sparse", "masked")  # of an entry, on which the choice depends
 DEPENDS_ON = {
     "cpu": ("device", "processor", "isa", "threads", "torch", "spot"),
     "cuda": ("device", "gpu", "torch", "spot"),
@@ -101,8 +106,10 @@ def _column(size: int, dtype: torch.dtype, device: torch.device) -> list[Entry] 
     given = path is not None
     if path is None:
         path = cache_path(machine(device))
-    if path not in _tables:
-        _tables[path] = read(path) if path.exists() else {"machine": machine(device), "columns": []}
+    if path not in _tables and given:
+        _tables[path] = read(path)
+    elif path not in _tables:
+        _tables[path] = {"machine": machine(device), "columns": _kept(path)}
     table = _tables[path]
     for column in table["columns"]:
         if [column[key] for key in KEY] == [size, _name(dtype), device.type]:
@@ -135,7 +142,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def cache_path(facts: dict[str, Any]) -> Path:
     """The file of a machine, under XDG_CACHE_HOME."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spot"
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # a user without a home, as in some containers
+        home = tempfile.gettempdir()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "spot"
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return folder / f"crossover-{digest[:16]}.json"
 
@@ -144,29 +154,43 @@ def read(path: Path) -> dict[str, Any]:
     """A table from its file.
 
     Raises:
-        ValueError: it is not one.
+        UserError: it is not one.
     """
     try:
-        table = json.loads(path.read_text())
+        table: dict[str, Any] = json.loads(path.read_text())
         for column in table["columns"]:
             _ = [column[key] for key in KEY]
-            crossover_rate(column["entries"])
-    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(
+            figures = [entry[key] for entry in column["entries"] for key in FIGURES]
+            if not figures or not all(0 < figure < math.inf for figure in figures):
+                raise ValueError(f"expected figures above 0, got {figures}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
             f"{path} is no crossover table ({type(error).__name__}: {error}); "
             "`spot bench crossover` writes one"
         ) from error
     return table
 
 
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """The columns of a cache; none where it is not there, and with a warning where it is damaged.
+
+    A column that is missing is measured again, and the file is then written anew.
+    """
+    if not os.path.exists(path):
+        return []
+    try:
+        columns: list[dict[str, Any]] = read(path)["columns"]
+        return columns
+    except UserError as error:
+        warnings.warn(f"{error}; it is measured again", RuntimeWarning, stacklevel=2)
+        return []
+
+
 def _keep(path: Path, column: dict[str, Any], facts: dict[str, Any]) -> None:
     """Adds a column to the file, beside what other processes may have added meanwhile."""
-    try:
-        columns = read(path)["columns"] if path.exists() else []
-        others = [c for c in columns if any(c[key] != column[key] for key in KEY)]
+    others = [c for c in _kept(path) if any(c[key] != column[key] for key in KEY)]
+    with suppress(OSError, UserError):  # a cache that cannot be written only costs time
         save_json(path, {"machine": facts, "columns": [*others, column]})
-    except (OSError, ValueError):
-        pass  # a cache that cannot be written only costs time
 
 
 def _file() -> Path | None:

@@ -47,6 +47,26 @@ def prepare(path: str | os.PathLike[str], needed_bytes: int = 0) -> Path:
     return folder
 
 
+def prepare_file(path: str | os.PathLike[str], needed_bytes: int = 0) -> Path:
+    """Checks that a file can be written, and makes its folder where it is missing.
+
+    Args:
+        path: of the file, which may be there.
+        needed_bytes: free space that it will take.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: it is a folder, or as `prepare` of its folder.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{file} cannot be the output file: it is a folder; name a file")
+    prepare(file.parent, needed_bytes)
+    return file
+
+
 def _size(count: int) -> str:
     """Bytes as text."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
