@@ -82,6 +82,8 @@ class CorruptedDigits(Dataset[DigitBatch]):
         severity: 1, 2 or 3.
     """
 
+    by_index = True  # whole batches by __getitems__, and nothing random besides
+
     def __init__(self, data: ClutteredDigits, kind: str, severity: int) -> None:
         if kind not in CORRUPTIONS:
             raise ValueError(f"kind: expected one of {CORRUPTIONS}, got {kind!r}")

@@ -58,6 +58,8 @@ class ClutteredDigits(Dataset[DigitBatch]):
             question that the image asks, and no patch can answer it alone.
     """
 
+    by_index = True  # whole batches by __getitems__, and nothing random besides
+
     def __init__(
         self,
         split: str = "train",
