@@ -55,7 +55,7 @@ def test_a_folder_that_takes_no_file_is_refused(
 
 def test_a_folder_that_cannot_be_made_is_refused() -> None:
     with pytest.raises(UserError, match="/proc/none/out cannot be written"):
-        prepare("/proc/none/out")
+        prepare("/proc/none/out", needed_bytes=1000)
 
 
 def test_a_file_to_write_is_checked_through_its_folder(tmp_path: Path) -> None:

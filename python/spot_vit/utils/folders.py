@@ -31,8 +31,8 @@ def prepare(path: str | os.PathLike[str], needed_bytes: int = 0) -> Path:
             break
     if not part.is_dir():
         raise UserError(f"{folder} cannot be the output folder: {part} is a file; name another")
-    free = shutil.disk_usage(part).free
-    if free < needed_bytes:
+    total, _, free = shutil.disk_usage(part)
+    if total and free < needed_bytes:  # some file systems do not tell
         raise UserError(
             f"{folder} has too little space: {_size(needed_bytes)} are needed and {_size(free)} "
             "free; make room there, or name another folder"
