@@ -24,6 +24,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(timm.models, "get_model_args"),
+    reason="timm does not keep the arguments of a model",
+)
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 SIZES = {**SMALL, "img_size": 64, "num_classes": 7}
@@ -273,6 +278,23 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         save(path, model, data_config={"size": 3})
     with pytest.raises(ValueError, match=r"96"):
         save(path, model, data_config={"input_size": (3, 96, 96)})
+    assert os.listdir(tmp_path) == []
+
+
+class Sharded(torch.Tensor):
+    """What tells a sharded tensor from a whole one."""
+
+    def full_tensor(self) -> torch.Tensor:
+        raise AssertionError("gathering takes all processes")
+
+
+def test_sharded_tensors_are_refused(tmp_path: Path) -> None:
+    model = spot()
+    state = {name: value.as_subclass(Sharded) for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"blocks.0.* and \d+ more are sharded.*get_model_state_dict"
+    ):
+        save(tmp_path / "x.safetensors", model, state=state)
     assert os.listdir(tmp_path) == []
 
 
