@@ -63,11 +63,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Recipes that were carried out, by a stand-in of the package that does."""
     seen: list[Recipe] = []
     runs = types.ModuleType("spot_vit.runs.train")
-
-    class Stopped(Exception):
-        signal = signal.SIGTERM
-
-    runs.train, runs.Stopped = seen.append, Stopped  # type: ignore[attr-defined]
+    runs.train = seen.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "spot_vit.runs.train", runs)
     return seen
 
@@ -218,10 +214,11 @@ def test_one_problem_is_one_line(words: str, said: str, capsys: pytest.CaptureFi
 def test_faults_of_the_run_are_one_line(
     trained: list[Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from spot_vit.runs.stopping import Stopped
     from spot_vit.training.step import NonFiniteStep
 
     runs: Any = sys.modules["spot_vit.runs.train"]
-    stopped = runs.Stopped("go on with --resume run")
+    stopped = Stopped(signal.SIGTERM, "go on with --resume run")
 
     def status(error: BaseException) -> tuple[int, str]:
         def fail(recipe: Recipe) -> None:
