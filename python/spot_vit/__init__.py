@@ -15,6 +15,7 @@ from spot_vit.utils.requirements import timm_trouble
 
 if TYPE_CHECKING:
     from spot_ext import __version__
+    from spot_vit.config.recipe import Recipe
     from spot_vit.config.sparsifiner import SparsifinerConfig
     from spot_vit.config.spot import SpotConfig
     from spot_vit.data.corruptions import CorruptedDigits
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
     from spot_vit.models.loop import SpotOutput
     from spot_vit.models.published import convert_checkpoint
     from spot_vit.models.recording import attention_maps, record_operands
+    from spot_vit.models.saved import load, save
     from spot_vit.models.sparsifiner import dense_attention, set_grid, sparsify_attention
     from spot_vit.models.token_pass import TokenPass
     from spot_vit.nn.exit_lens import ExitLens
     from spot_vit.nn.operands import AttentionMap
+    from spot_vit.runs.train import train
     from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
     from spot_vit.training.connectivity_init import start_from_regions
     from spot_vit.training.fit import fit
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
         learn_connectivity,
         train_connectivity,
     )
+    from spot_vit.utils.errors import UserError
 
 _HOME = {
     "AttentionMap": "spot_vit.nn.operands",
@@ -67,6 +71,7 @@ _HOME = {
     "KeepSchedule": "spot_vit.training.schedules",
     "LossWeights": "spot_vit.training.losses",
     "NoiseSchedule": "spot_vit.training.schedules",
+    "Recipe": "spot_vit.config.recipe",
     "SampledKeep": "spot_vit.training.keep_sampling",
     "SparsifinerConfig": "spot_vit.config.sparsifiner",
     "SparsifinerObjective": "spot_vit.training.sparsifiner",
@@ -76,6 +81,7 @@ _HOME = {
     "Teacher": "spot_vit.training.losses",
     "TokenPass": "spot_vit.models.token_pass",
     "UnsupportedModelError": "spot_vit.models.adapters.find",
+    "UserError": "spot_vit.utils.errors",
     "__version__": "spot_ext",
     "attention_maps": "spot_vit.models.recording",
     "attention_seen": "spot_vit.training.reconstruction",
@@ -92,12 +98,14 @@ _HOME = {
     "foreground_kept": "spot_vit.evaluation.foreground",
     "hub_config": "spot_vit.models.hub",
     "learn_connectivity": "spot_vit.training.sparsifiner",
+    "load": "spot_vit.models.saved",
     "load_checkpoint": "spot_vit.training.checkpoint",
     "mhsa_flops": "spot_vit.measure.attention_flops",
     "paired_difference": "spot_vit.evaluation.statistics",
     "param_groups": "spot_vit.training.param_groups",
     "record_operands": "spot_vit.models.recording",
     "restore": "spot_vit.models.convert",
+    "save": "spot_vit.models.saved",
     "save_checkpoint": "spot_vit.training.checkpoint",
     "save_kept": "spot_vit.evaluation.pictures",
     "set_grid": "spot_vit.models.sparsifiner",
@@ -109,6 +117,7 @@ _HOME = {
     "spot_loss": "spot_vit.training.losses",
     "start_from_regions": "spot_vit.training.connectivity_init",
     "supported": "spot_vit.models.convert",
+    "train": "spot_vit.runs.train",
     "train_connectivity": "spot_vit.training.sparsifiner",
 }
 """The public names, and the module that each comes from."""
@@ -121,6 +130,7 @@ __all__ = [
     "KeepSchedule",
     "LossWeights",
     "NoiseSchedule",
+    "Recipe",
     "SampledKeep",
     "SparsifinerConfig",
     "SparsifinerObjective",
@@ -130,6 +140,7 @@ __all__ = [
     "Teacher",
     "TokenPass",
     "UnsupportedModelError",
+    "UserError",
     "__version__",
     "attention_maps",
     "attention_seen",
@@ -146,12 +157,14 @@ __all__ = [
     "foreground_kept",
     "hub_config",
     "learn_connectivity",
+    "load",
     "load_checkpoint",
     "mhsa_flops",
     "paired_difference",
     "param_groups",
     "record_operands",
     "restore",
+    "save",
     "save_checkpoint",
     "save_kept",
     "set_grid",
@@ -163,6 +176,7 @@ __all__ = [
     "spot_loss",
     "start_from_regions",
     "supported",
+    "train",
     "train_connectivity",
 ]
 

@@ -30,10 +30,15 @@ from spot_vit.training.losses import (
 from spot_vit.training.objectives import Objective, SpotObjective, dense_objective
 from spot_vit.training.param_groups import head_parameters, param_groups
 from spot_vit.training.schedules import KeepSchedule
-from spot_vit.training.sparsifiner import ReconstructionObjective, SparsifinerObjective
+from spot_vit.training.sparsifiner import (
+    RECONSTRUCTION,
+    ReconstructionObjective,
+    SparsifinerObjective,
+)
 from spot_vit.utils.errors import UserError
 
 _RESTING = ("cls_token", "pos_embed")  # never move in DynamicViT's recipe, of which they are part
+_PUBLISHED_BATCH = 168  # of a process, in Sparsifiner's code
 
 # ---- models --------------------------------------------------------------------------------------
 
@@ -180,8 +185,10 @@ def objective_of(
     draw: SampledKeep | KeepSchedule | None,
 ) -> Objective:
     """What the phase minimises."""
+    # Sums over images, published for 168 of them: each image weighs as much in any batch.
+    per_image = _PUBLISHED_BATCH / recipe.batch_size
     if phase.name == CONNECTIVITY:
-        return ReconstructionObjective()
+        return ReconstructionObjective(weight=RECONSTRUCTION * per_image)
     sparse = recipe.sparse or recipe.attention_keep is not None
     if phase.name == DENSE or not sparse:
         return lambda model, images, target: dense_objective(
@@ -195,7 +202,8 @@ def objective_of(
         "distillation": sigmoid_distillation if recipe.bce_loss else softmax_distillation,
     }
     if recipe.attention_keep is not None:
-        return SparsifinerObjective(teacher, draw, weights, recipe.self_distillation, **common)
+        own = recipe.self_distillation * per_image
+        return SparsifinerObjective(teacher, draw, weights, own, **common)
     return SpotObjective(draw, teacher, weights, **common)
 
 

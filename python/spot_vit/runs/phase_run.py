@@ -39,6 +39,7 @@ from spot_vit.training.step import NonFiniteStep, TrainStep
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.files import atomic_write, save_torch
 from spot_vit.utils.modes import unwrap
+from spot_vit.utils.slow_steps import SlowSteps
 
 SAVE_SECONDS = 600.0
 """Seconds from one save to the next, besides those at the ends of epochs."""
@@ -102,6 +103,7 @@ class PhaseRun:
         self.mixup = None if phase.name == CONNECTIVITY else run.data.mixup()
         seed_all(recipe.seed + 1000 * (run.at.phase + 1) + processes.rank)
         self.saved = time.monotonic()
+        self.slow = SlowSteps()
         self.named = 0  # pictures that could not be read and were told of
         if run.state is not None:
             self._load(run.state)
@@ -164,6 +166,7 @@ class PhaseRun:
             due = (at.epoch + 1) % self.recipe.val_interval == 0
             if last or due:
                 result = self._evaluate()
+                self.slow.pause()
             at.epoch, at.batch = at.epoch + 1, 0
             if not last:
                 self._save()
@@ -186,6 +189,8 @@ class PhaseRun:
                 values = self.step(ready)
             except NonFiniteStep as error:
                 raise self._keep_for_replay(error, ready, before) from error
+            if phase.name == CONNECTIVITY:  # the others are averaged by what wraps the model
+                values = self.processes.means(values)
             at.batch, at.step, at.total = at.batch + len(batches), at.step + 1, at.total + 1
             if self.ema is not None:
                 self.ema.update(unwrap(self.model), step=at.step)
@@ -194,6 +199,9 @@ class PhaseRun:
             if self.log is not None:
                 self._tell(values, rate, images_seen / (now - began), now - last)
             last = now
+            reason = self.slow(loader.waited)
+            if reason and self.log is not None:
+                self.log.say(reason)
             if at.step >= phase.steps:
                 break
             self._heed()
@@ -249,6 +257,7 @@ class PhaseRun:
         signal, save_now = self.processes.largest(self.run.stop.signal, int(old))
         if signal or save_now:
             self._save()
+            self.slow.pause()
         if signal:
             raise Stopped(
                 signal,
