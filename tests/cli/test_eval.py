@@ -20,7 +20,8 @@ def read(line: str) -> EvaluationSettings:
 def test_flags_become_settings() -> None:
     found = read(
         "run photos --keep 0.5,0.7 -b 8 -j 0 --results-file a.csv --no-dense "
-        "--corruptions fog,snow --severities 1 3 --img-size 96 --mean 0.5 0.5 0.5 --data-args canvas=48 --speed 0"
+        "--corruptions fog,snow --severities 1 3 --img-size 96 "
+        "--mean 0.5 0.5 0.5 --data-args canvas=48 --speed 0"
     )
     assert found == EvaluationSettings(
         checkpoint="run",

@@ -10,7 +10,7 @@ from spot_vit.evaluation.report import as_table, describe
 
 def row(name: str, top1: float, **changes: Any) -> dict[str, Any]:
     made = {
-        "name": name, "model": "deit", "source": "run", "keep": None, "attention_keep": None,
+        "name": name, "model": "deit", "source": "runs/one", "keep": None, "attention_keep": None,
         "images": 240, "top1": top1, "top5": 0.99, "loss": 0.5, "mean_ap": None, "not_finite": 0,
         "difference": None, "real": None, "gmacs": 1.25, "images_per_second": 43.21,
         "time_ratio": None,
@@ -119,7 +119,9 @@ def test_of_many_classes_the_weakest(every: bool) -> None:
         for c in range(40)
     ] + [{"class": "absent", "images": 0, "shares": {"keep 1": None, "keep 0.5": None}}]
     text = describe(found, every)
-    shown = [line.split()[0] for line in text.splitlines() if line.startswith("c") and " 5 " in line]
+    shown = [
+        line.split()[0] for line in text.splitlines() if line.startswith("c") and " 5 " in line
+    ]
     assert shown == ([f"c{c}" for c in range(40)] if every else ["c39", "c38", "c37", "c36", "c35"])
     assert ("--per-class" in text) is not every
     assert "1 class of the model has no image here" in text and "absent" not in text
@@ -133,7 +135,7 @@ def test_damage() -> None:
     damage = {
         "source": "done here", "severities": [1, 3], "kinds": ["fog", "snow"], "errors": errors,
         "top1": {"keep 1": 0.75, "keep 0.5": 0.65}, "difference": {"keep 0.5": [-0.1, 0.02]},
-        "mce": {"keep 1": 100.0, "keep 0.5": 137.5}, "relative_to": "keep 1",
+        "mce": {"keep 1": 1.0, "keep 0.5": 1.375}, "relative_to": "keep 1",
     }  # fmt: skip
     text = describe(summary(damage=damage))
     assert "severities 1, 3 (done here)" in text

@@ -87,18 +87,25 @@ def test_speed_states_no_ratio_on_a_busy_machine(
     monkeypatch.setattr(sweep, "compare_latency", compare)
     monkeypatch.setattr(sweep, "contention", lambda *_: reason)
     monkeypatch.setattr(sweep, "wait_for_quiet", lambda patience: patience)
-    found = speed_of({"dense": nn.Identity(), "sparse": nn.Identity()}, torch.zeros(8, 1), 0.6)
+    models = {"dense": nn.Identity(), "sparse": nn.Identity()}
+    found = speed_of(models, dict.fromkeys(models, torch.zeros(8, 1)), 0.6)
     assert found.images_per_second == {"dense": pytest.approx(200), "sparse": pytest.approx(400)}
     assert found.ratio == ({} if reason else {"dense": 1.0, "sparse": 0.5})
     assert found.busy == reason and found.batch == 8
     assert rounds == [2, 10]  # 0.6 s of 60 ms
 
 
-def test_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_measured_on_images_of_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "wait_for_quiet", lambda patience: patience)
-    model = build()
-    found = speed_of({"a": model}, images(model), seconds=0.01)
-    assert found.images_per_second["a"] > 0 and not model.training
+    sides = {"small": build(), "large": build(img_size=80)}
+    shown: dict[str, set[int]] = {name: set() for name in sides}
+    for name, model in sides.items():
+        model.register_forward_pre_hook(lambda _, args, n=name: shown[n].add(args[0].shape[-1]))
+    given = {name: images(model) for name, model in sides.items()}
+    found = speed_of(sides, given, seconds=0.01)
+    assert shown == {"small": {64}, "large": {80}}
+    assert all(value > 0 for value in found.images_per_second.values())
+    assert not sides["small"].training
 
 
 def result(correct: list[int], index: list[int]) -> Evaluation:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,9 @@ def test_a_baseline_sees_the_same_pictures_at_its_own_size(tmp_path: Path, photo
     found = evaluate(settings(tmp_path, path, photos, baseline=other))
     alone = evaluate(settings(tmp_path, other, photos))
     names = [row["name"] for row in found["rows"]]
-    assert names == ["baseline deit_tiny_patch16_224", "keep 1", "keep 0.6"]
+    assert names == ["baseline", "keep 1", "keep 0.6"]
     assert found["rows"][0]["top1"] == alone["rows"][0]["top1"]
+    assert f"{other} (deit_tiny_patch16_224)" in describe(found)
     assert found["rows"][0]["gmacs"] == alone["rows"][0]["gmacs"] > found["rows"][1]["gmacs"]
     for row in found["rows"][1:]:
         assert row["difference"][0] == pytest.approx(row["top1"] - found["rows"][0]["top1"])
@@ -255,6 +257,9 @@ def test_weights_alone_need_a_name(tmp_path: Path, photos: Path) -> None:
         evaluate(settings(tmp_path, str(path), photos, model="deit_tiny_patch16_224"))
 
 
+@pytest.mark.skipif(
+    find_spec("imagecorruptions") is None, reason="the extra `corruptions` is not installed"
+)
 def test_damage_is_done_to_any_pictures(tmp_path: Path, photos: Path) -> None:
     path = saved(tmp_path / "model.safetensors", sparse(), COLOURS)
     asked = settings(
@@ -268,7 +273,7 @@ def test_damage_is_done_to_any_pictures(tmp_path: Path, photos: Path) -> None:
         }  # fmt: skip
     rates = [rate for kind in found["errors"].values() for rate in kind["keep 0.6"]]
     assert found["top1"]["keep 0.6"] == pytest.approx(1 - sum(rates) / 4)
-    assert found["mce"]["keep 1"] == pytest.approx(100) and found["relative_to"] == "keep 1"
+    assert found["mce"]["keep 1"] == pytest.approx(1) and found["relative_to"] == "keep 1"
     lead = found["top1"]["keep 0.6"] - found["top1"]["keep 1"]
     assert found["difference"]["keep 0.6"][0] == pytest.approx(lead)
     assert evaluate(asked)["damage"] == found  # the same damage again
@@ -283,7 +288,7 @@ def test_folders_of_imagenet_c(tmp_path: Path, photos: Path) -> None:
             shutil.rmtree(root / kind / "all")
     path = saved(tmp_path / "model.safetensors", sparse(), COLOURS)
     found = evaluate(settings(tmp_path, path, photos, imagenet_c=str(root)))["damage"]
-    assert found["kinds"] == ["fog", "snow"] and found["severities"] == [1, 3]
+    assert sorted(found["kinds"]) == ["fog", "snow"] and found["severities"] == [1, 3]
     assert found["relative_to"] == "keep 1" and found["source"] == str(root)
 
 

@@ -118,7 +118,9 @@ def _legend(summary: Summary) -> str:
         lines[f"against {name}"] = (
             "difference of top-1 on the same images and its standard error, points"
         )
-        if rows[0]["keep"] == 1:
+        if rows[0]["source"] != summary["checkpoint"]:
+            lines[name] = f"{rows[0]['source']} ({rows[0]['model']})"
+        elif rows[0]["keep"] == 1:
             lines[name] = "the same weights with nothing removed; --baseline names another model"
     if summary["data"]["multi_label"]:
         lines["mAP"] = "mean over classes of the average precision"
@@ -129,7 +131,9 @@ def _legend(summary: Summary) -> str:
             f"by reassessed labels, of the {rows[0]['real']['images']} images that have any"
         )
     if any(row["gmacs"] is not None for row in rows):
-        lines["GMACs/image"] = "multiply-accumulates of everything, predictors and statistics included"
+        lines["GMACs/image"] = (
+            "multiply-accumulates of everything, predictors and statistics included"
+        )
     if speed:
         busy = "*" if speed["busy"] else ""
         threads = summary["machine"]["threads"]

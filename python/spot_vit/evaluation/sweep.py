@@ -85,27 +85,42 @@ class Speed:
     busy: str | None
 
 
-def speed_of(models: Mapping[str, nn.Module], images: Tensor, seconds: float = 10.0) -> Speed:
+class _Fed(nn.Module):
+    """A model that is shown images of its own, whatever it is given."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.module, self.images = model, images
+
+    def forward(self, _images: Tensor) -> Any:
+        return self.module(self.images)
+
+
+def speed_of(
+    models: Mapping[str, nn.Module], images: Mapping[str, Tensor], seconds: float = 10.0
+) -> Speed:
     """Times forward passes of the models, in turn, so that a busy machine slows all alike.
 
     Args:
         models: by name, in eval mode afterwards as before.
-        images: [B, C, H, W] on the models' device.
+        images: [B, C, H, W] by the same names, on the models' device; B is the same for all.
         seconds: about how long it may take, though at least three rounds are run.
     """
-    once = compare_latency(models, images, rounds=2, warmup=1, name="speed, warm-up")
+    first = next(iter(images.values()))
+    models = {name: _Fed(model, images[name]) for name, model in models.items()}
+    once = compare_latency(models, first, rounds=2, warmup=1, name="speed, warm-up")
     a_round = sum(one.median for one in once.values()) / 1e3
     fewest, most = ROUNDS
     rounds = int(min(max(seconds / max(a_round, 1e-6), fewest), most))
     wait_for_quiet(min(PATIENCE, seconds))
     start = Clock.now()
-    times = compare_latency(models, images, rounds=rounds, warmup=0, name="speed")
+    times = compare_latency(models, first, rounds=rounds, warmup=0, name="speed")
     passed = Clock.now().since(start)
     busy = contention(passed, torch.get_num_threads(), os.cpu_count() or 1)
     return Speed(
-        {name: 1e3 * len(images) / time.median for name, time in times.items()},
+        {name: 1e3 * len(first) / time.median for name, time in times.items()},
         {} if busy else {name: time.ratio for name, time in times.items()},
-        len(images),
+        len(first),
         busy,
     )
 

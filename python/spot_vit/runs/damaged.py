@@ -13,7 +13,14 @@ import torch
 
 from spot_vit.config.evaluation import EvaluationSettings
 from spot_vit.config.fields import nearest
-from spot_vit.data.damage import DAMAGES, EXTRA_DAMAGES, Damaged, imagenet_c, mean_corruption_error
+from spot_vit.data.damage import (
+    DAMAGES,
+    EXTRA_DAMAGES,
+    SEVERITIES,
+    Damaged,
+    imagenet_c,
+    mean_corruption_error,
+)
 from spot_vit.evaluation.accuracy import Evaluation
 from spot_vit.evaluation.sweep import paired
 from spot_vit.runs.evaluated import open_for
@@ -23,6 +30,7 @@ from spot_vit.utils.errors import UserError
 
 View = Callable[[Group], Any]
 ALEXNET = "AlexNet"
+LEAST_SIDE = 32  # of an image that can be damaged
 _EVERY = "all"
 
 
@@ -47,7 +55,8 @@ def kinds_of(settings: EvaluationSettings) -> tuple[str, ...]:
 
 def check_damage(settings: EvaluationSettings) -> None:
     """Raises a UserError unless the damage that is asked for can be had; before any work."""
-    kinds_of(settings)
+    for kind in kinds_of(settings):
+        Damaged((), kind, settings.severities[0], mean=(0.0,), std=(1.0,))  # needs its package
     if settings.imagenet_c is not None:
         _folders(settings)
 
@@ -55,7 +64,13 @@ def check_damage(settings: EvaluationSettings) -> None:
 def _folders(settings: EvaluationSettings) -> dict[tuple[str, int], Path]:
     assert settings.imagenet_c is not None
     found = imagenet_c(settings.imagenet_c)
-    return {key: Path(path) for key, path in found.items() if key[1] in settings.severities}
+    chosen = {key: path for key, path in found.items() if key[1] in settings.severities}
+    if not chosen:
+        there = sorted({severity for _, severity in found})
+        raise UserError(
+            f"severities: {settings.imagenet_c} has {there}, got {list(settings.severities)}"
+        )
+    return chosen
 
 
 def evaluate_damaged(
@@ -66,7 +81,8 @@ def evaluate_damaged(
     Returns:
         None where no damage is asked for. "source", "severities", "kinds"; "errors", error rates by
         kind, side and severity; "top1", their mean as accuracy, by side; "difference" to the first
-        side with its standard error over images, by side; "mce" by side, relative to "relative_to".
+        side with its standard error over images, by side; "mce" by side, where 1 is as good as
+        "relative_to".
     """
     views = _views(settings)
     if not views:
@@ -89,7 +105,7 @@ def evaluate_damaged(
     }
     over_images = {name: _mean_over([results[key][name] for key in views]) for name in names}
     independent = groups[0].independent()
-    mce, relative_to = _mce(errors, names, severities, settings)
+    mce, relative_to = _mce(errors, names, settings)
     return {
         "source": settings.imagenet_c or "damage done here, as in ImageNet-C",
         "severities": severities,
@@ -121,7 +137,12 @@ def _views(settings: EvaluationSettings) -> dict[tuple[str, int], View]:
 
 
 def _damaged(kind: str, severity: int, group: Group) -> Any:
-    config = group.config
+    config, sides = group.config, group.config["input_size"][1:]
+    if min(sides) < LEAST_SIDE:
+        raise UserError(
+            f"corruptions: images must have at least {LEAST_SIDE} pixels a side to be damaged, "
+            f"and {group.sides[0].evaluated.source} takes {sides[0]}x{sides[1]}"
+        )
     return Damaged(group.dataset(), kind, severity, mean=config["mean"], std=config["std"])
 
 
@@ -142,18 +163,19 @@ def _mean_over(found: list[Evaluation]) -> Evaluation:
 def _mce(
     errors: Mapping[str, Mapping[str, list[float]]],
     names: list[str],
-    severities: list[int],
     settings: EvaluationSettings,
 ) -> tuple[dict[str, float] | None, str | None]:
     """Mean corruption error of each side, and of whom it is relative to.
 
-    AlexNet's rates are those of ImageNet-C with all severities; otherwise the first side is what
-    others are relative to, if there are others.
+    AlexNet's rates are those of ImageNet-C's own images at all severities; otherwise the first side
+    is what others are relative to, if there are others.
     """
-    of_alexnet = settings.imagenet_c is not None and severities == [1, 2, 3, 4, 5]
-    if not of_alexnet and len(names) == 1:
-        return None, None
-    baseline = None if of_alexnet else {kind: errors[kind][names[0]] for kind in errors}
+    complete = all(len(kind[names[0]]) == len(SEVERITIES) for kind in errors.values())
+    of_alexnet = settings.imagenet_c is not None and complete
+    first = {kind: errors[kind][names[0]] for kind in errors}
+    if not of_alexnet and (len(names) == 1 or not all(map(sum, first.values()))):
+        return None, None  # relative to nothing, or to no errors
+    baseline = None if of_alexnet else first
     found = {
         name: mean_corruption_error({kind: errors[kind][name] for kind in errors}, baseline)["mce"]
         for name in names

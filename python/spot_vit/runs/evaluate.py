@@ -69,7 +69,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
             "preprocessing": {k: v for k, v in groups[-1].config.items() if k != "crop_mode"},
             "damage": evaluate_damaged(groups, sides, settings, processes),
         }
-        speed = _speed(sides, groups, settings, processes)
+        speed = _speed(groups, settings, processes)
         summary |= {
             "rows": _rows(sides, groups, results, truth, speed),
             "per_class": _per_class(sides, groups, results),
@@ -111,6 +111,8 @@ def _check_names(groups: list[Group], truth: Mapping[str, list[int]] | None) -> 
     if truth is None:
         return
     data = groups[0].dataset()
+    if not hasattr(data, "filename"):
+        raise UserError("real_labels: these images have no file names to find their labels by")
     names = [data.filename(index) for index in range(len(data))]
     try:
         check_names(names, truth)
@@ -138,20 +140,21 @@ def _about_data(
     }
 
 
-def _speed(
-    sides: list[Side], groups: list[Group], settings: EvaluationSettings, processes: Processes
-) -> Speed | None:
+def _speed(groups: list[Group], settings: EvaluationSettings, processes: Processes) -> Speed | None:
     """Measured by one process alone, on images of noise: their time does not depend on them."""
-    if not settings.speed or processes.world > 1 or len(groups) > 1:
+    if not settings.speed or processes.world > 1:
         return None
     size = settings.batch_size
     if processes.device.type == "cpu":
         size = min(size, _LARGEST_ON_CPU)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    images = torch.randn(size, *groups[0].config["input_size"]).to(
-        processes.device, memory_format=layout
-    )
-    return speed_of({side.name: side.model for side in sides}, images, settings.speed)
+    models, images = {}, {}
+    for group in groups:
+        noise = torch.randn(size, *group.config["input_size"])
+        noise = noise.to(processes.device, memory_format=layout)
+        for side in group.sides:
+            models[side.name], images[side.name] = side.model, noise
+    return speed_of(models, images, settings.speed)
 
 
 def _rows(
@@ -235,4 +238,4 @@ def _write(
             for group in groups
             for side in group.sides
         }
-        save_predictions(settings.predictions, results, groups[0].dataset().filename, classes)
+        save_predictions(settings.predictions, results, groups[0].filename, classes)

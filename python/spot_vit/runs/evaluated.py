@@ -105,7 +105,7 @@ def _weights_of(path: Path, name: str, settings: EvaluationSettings) -> Any:
 
 def _resize(model: Any, source: str, side: int | None) -> None:
     """Has a model that was built for images of one size take another."""
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     fixed = getattr(embed, "img_size", None) is not None and getattr(embed, "strict_img_size", True)
     if side is None or not fixed or tuple(embed.img_size) == (side, side):
         return

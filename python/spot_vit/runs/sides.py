@@ -21,6 +21,8 @@ from spot_vit.runs.processes import Processes
 from spot_vit.utils.errors import UserError
 
 Keep = float | tuple[float, ...]
+BASELINE = "baseline"
+"""How tables call the model that is compared with."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ def sides_of(
         keep = getattr(getattr(baseline.model, "spot_config", None), "keep", None)
         rate = getattr(getattr(baseline.model, "sparsifiner_config", None), "keep_rate", None)
         model = Prepared(baseline.model, None, precision)
-        sides.append(Side(f"baseline {baseline.label}", baseline, model, keep, rate))
+        sides.append(Side(BASELINE, baseline, model, keep, rate))
     for keep, rate in dict.fromkeys(budgets):
         prepare = None
         if keep is not None or rate is not None:
@@ -128,14 +130,23 @@ class Group:
         known = self.classes or []
         return [known[c] if c < len(known) else str(c) for c in range(number)]
 
+    def filename(self, index: int) -> str:
+        """Name of the file at a position in the data set; streams know no names."""
+        data = self.dataset()
+        return data.filename(index) if hasattr(data, "filename") else f"image {index}"
+
     def names(self, found: Evaluation) -> dict[int, str]:
         """File name of each position in the data set that was evaluated."""
-        return {index: self.dataset().filename(index) for index in found.index.tolist()}
+        return {index: self.filename(index) for index in found.index.tolist()}
 
     def independent(self) -> np.ndarray | None:
-        """By position in the data set, equal for images that are not independent; None: all are."""
-        sources = getattr(self.dataset(), "sources", None)
-        return None if sources is None else np.asarray(sources(range(len(self.dataset()))))
+        """By position in the data set, equal for images that are not independent; None: all are.
+
+        Several of the digits' images show the same digit.
+        """
+        data = self.dataset()
+        sources = getattr(getattr(data, "digits", data), "sources", None)
+        return None if sources is None else np.asarray(sources(range(len(data))))
 
 
 def grouped(sides: list[Side], settings: EvaluationSettings) -> list[Group]:
