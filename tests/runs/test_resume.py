@@ -15,6 +15,7 @@ import pytest
 import spot_vit
 import torch
 import yaml
+from spot_vit.config.recipe import Recipe
 from spot_vit.runs.stopping import Stopped
 from spot_vit.runs.train import train
 from spot_vit.training.step import NonFiniteStep, TrainStep
@@ -62,26 +63,24 @@ def test_crashes_change_nothing(
     options = dict(EVERYTHING)
     if kind == "attention":
         options = {"attention_keep": 0.5, "connectivity_epochs": 1, "recovery_interval": 2}
-        options |= {"self_distillation": 0.01, "keep_epochs": (0, 1), "method": "evit"}
+        options |= {"self_distillation": 0.01, "keep_epochs": (0, 1)}
     whole = small_recipe(tmp_path, experiment="whole", workers=workers, **options)
     train(whole)
     expected = trace(tmp_path / "whole")
     assert len(expected) >= 9
     recipe = whole.replace(experiment="broken")
-    draw = random.Random(3)
-    for crashes in range(20):
+    draw, crashes = random.Random(3), 0
+    for _ in range(20):
         with monkeypatch.context() as patch:
             crash_at(patch, draw.randrange(1, 5))
             try:
                 train(recipe)
             except Crash:
+                crashes += 1
                 if (tmp_path / "broken/resume.pt").exists():
-                    recipe = small_recipe(tmp_path, resume=str(tmp_path / "broken"))
-                    recipe = type(recipe)(resume=str(tmp_path / "broken"))
+                    recipe = Recipe(resume=str(tmp_path / "broken"))
                 else:
-                    recipe = recipe.replace(experiment=f"broken{crashes}")
-                    (tmp_path / "broken/recipe.yaml").rename(tmp_path / f"{crashes}.yaml")
-                    recipe = recipe.replace(experiment="broken")
+                    (tmp_path / "broken/recipe.yaml").unlink()
             else:
                 break
     else:
@@ -146,7 +145,7 @@ def test_a_damaged_state_is_named_and_the_previous_one_taken(
         train(recipe)
     state = tmp_path / "run/resume.pt"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    train(type(recipe)(resume=str(tmp_path / "run")))
+    train(Recipe(resume=str(tmp_path / "run")))
     assert re.search(r"resume\.pt was not read.*going on from \S+resume-previous\.pt", caplog.text)
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
@@ -164,7 +163,7 @@ def test_a_damaged_state_is_named_and_the_previous_one_taken(
 def test_what_resume_refuses(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, steps=2)
     train(recipe)
-    given = type(recipe)(**{"resume": str(tmp_path / "run"), **changes})
+    given = recipe.replace(**{"resume": str(tmp_path / "run"), **changes})
     with pytest.raises(UserError, match=message):
         train(given)
 
@@ -184,7 +183,7 @@ def test_a_signal_in_the_middle_saves_and_says_how_to_go_on(
         patch.setattr(TrainStep, "__call__", signalled)
         with pytest.raises(Stopped, match=r"behind step 1, and saved; go on with: spot train"):
             train(recipe)
-    train(type(recipe)(resume=str(tmp_path / "run")))
+    train(Recipe(resume=str(tmp_path / "run")))
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
 
@@ -211,7 +210,7 @@ def test_a_step_that_is_not_finite_is_kept_and_happens_again(tmp_path: Path) -> 
     again = Breaks()
     again.calls = 7
     with pytest.raises(NonFiniteStep) as second:
-        train(type(recipe)(resume=str(path)), criterion=again)
+        train(Recipe(resume=str(path)), criterion=again)
     for name, value in first.value.values.items():
         found = second.value.values[name]
         assert found == value or (math.isnan(found) and math.isnan(value)), name

@@ -135,6 +135,31 @@ class Recipe(  # a dataclass collects the fields of its bases from the last to t
             f"stage {self.stage!r} trains the predictors of sparse attention: give attention_keep"
         )
 
+    @relation("self_distillation", "attention_keep", "method")
+    def _self_distillation_sees_the_grid(self) -> str | None:
+        if not self.self_distillation:
+            return None
+        if self.attention_keep is None:
+            return "self_distillation is of the predictors of sparse attention: give attention_keep"
+        if self.sparse and not METHODS[self.method].evidence:
+            return (
+                "self_distillation compares attention over the whole grid, and training with "
+                f"method {self.method!r} removes tokens"
+            )
+        return None
+
+    @relation("teacher", "dense_epochs", "method", "attention_keep")
+    def _somebody_is_taught(self) -> str | None:
+        if self.sparse or self.attention_keep is not None:
+            return None
+        given = [name for name in ("teacher", "dense_epochs") if getattr(self, name)]
+        if not given:
+            return None
+        return (
+            f"{given[0]} is for sparse models, and this one stays dense: give a method or "
+            "attention_keep"
+        )
+
     @relation("mixup", "cutmix", "batch_size")
     def _mixed_batches_are_even(self) -> str | None:
         if not (self.mixup or self.cutmix) or self.batch_size % 2 == 0:

@@ -158,10 +158,11 @@ def teacher_of(recipe: Recipe, classes: int, arguments: dict[str, Any]) -> nn.Mo
                     f"{'; '.join(problems)}"
                 ) from error
             teacher.load_state_dict(state)
+    elif recipe.synthetic:
+        name = recipe.teacher if timm.is_model(recipe.teacher) else recipe.model
+        teacher = _create(NAMED.get(name, name), False, arguments, "teacher")
     elif path.suffix in (".safetensors", ".pt", ".pth", ".tar") or "/" in recipe.teacher:
         raise UserError(f"teacher: there is no file {path}")
-    elif recipe.synthetic:
-        teacher = _create(recipe.teacher, False, arguments, "teacher")
     else:
         teacher = _create(recipe.teacher, True, {}, "teacher")
     known = getattr(teacher, "num_classes", classes)

@@ -201,10 +201,6 @@ class RunData:
         recipe = self.recipe
         if not self.mixes:
             return None
-        if recipe.batch_size % 2 and recipe.mixup_mode != "elem":
-            raise UserError(
-                f"batch_size: mixup pairs the images of a batch, and {recipe.batch_size} is odd"
-            )
         return Mixup(
             mixup_alpha=recipe.mixup,
             cutmix_alpha=recipe.cutmix,

@@ -76,7 +76,9 @@ class PhaseRun:
         self.gmacs = count_flops(model, run.data.input_size).total / 1e9
         teacher = None
         if phase.name == FINETUNE:
-            teacher = load(run.folder.dense) if recipe.dense_epochs else run.teacher
+            teacher = run.teacher
+            if teacher is None and recipe.dense_epochs:
+                teacher = load(run.folder.dense)
         if teacher is not None:
             teacher = teacher.to(processes.device)
         if recipe.compile and phase.name != CONNECTIVITY:
@@ -121,7 +123,7 @@ class PhaseRun:
         if before is not None:
             start = self.run.folder.dense if before == DENSE else self.run.folder.last
         else:
-            start = None if self.run.state else recipe.initial_checkpoint
+            start = None if self.run.state or recipe.synthetic else recipe.initial_checkpoint
         if start is not None:
             model.load_state_dict(build.initial_state(model, start), strict=False)
         return model
@@ -182,9 +184,9 @@ class PhaseRun:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not 0 < recipe.mixup_off_epoch <= at.epoch
         for batches in _groups(loader.epoch(at.epoch, at.batch), recipe.grad_accum_steps):
+            before = self._drawn()
             ready = [self._ready(batch) for batch in batches]
             rate = self.rates.set(at.step)
-            before = self._drawn()
             try:
                 values = self.step(ready)
             except NonFiniteStep as error:
@@ -422,9 +424,10 @@ class PhaseRun:
         """Goes on from what `_save` wrote."""
         if "model" not in state:
             return
-        if len(state["random"]) != self.processes.world:
+        states = state["random"]
+        if len(states) != self.processes.world:
             raise UserError(
-                f"resume: the run had {len(state['random'])} processes and has "
+                f"resume: the run had {len(states)} processes and has "
                 f"{self.processes.world} now; a run goes on with as many (--initial-checkpoint "
                 "takes its weights to another number)"
             )
@@ -436,7 +439,7 @@ class PhaseRun:
             load_model_state(self.ema.module, state["ema"], self.sharded)
         if self.draw is not None:
             self.draw.load_state_dict(state["draw"])
-        set_random_state(state["random"][self.processes.rank], self.processes.device)
+        set_random_state(states[self.processes.rank], self.processes.device)
 
 
 def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -29,6 +29,8 @@ def resumed(recipe: Recipe) -> Recipe:
     if recipe.resume is None:
         return recipe
     folder = RunFolder(folder_of(recipe))
+    if not folder.recipe.exists():
+        raise UserError(f"resume: there is no run in {recipe.resume} (no {folder.recipe.name})")
     try:
         saved = Recipe.from_dict(read(str(folder.path)))
     except ValueError as error:
