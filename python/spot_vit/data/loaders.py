@@ -171,9 +171,9 @@ class _Loader:
         named = [f"{name} ({reason})" for name, reason in self.unreadable.items()]
         more = f" and {len(named) - 10} more" if len(named) > 10 else ""
         raise UserError(
-            f"{len(named)} of {total} pictures cannot be read, and at most {self.bad_share:.3g} of "
-            f"them may be (--bad-share): {', '.join(named[:10])}{more}; mend or remove them, or "
-            "allow a larger share"
+            f"{len(named)} of {total} pictures cannot be read, and at most "
+            f"{100 * self.bad_share:.3g} % may be unreadable (--bad-share): "
+            f"{', '.join(named[:10])}{more}; mend or remove them, or allow a larger share"
         )
 
 

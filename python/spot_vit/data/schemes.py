@@ -66,18 +66,25 @@ def open_scheme(
         "target_key": target_key,
         **(data_args or {}),
     }
-    sized = True
+    if scheme == "torch" and root is None:
+        raise UserError(f"{dataset} needs DATA: the folder that it is in, or is downloaded to")
     try:
-        try:
-            opened = create_dataset(dataset, **arguments)
-        except (ValueError, RuntimeError) as error:
-            if "num_samples" not in str(error):
-                raise
-            sized = False
-            opened = create_dataset(dataset, **arguments | {"num_samples": _ENDLESS})
+        return _opened(dataset, arguments)
     except Exception as error:  # of four libraries
         raise UserError(_trouble(dataset, root, split, error)) from error
-    if scheme == "torch":
+
+
+def _opened(dataset: str, arguments: dict[str, Any]) -> Opened:
+    sized = True
+    try:
+        opened = create_dataset(dataset, **arguments)
+    except (ValueError, RuntimeError) as error:
+        if "num_samples" not in str(error):
+            raise
+        sized = False
+        arguments = arguments | {"num_samples": _ENDLESS}
+        opened = create_dataset(dataset, **arguments)
+    if not hasattr(opened, "reader"):
         return Opened(
             TorchSource(opened, dataset),
             classes=_texts(getattr(opened, "classes", None)),
@@ -86,13 +93,23 @@ def open_scheme(
     reader = opened.reader
     found = Opened(classes=named_in_order(reader.class_to_idx), sized=sized)
     found.multi_label, found.dense = _several(reader)
-    if scheme == "hfds":
-        found.source = ReaderSource(reader, f"{dataset} ({split})")
+    if hasattr(reader, "__getitem__"):
+        found.source = ReaderSource(reader, f"{dataset} ({arguments['split']})")
         if not found.multi_label:
             found.targets = _numbers(reader.dataset[reader.label_key])
     else:
         found.reader = reader
+        if arguments["target_key"] and not found.multi_label:
+            label = _first_label(dataset, arguments)
+            found.multi_label = isinstance(label, list | tuple)
     return found
+
+
+def _first_label(dataset: str, arguments: dict[str, Any]) -> Any:
+    """The label of a stream's first sample; a stream for evaluation fills no buffer before."""
+    reader = create_dataset(dataset, **arguments | {"is_training": False}).reader
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return next(iter(reader), (None, None))[1]
 
 
 def _several(reader: Any) -> tuple[bool, bool]:

@@ -15,7 +15,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 def seed_of(*words: int) -> int:
     """A seed below 2**63 made of integers: whoever changes one, or their order, gets another."""
-    state = 0
+    state = len(words)
     for word in words:  # the finaliser of SplitMix64 after each word
         state = (state + (word & _WORD) * _GOLDEN + _GOLDEN) & _WORD
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spot_vit.data.pictures import Source
@@ -69,7 +70,8 @@ class ReaderSource:
 
     def name(self, index: int) -> str:
         """The file's name relative to the data set, or the row's number where it has none."""
-        return self.reader.filename(index) or str(index)
+        name = self.reader.filename(index) or str(index)
+        return os.path.join(*Path(name).parts[-2:]) if os.path.isabs(name) else name
 
     def path(self, index: int) -> str:
         """The file's path, or where it is and its name."""
