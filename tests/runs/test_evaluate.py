@@ -177,6 +177,14 @@ def test_classes_that_cannot_be_told_apart_are_refused(tmp_path: Path, photos: P
     path = saved(tmp_path / "a.safetensors", dense(7))
     with pytest.raises(UserError, match=r"knows 7 classes without their names.*has 3"):
         evaluate(settings(tmp_path, path, photos))
+    order = tmp_path / "classes.txt"
+    order.write_text("\n".join(["x", "class1", "y", "class0", "class2", "z", "u"]))
+    found = evaluate(settings(tmp_path, path, photos, class_map=str(order)))
+    counted = [one["images"] for one in found["per_class"]]
+    assert counted == [0, 4, 0, 4, 4, 0, 0]
+    order.write_text("\n".join([*"abcdefgh", *COLOURS]))
+    with pytest.raises(UserError, match=r"labels from 8 to \d+ do not fit a model of 7 classes"):
+        evaluate(settings(tmp_path, path, photos, class_map=str(order)))
     path = saved(tmp_path / "b.safetensors", dense(), ["cat", "dog", "bird"])
     with pytest.raises(UserError, match="class0"):
         evaluate(settings(tmp_path, path, photos))

@@ -108,7 +108,9 @@ class RunningFields(Fields):
     """How it runs."""
 
     batch_size: int = setting(128, low=1, text="images in a batch")
-    workers: int = setting(4, low=0, text="processes that load images")
+    workers: int | None = setting(
+        None, low=0, text="processes that load images (4, or as many as there are CPUs)"
+    )
     device: str | None = setting(None, text="cpu, cuda, ... (a GPU where there is one)")
     threads: int | None = setting(None, low=1, text="CPU threads (torch's own number)")
     amp: bool = setting(False, text="mixed precision")

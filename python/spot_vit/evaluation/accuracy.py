@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from spot_vit.data.batches import images_and_target
 from spot_vit.evaluation.outcomes import Outcomes
+from spot_vit.utils.errors import UserError
 from spot_vit.utils.modes import eval_mode, unwrap
 
 
@@ -97,7 +98,7 @@ def evaluate(
         kept: note the share of patches that each image keeps, where the model can tell.
 
     Raises:
-        ValueError: no images, or labels that do not fit the model.
+        UserError: no images, no labels, or labels that do not fit the model.
     """
     options = {"amp_dtype": amp_dtype, "channels_last": channels_last, "progress": progress}
     return evaluate_all({"": model}, loader, name, kept=kept, **options)[""]  # type: ignore[arg-type]
@@ -137,7 +138,7 @@ def evaluate_all(
         for batch in tqdm(loader, desc=name, unit="batch", mininterval=0.5, disable=not progress):
             images, target = images_and_target(batch)
             if target is None:
-                raise ValueError("these batches have no labels to evaluate with")
+                raise UserError("these batches have no labels to evaluate with")
             if hasattr(loader, "sharded"):
                 index = batch[2]
             else:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from spot_vit.utils.errors import UserError
+
 BEST = 5
 """How many classes are remembered of every image, the best ones."""
 
@@ -36,10 +38,10 @@ class Outcomes:
             kept: [B] shares of the patches that were kept, if known.
 
         Raises:
-            ValueError: labels that the model has no logits for, or logits of another shape.
+            UserError: labels that the model has no logits for, or logits of another shape.
         """
         if logits.dim() != 2:
-            raise ValueError(f"a classifier gives logits [B, C], got {list(logits.shape)}")
+            raise UserError(f"a classifier gives logits [B, C], got {list(logits.shape)}")
         check_target(target, logits.shape[1])
         self.num_classes = logits.shape[1]
         found = outcome_of(logits.float(), target.to(logits.device))
@@ -57,13 +59,13 @@ class Outcomes:
                 of them get the whole.
 
         Raises:
-            ValueError: there were no images.
+            UserError: there were no images.
         """
         found = {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
         if sharded and distributed.is_available() and distributed.is_initialized():
             found = _gathered(found)
         if not found or not (found["index"] >= 0).any():
-            raise ValueError("there are no images to evaluate on: the loader gave none that count")
+            raise UserError("there are no images to evaluate on: the loader gave none that count")
         index = found["index"]
         order = index.argsort(stable=True)
         index = index[order]
@@ -79,20 +81,20 @@ def _gathered(own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_target(target: Tensor, num_classes: int) -> None:
-    """Raises a ValueError unless labels fit a model of so many classes."""
+    """Raises a UserError unless labels fit a model of so many classes."""
     if target.dim() == 2:
         if target.shape[1] != num_classes:
-            raise ValueError(
+            raise UserError(
                 f"targets name {target.shape[1]} classes, the model has logits of {num_classes}"
             )
         return
     if target.dim() != 1 or target.is_floating_point():
-        raise ValueError(
+        raise UserError(
             "labels must be int64 [B], or [B, C] with a one for each label of an image; got "
             f"{target.dtype} {list(target.shape)}"
         )
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < num_classes:
-        raise ValueError(
+        raise UserError(
             f"labels from {int(target.min())} to {int(target.max())} do not fit a model of "
             f"{num_classes} classes, which are 0 to {num_classes - 1}"
         )

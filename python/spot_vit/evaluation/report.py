@@ -138,7 +138,8 @@ def _legend(summary: Summary) -> str:
         busy = "*" if speed["busy"] else ""
         threads = summary["machine"]["threads"]
         where = summary["machine"].get("gpu") or f"{threads} CPU threads"
-        lines[f"images/s{busy}"] = f"forward passes of batches of {speed['batch']}, {where}"
+        by = "" if busy or len(rows) == 1 else f"; x: by that of {rows[0]['name']}"
+        lines[f"images/s{busy}"] = f"forward passes of batches of {speed['batch']}, {where}{by}"
         if busy:
             lines["*"] = f"a busy machine, so no ratio is stated: {speed['busy']}"
     width = max(map(len, lines), default=0)

@@ -161,12 +161,15 @@ def settings_of_run(settings: EvaluationSettings) -> EvaluationSettings:
             recipe = Recipe.from_dict(read(str(folder)))
         except ValueError as error:
             raise UserError(f"{folder / RUN} is no recipe: {error}") from error
+    if settings.synthetic:
+        return settings.replace(data=settings.data or "random images")
     if settings.data is None and recipe is None:
         raise UserError(
             "name the data to evaluate on: a folder of images, or digits (only a checkpoint in the "
             "folder of its run can do without)"
         )
-    if recipe is None or settings.data not in (None, recipe.data):
+    named = settings.data is not None
+    if recipe is None or (named and (recipe.synthetic or settings.data != recipe.data)):
         return settings
     default = {field.name: field.default for field in dataclasses.fields(settings)}
     own = {
@@ -220,9 +223,15 @@ def open_for(evaluated: Evaluated, settings: EvaluationSettings, folder: str | N
         return open_data(where, classes=evaluated.classes, **common)
     data = open_data(where, **common)
     number = evaluated.num_classes
-    if data.classes is None or number in (None, data.num_classes):
+    if settings.class_map is not None or number in (None, data.num_classes):
         return data
-    if settings.class_map is None and (order := _imagenet(evaluated.model, data.classes)):
+    if data.classes is None:
+        data.notes.append(
+            f"labels are taken for numbers of the model's {number} classes: nobody knows the names "
+            f"of these {data.num_classes}"
+        )
+        return data
+    if (order := _imagenet(evaluated.model, data.classes)) is not None:
         return open_data(where, classes=order, **common)
     raise UserError(
         f"{evaluated.source} knows {number} classes without their names, and {where} has "

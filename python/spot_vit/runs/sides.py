@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from spot_vit.runs.processes import Processes
 from spot_vit.utils.errors import UserError
 
 Keep = float | tuple[float, ...]
+_WORKERS = 4
 BASELINE = "baseline"
 """How tables call the model that is compared with."""
 
@@ -195,6 +197,9 @@ def evaluate_groups(
     Returns:
         Results by name of the side, and why images could not be read, by their names.
     """
+    workers = settings.workers
+    if workers is None:
+        workers = min(_WORKERS, os.cpu_count() or 1)
     results: dict[str, Evaluation] = {}
     unreadable: dict[str, str] = {}
     for group in groups:
@@ -203,7 +208,7 @@ def evaluate_groups(
             settings.batch_size,
             rank=processes.rank,
             world=processes.world,
-            workers=settings.workers,
+            workers=workers,
             pin=processes.device.type == "cuda",
             bad_share=settings.bad_share,
         )
