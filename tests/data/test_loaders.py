@@ -364,7 +364,7 @@ def test_a_worker_that_is_killed_is_a_line_with_a_cure() -> None:
         train(Deadly(), workers=1)
 
 
-@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_signals_for_all_processes_leave_workers_alive(kind: str) -> None:
     """Ctrl-C and schedulers signal the whole group; the run saves first, and ends by itself."""
     script = f"""

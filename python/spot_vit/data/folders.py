@@ -10,6 +10,7 @@ from pathlib import Path
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 
 from spot_vit.data.sources import Opened, ReaderSource, named_in_order
 from spot_vit.utils.errors import UserError
@@ -93,16 +94,23 @@ def _open_tar(path: Path, mapping: Mapping[str, int] | None) -> Opened:
     if path.suffix.lower() != ".tar":
         raise UserError(f"{path}: expected a folder of pictures or a .tar file, got another file")
     try:
-        # Files are opened anew for each picture: workers would share the position in one of them.
-        reader = ReaderImageInTar(str(path), class_map=mapping or "", cache_tarfiles=False)
-    except Exception as error:  # tarfile, pickle and unpacking of nothing
+        reader = _tar_reader(path, mapping)
+        named = sorted(set(reader.class_name_to_idx) - {"", "."}, key=natural_key)
+        if not named:
+            raise ValueError("its pictures are in no folder of a class")
+        if len(named) < len(reader.class_name_to_idx) and mapping is None:
+            reader = _tar_reader(path, {name: label for label, name in enumerate(named)})
+    except Exception as error:  # tarfile, pickle, and unpacking of nothing
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: no pictures could be read from this tar file: {reason}"
-        ) from error
+        raise UserError(f"{path}: this tar file cannot be read: {reason}") from error
     classes = named_in_order(mapping or reader.class_name_to_idx)
     targets = [int(label) for label in reader.targets]
     return Opened(ReaderSource(reader, str(path)), classes=classes, targets=targets)
+
+
+def _tar_reader(path: Path, mapping: Mapping[str, int] | None) -> ReaderImageInTar:
+    """Timm's reader; it opens the file anew for each picture: workers would share one position."""
+    return ReaderImageInTar(str(path), class_map=mapping or "", cache_tarfiles=False)
 
 
 def _folders_of(reader: ReaderImageFolder) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from spot_vit.data.fetch import Collate, Fetch, Fetched, FetchStream
 from spot_vit.data.order import Order, evaluation_order, training_order
 from spot_vit.data.seeded import seed_of
+from spot_vit.data.workers import begin, end, started
 from spot_vit.utils.errors import UserError
 
 _ENOUGH = 1000  # samples of a stream before its share of unreadable ones says something
@@ -36,15 +35,6 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-_OPEN: WeakSet[Any] = WeakSet()
-
-
-@atexit.register  # after multiprocessing's own, so it comes first: that one waits for workers
-def _close_all() -> None:
-    for loader in list(_OPEN):
-        loader.close()
-
-
 class _Orders:
     """A batch sampler whose batches can be set, so that workers outlive an epoch."""
 
@@ -53,16 +43,6 @@ class _Orders:
 
     def __iter__(self) -> Iterator[Order]:
         return self.orders
-
-
-def _begin_worker(_worker: int) -> None:
-    """Leaves signals to the main process, which saves first and then ends its workers.
-
-    Terminals and schedulers signal every process of a run. Python itself ends a worker that is
-    left over with the same signal, again and again: so the second counts.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class _Loader:
@@ -93,9 +73,7 @@ class _Loader:
         self.waited = 0.0
         self._seen = 0
         self._kept: Any = None
-        self._running: WeakSet[Generator[Fetched, None, None]] = WeakSet()
-        if workers:
-            _OPEN.add(self)
+        self._running: WeakSet[Any] = WeakSet()
 
     @property
     def sharded(self) -> bool:
@@ -111,7 +89,7 @@ class _Loader:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=self.pin,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin,
             generator=torch.Generator().manual_seed(seed_of(self.seed, self.rank)),
             persistent_workers=persistent and self.workers > 0,
         )
@@ -127,27 +105,24 @@ class _Loader:
         return self._loader(fetch, None, False)
 
     def close(self) -> None:
-        """Ends the workers, and iterators that are under way; the next one starts new workers."""
+        """Ends the workers; the next iterator starts new ones."""
         for running in list(self._running):
-            running.close()
+            end(running)
         self._kept = None
 
     def _fetched(self, loader: Any) -> Iterator[Fetched]:
-        """The batches of a DataLoader; `close` ends them."""
-        running = self._measured(loader)
-        self._running.add(running)
-        return running
-
-    def _measured(self, loader: Any) -> Generator[Fetched, None, None]:
         """The batches of a DataLoader, with the waiting measured and its errors in our words."""
-        started = time.perf_counter()
         try:
-            for fetched in loader:
-                self.waited += time.perf_counter() - started
+            begun = time.perf_counter()
+            running = started(loader)
+            self._running.add(running)
+            for fetched in running:
+                self.waited += time.perf_counter() - begun
                 self._count(fetched)
                 yield fetched
-                started = time.perf_counter()
-        except RuntimeError as error:
+                begun = time.perf_counter()
+        except Exception as error:
+            self.close()
             if "DataLoader worker" not in str(error) or "Traceback" in str(error):
                 raise
             raise UserError(

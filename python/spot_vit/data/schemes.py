@@ -94,6 +94,9 @@ def _opened(dataset: str, arguments: dict[str, Any]) -> Opened:
     found = Opened(classes=named_in_order(reader.class_to_idx), sized=sized)
     found.multi_label, found.dense = _several(reader)
     if hasattr(reader, "__getitem__"):
+        key, columns = reader.image_key, reader.dataset.column_names
+        if len(reader) and reader.dataset[0][key] is None:  # timm adds a column that is missing
+            raise ValueError(f"input_key: column {key!r} holds no pictures; there are {columns}")
         found.source = ReaderSource(reader, f"{dataset} ({arguments['split']})")
         if not found.multi_label:
             found.targets = _numbers(reader.dataset[reader.label_key])
