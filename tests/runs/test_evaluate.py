@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import spot_vit
 import timm
@@ -21,7 +22,10 @@ from spot_vit.config.recipe_files import to_yaml
 from spot_vit.evaluation.report import describe
 from spot_vit.evaluation.statistics import paired_difference
 from spot_vit.models.saved import save
+from spot_vit.runs.damaged import check_images
 from spot_vit.runs.evaluate import evaluate
+from spot_vit.runs.evaluated import load_evaluated
+from spot_vit.runs.sides import grouped, sides_of
 from spot_vit.utils.errors import UserError
 from support.ranks import together
 from support.runs import SMALL, folder_of_pictures, small_recipe
@@ -263,6 +267,36 @@ def test_weights_alone_need_a_name(tmp_path: Path, photos: Path) -> None:
         assert found["rows"][0]["loss"] == expected["rows"][0]["loss"]
     with pytest.raises(UserError, match=r"does not load into deit_tiny"):
         evaluate(settings(tmp_path, str(path), photos, model="deit_tiny_patch16_224"))
+
+
+def test_a_stream_of_pictures_with_several_labels(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    content = {
+        "image": [Image.fromarray(draw.integers(0, 256, (9, 9, 3), np.uint8)) for _ in range(20)],
+        **{name: draw.integers(0, 2, 20).tolist() for name in ("cat", "dog", "indoors")},
+    }
+    features = {name: datasets.Value("int64") for name in content} | {"image": datasets.Image()}
+    made = datasets.Dataset.from_dict(content, features=datasets.Features(features))
+    made.to_parquet(folder / "validation.parquet")
+    path = saved(tmp_path / "model.safetensors", sparse(), ["cat", "dog", "indoors"])
+    given = {"target_key": "cat,dog,indoors", "predictions": str(tmp_path / "p.csv")}
+    found = [
+        evaluate(settings(tmp_path, path, tmp_path, dataset=f"{kind}/{folder}", **given))
+        for kind in ("hfds", "hfids")
+    ]
+    assert found[0]["rows"] == found[1]["rows"]
+    assert found[0]["rows"][1]["mean_ap"] > 0 and found[0]["data"]["multi_label"]
+    counted = {one["class"]: one["images"] for one in found[0]["per_class"]}
+    assert counted == {name: sum(content[name]) for name in ("cat", "dog", "indoors")}
+    assert "mAP" in describe(found[1])
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 41
+    with pytest.raises(UserError, match="images of a stream have no numbers"):
+        asked = settings(tmp_path, path, tmp_path, dataset=f"hfids/{folder}", **given)
+        sides = sides_of(load_evaluated(path, asked, None), None, asked)
+        check_images(grouped(sides, asked), asked.replace(corruptions=("fog",)))
 
 
 @pytest.mark.skipif(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from spot_vit.config.evaluation import EvaluationSettings
 from spot_vit.config.fields import nearest
@@ -59,6 +60,22 @@ def check_damage(settings: EvaluationSettings) -> None:
         Damaged((), kind, settings.severities[0], mean=(0.0,), std=(1.0,))  # needs its package
     if settings.imagenet_c is not None:
         _folders(settings)
+
+
+def check_images(groups: list[Group], settings: EvaluationSettings) -> None:
+    """Raises a UserError unless the images can be damaged, if that is asked for."""
+    for group in groups if settings.corruptions else ():
+        height, width = group.config["input_size"][1:]
+        if min(height, width) < LEAST_SIDE:
+            raise UserError(
+                f"corruptions: images must have at least {LEAST_SIDE} pixels a side to be damaged, "
+                f"and {group.sides[0].evaluated.source} takes {height}x{width}"
+            )
+        if isinstance(group.dataset(), IterableDataset):
+            raise UserError(
+                "corruptions: the images of a stream have no numbers to damage them by; name a "
+                "data set that is no stream (hfds/ for hfids/)"
+            )
 
 
 def _folders(settings: EvaluationSettings) -> dict[tuple[str, int], Path]:
@@ -137,12 +154,7 @@ def _views(settings: EvaluationSettings) -> dict[tuple[str, int], View]:
 
 
 def _damaged(kind: str, severity: int, group: Group) -> Any:
-    config, sides = group.config, group.config["input_size"][1:]
-    if min(sides) < LEAST_SIDE:
-        raise UserError(
-            f"corruptions: images must have at least {LEAST_SIDE} pixels a side to be damaged, "
-            f"and {group.sides[0].evaluated.source} takes {sides[0]}x{sides[1]}"
-        )
+    config = group.config
     return Damaged(group.dataset(), kind, severity, mean=config["mean"], std=config["std"])
 
 

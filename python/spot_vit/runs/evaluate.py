@@ -17,7 +17,7 @@ from spot_vit.evaluation.predictions import save_predictions
 from spot_vit.evaluation.real_labels import check_names, real_accuracy, real_labels
 from spot_vit.evaluation.report import as_table
 from spot_vit.evaluation.sweep import Speed, gmacs_of, paired, speed_of
-from spot_vit.runs.damaged import check_damage, evaluate_damaged
+from spot_vit.runs.damaged import check_damage, check_images, evaluate_damaged
 from spot_vit.runs.evaluated import load_evaluated, settings_of_run
 from spot_vit.runs.processes import Processes, started
 from spot_vit.runs.sides import Group, Side, clean, evaluate_groups, grouped, sides_of
@@ -58,6 +58,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
         sides = _prepared(settings, processes)
         groups = grouped(sides, settings)
         _check_names(groups, truth)
+        check_images(groups, settings)
         results, unreadable = evaluate_groups(
             groups, clean, settings, processes, "evaluate", kept=settings.predictions is not None
         )
@@ -128,7 +129,7 @@ def _about_data(
 ) -> dict[str, Any]:
     data = group.data
     return {
-        "name": "random images" if settings.synthetic else settings.data,
+        "name": "random images" if settings.synthetic else settings.dataset or settings.data,
         "split": settings.split,
         "images": len(next(iter(results.values())).index),
         "num_classes": data.num_classes,
