@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from spot_vit.data.fetch import Fetch
 from spot_vit.data.loaders import EvalLoader, TrainLoader
 from spot_vit.data.open import Data, open_data
 from spot_vit.utils.errors import UserError
 from support.pictures import BROKEN, ODD, OTHER, folder, write
+from torch.utils.data import default_collate
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -199,3 +202,15 @@ def test_random_images_of_any_size_and_number() -> None:
 
 def test_unknown_schemes_are_named(tmp_path: Path) -> None:
     refused(r"expected nothing \(a folder\) or one of torch/", str(tmp_path), dataset="zip/photos")
+
+
+@pytest.mark.parametrize("kind", ["folder", "digits", "synthetic"])
+def test_data_sets_can_be_sent_to_workers_that_are_not_forked(tmp_path: Path, kind: str) -> None:
+    data = {
+        "folder": lambda: open_data(str(folder(tmp_path)), val_share=0.5),
+        "digits": lambda: open_data("digits"),
+        "synthetic": lambda: open_data("", synthetic=True),
+    }[kind]()
+    view = data.train_set(CONFIG, no_aug=True)
+    again = pickle.loads(pickle.dumps(Fetch(view, 0, default_collate, True))).dataset
+    assert torch.equal(again[1][0], view[1][0]) and again[1][1] == view[1][1]

@@ -76,6 +76,15 @@ def test_shards_train_and_evaluate(tmp_path: Path, workers: int) -> None:
 
 
 @needs_wds
+def test_the_length_of_shards_depends_on_workers(tmp_path: Path) -> None:
+    """Each worker gives whole batches: 20 samples are 5 batches of 4, or 3 of each of two."""
+    data = wds(shards(tmp_path / "s"), batch_size=4)
+    for workers, count in ((2, 6), (0, 5)):
+        loader = TrainLoader(data.train_set(CONFIG), 4, workers=workers)
+        assert len(loader) == count == len(list(loader.epoch(0))) == len(loader)
+
+
+@needs_wds
 def test_shards_of_unknown_length_go_on_without_end(tmp_path: Path) -> None:
     data = wds(shards(tmp_path / "s"), train_num_samples=None)
     loader = TrainLoader(data.train_set(CONFIG), 4)
@@ -148,6 +157,20 @@ def test_hugging_face_data_sets(tmp_path: Path) -> None:
     assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(12))
     share = open_data(name, val_share=0.5)
     assert len(share.val_set(CONFIG)) == 6  # type: ignore[arg-type]
+
+
+@needs_hf
+def test_streams_of_hugging_face(tmp_path: Path) -> None:
+    name = hf(tmp_path / "d", train=6, test=2).replace("hfds", "hfids")
+    data = open_data(name, val_split="test", num_classes=2, train_num_samples=12)
+    loader = TrainLoader(data.train_set(CONFIG), 4)
+    assert len(loader) == 3
+    labels = torch.cat([batch.target for batch in loader.epoch(0)])
+    assert sorted(labels.tolist()) == [0] * 6 + [1] * 6
+    counted = [i for batch in EvalLoader(data.val_set(CONFIG), 3) for i in batch.target.tolist()]
+    assert counted == [0, 0, 1, 1]
+    endless = open_data(name, val_split="test", num_classes=2)
+    assert TrainLoader(endless.train_set(CONFIG), 4).unknown_length
 
 
 @needs_hf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from spot_vit.data.seeded import kept_states, plant
@@ -78,3 +79,27 @@ def test_no_augmentation_draws_nothing() -> None:
         plant(1)
         first = transform(picture)
         assert torch.equal(first, transform(picture)) and np.isfinite(first.numpy()).all()
+
+
+@pytest.mark.parametrize("aa", ["rand-m10-n3-mstd1-inc1", "v0", "augmix-m10-w4-d2", "originalr"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_every_magnitude_can_be_drawn(aa: str, mode: str) -> None:
+    """Pillow 13 refuses the posterize to 0 bits that timm asks for at magnitude 10."""
+    config = {**CONFIG, "input_size": (len(mode) if mode == "RGB" else 1, 32, 32)}
+    transform = train_transform(config, aa=aa, reprob=0.25)
+    pictures = [Image.fromarray(noise(1, *size)).convert(mode) for size in ((40, 48), (1, 50))]
+    with kept_states():
+        for seed in range(60):
+            plant(seed)
+            for picture in pictures:
+                assert transform(picture).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 8])
+def test_posterize_keeps_so_many_bits(bits: int) -> None:
+    transform = train_transform(CONFIG, aa="rand-m10-n1-inc1")
+    operations = next(step.ops for step in transform.transforms if hasattr(step, "ops"))  # type: ignore[attr-defined]
+    (ours,) = (op.aug_fn for op in operations if op.name == "PosterizeIncreasing")
+    pixels = noise(3)
+    found = np.asarray(ours(Image.fromarray(pixels), bits))
+    assert (found == pixels & (256 - (1 << (8 - bits)))).all()

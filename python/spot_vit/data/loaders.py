@@ -74,6 +74,8 @@ class _Loader:
         self._seen = 0
         self._kept: Any = None
         self._running: WeakSet[Any] = WeakSet()
+        if self.iterable and hasattr(dataset, "set_loader_cfg"):  # its length depends on it
+            dataset.set_loader_cfg(workers)
 
     @property
     def sharded(self) -> bool:
@@ -96,9 +98,8 @@ class _Loader:
 
     def _stream(self, epoch: int, training: bool) -> Any:
         """Batches of an iterable data set in an epoch: workers begin it anew."""
-        for name, value in (("set_epoch", epoch), ("set_loader_cfg", self.workers)):
-            if hasattr(self.dataset, name):
-                getattr(self.dataset, name)(value)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
         fetch = FetchStream(
             self.dataset, self.batch_size, self.seed, epoch, self.rank, self.collate, training
         )

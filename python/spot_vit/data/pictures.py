@@ -169,6 +169,7 @@ class PictureStream(IterableDataset[Sample]):
     def set_loader_cfg(self, num_workers: int) -> None:
         """Tells the reader how many workers share its samples."""
         if hasattr(self.reader, "set_loader_cfg"):
+            self.reader.ds = None  # a reader that has begun does not listen
             self.reader.set_loader_cfg(num_workers=num_workers)
 
     def __iter__(self) -> Iterator[Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 Transform = Callable[[Image.Image], Tensor]
@@ -92,8 +93,28 @@ def train_transform(
         "re_count": recount,
         "interpolation": train_interpolation,
     }
-    transform = create_transform(**_common(config) | arguments, is_training=True)
+    transform = _mended(create_transform(**_common(config) | arguments, is_training=True))
     return Trimmed(transform) if no_aug else transform
+
+
+def _mended(transform: Any) -> Any:
+    """Timm's transform with a posterize that takes what timm's own magnitudes ask for.
+
+    Of magnitude 10 on, which "rand-m9-mstd0.5-inc1" draws too, pictures keep no bit. Pillow made
+    them black, and refuses since version 13.
+    """
+    for step in getattr(transform, "transforms", ()):
+        policy = chain.from_iterable(getattr(step, "policy", ()))
+        for operation in (*getattr(step, "ops", ()), *policy):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(picture: Image.Image, bits_to_keep: int, **given: Any) -> Image.Image:
+    if bits_to_keep < 1:
+        return Image.new(picture.mode, picture.size)
+    return auto_augment.posterize(picture, bits_to_keep, **given)
 
 
 def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:
