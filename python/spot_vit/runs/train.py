@@ -48,16 +48,19 @@ def train(recipe: Recipe, **given: Any) -> dict[str, Any]:
 def _carry_out(run: Run) -> dict[str, Any]:
     """The phases that are left, one after the other."""
     log: Log | None = None
+    begun = False
     try:
         while run.at.phase < len(run.phases):
             with ExitStack() as stack:
                 phase = PhaseRun(run, run.phases[run.at.phase], stack)
                 # Whatever may be wrong was, by now: only then is anything written.
-                log = log or run.begin(phase.model)
+                if not begun:
+                    log, begun = run.begin(phase.model), True
                 phase.go(log)
             run.at = run.at.next_phase()
             run.best, run.state = [], None
-        log = log or run.begin(None)
+        if not begun:
+            log = run.begin(None)
         summary = run.summary()
         if log is not None:
             log.say(conclusion(run.results, run.folder))
