@@ -10,79 +10,85 @@ import spot_vit
 import torch
 from spot_vit.runs.train import train
 from support.ranks import together
-from support.runs import records, small_recipe, trace
+from support.runs import small_recipe, trace
 
 ALIKE: dict[str, Any] = {
     "train_num_samples": 400,
     "val_num_samples": 23,
     "epochs": 1,
-    "steps": 50,
     "noise": 0.0,
     "train_decision": "topk",
     "model_ema": True,
     "model_ema_decay": 0.9,
-    "dense_epochs": 1,
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "static graph": {"static_graph": True},
+    "dense": {"method": "dense", "train_decision": None, "noise": None},
+    "ddp": {"dense_epochs": 1},
     "fsdp": {"parallel": "fsdp"},
+    "static graph": {"static_graph": True},
     "accumulation": {"grad_accum_steps": 2, "batch_size": 2},
-    "attention": {"attention_keep": 0.5, "connectivity_epochs": 1, "self_distillation": 0.01},
-    "ddp compiled": {"compile": True},
-    "fsdp compiled": {"parallel": "fsdp", "compile": True},
+    "sampled": {"sampled_keep": (0.4, 1.0)},
+    "connectivity": {"attention_keep": 0.5, "stage": "connectivity"},
+    "attention": {"attention_keep": 0.5, "stage": "finetune", "self_distillation": 0.01},
+    "ddp compiled": {"compile": True, "model_ema": False},
+    "fsdp compiled": {"parallel": "fsdp", "compile": True, "model_ema": False},
 }
 
 
-def worker(rank: int, output: str, ways: list[str], steps: int) -> dict[str, Any]:
+def worker(rank: int, output: str, ways: list[str], steps: int, dtype: str) -> dict[str, Any]:
+    torch.set_default_dtype(getattr(torch, dtype))
     return {
-        way: train(_recipe(Path(output), way, steps).replace(experiment=way))["results"]
-        for way in ways
+        way: train(_recipe(Path(output), way, steps, experiment=way))["results"] for way in ways
     }
 
 
 def _recipe(output: Path, way: str, steps: int, **changes: Any) -> Any:
-    given = {**ALIKE, "batch_size": 4, **WAYS[way], "steps": steps, **changes}
-    if not given.get("compile"):
-        return small_recipe(output, **given)
-    return small_recipe(output, **{**given, "dense_epochs": 0, "model_ema": False})
+    given = {**ALIKE, "batch_size": 4, **WAYS[way], "steps": steps}
+    return small_recipe(output, **given | changes)
 
 
+# In float32 a score that is nearly at the cut falls on one side here and on the other there, and
+# from that step on the losses differ: only what removes no token is compared in it.
 @pytest.mark.parametrize(
-    ("ways", "steps"),
-    [(["ddp", "fsdp"], 50), (["static graph", "accumulation", "attention"], 8)],
-    ids=["fifty steps", "other ways"],
+    ("ways", "steps", "dtype", "tolerance"),
+    [
+        (["dense"], 50, "float32", 1e-5),
+        (["ddp", "fsdp"], 50, "float64", 1e-9),
+        (["static graph", "accumulation", "sampled"], 8, "float64", 1e-9),
+        (["connectivity", "attention"], 8, "float64", 1e-5),  # reconstruction is in float32
+    ],
+    ids=["dense", "fifty steps", "other ways", "attention"],
 )
-def test_two_processes_equal_one(ways: list[str], steps: int, tmp_path: Path) -> None:
-    found = together(worker, str(tmp_path), ways, steps)
+def test_two_processes_equal_one(
+    ways: list[str], steps: int, dtype: str, tolerance: float, tmp_path: Path
+) -> None:
+    found = together(worker, str(tmp_path), ways, steps, dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
     for way in ways:
-        accumulated = WAYS[way].get("grad_accum_steps", 1)
-        alone = train(
-            _recipe(tmp_path, way, steps, experiment=f"{way} alone", parallel="ddp",
-                    batch_size=8 // accumulated)
-        )["results"]  # fmt: skip
-        losses = {phase: [] for phase in alone}
+        size = 8 // WAYS[way].get("grad_accum_steps", 1)
+        changes = {"experiment": f"{way} alone", "parallel": "ddp", "batch_size": size}
+        alone = train(_recipe(tmp_path, way, steps, **changes))["results"]
+        losses: dict[str, list[float]] = {phase: [] for phase in alone}
         for two, one in zip(trace(tmp_path / way), trace(tmp_path / f"{way} alone"), strict=True):
             assert two[:2] == one[:2]
             losses[two[0]].append(abs(two[2] - one[2]))
         assert set(losses) == set(found[way])
-        assert all(len(some) == steps and max(some) < 1e-5 for some in losses.values()), losses
+        for phase, some in losses.items():
+            assert len(some) == steps and max(some) < tolerance, (way, phase, some)
         for phase, figures in alone.items():
             for name, value in figures.items():
-                assert found[way][phase][name] == pytest.approx(value, abs=1e-4), (way, name)
+                assert found[way][phase][name] == pytest.approx(value, abs=tolerance), (way, name)
         states = [
             spot_vit.load(tmp_path / name / "last.safetensors").state_dict()
             for name in (way, f"{way} alone")
         ]
-        assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
-        assert len(records(tmp_path / way, "epoch")) == len(
-            records(tmp_path / f"{way} alone", "epoch")
-        )
+        for key, value in states[0].items():
+            assert torch.allclose(value, states[1][key], atol=100 * tolerance), (way, key)
 
 
 def test_two_processes_compiled_equal_one(tmp_path: Path) -> None:
     ways = ["ddp compiled", "fsdp compiled"]
-    together(worker, str(tmp_path), ways, 3)
+    together(worker, str(tmp_path), ways, 3, "float32")
     train(_recipe(tmp_path, "ddp compiled", 3, experiment="alone", batch_size=8, compile=False))
     one = trace(tmp_path / "alone")
     for way in ways:
