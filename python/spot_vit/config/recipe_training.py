@@ -53,7 +53,9 @@ class MachineFields(Fields):
     """Machine."""
 
     seed: int = setting(42, low=0, text="of everything random")
-    workers: int = setting(4, low=0, text="processes that load images, of each process")
+    workers: int | None = setting(
+        None, low=0, text="processes that load images, of each process (4, or the CPUs there are)"
+    )
     device: str | None = setting(None, text="cpu, cuda or cuda:N (cuda where there is one)")
     threads: int | None = setting(None, low=1, text="CPU threads of each process (torch's choice)")
     pin_mem: bool = setting(False, text="load into memory that a GPU copies from quickly")

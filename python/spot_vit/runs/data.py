@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ class RunData:
         common: dict[str, Any] = {
             "rank": processes.rank,
             "world": processes.world,
-            "workers": recipe.workers,
+            "workers": _workers() if recipe.workers is None else recipe.workers,
             "pin": recipe.pin_mem and processes.device.type == "cuda",
             "bad_share": recipe.bad_share,
         }
@@ -221,6 +222,11 @@ class RunData:
         for one in self.processes.gathered(own):
             found |= one
         return found
+
+
+def _workers() -> int:
+    """Four, or the CPUs that this process may use."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def _length(dataset: Any) -> int | None:
