@@ -27,7 +27,9 @@ class ImageFields(Fields):
     class_map: str | None = setting(None, text="file that names the classes in their order")
     input_key: str | None = setting(None, text="field of a sample with the image")
     target_key: str | None = setting(None, text="field of a sample with the label")
-    num_samples: int | None = setting(None, low=1, text="images, of a stream that does not say it or --synthetic")
+    num_samples: int | None = setting(
+        None, low=1, text="images, of a stream that does not say it or --synthetic"
+    )
     num_classes: int | None = setting(None, low=2, text="of the data, where they do not say it")
     data_args: Mapping[str, Any] = mapping(
         text="settings of ClutteredDigits for digits, else of timm's create_dataset"
