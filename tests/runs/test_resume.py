@@ -6,7 +6,9 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -100,18 +102,45 @@ def words_of(recipe: Any, path: Path) -> list[str]:
     return ["train", recipe.data, "--config", str(path)]
 
 
-def test_kill_9_and_sigterm_change_nothing(tmp_path: Path) -> None:
-    data = str(folder_of_pictures(tmp_path / "pictures", per_class=16))
-    options = {
-        **EVERYTHING, "synthetic": False, "data": data, "num_classes": None, "workers": 1,
-        "train_num_samples": None, "val_num_samples": None, "epochs": 6, "recovery_interval": 1,
-    }  # fmt: skip
-    whole = small_recipe(tmp_path, experiment="whole", **options)
-    process = command(*words_of(whole, tmp_path / "whole.yaml"))
+def everything(tmp_path: Path, workers: int, epochs: int) -> Any:
+    """A recipe with all that must go on: a folder of pictures, workers, sampled budgets, …"""
+    return small_recipe(
+        tmp_path, experiment="whole",
+        **{
+            **EVERYTHING, "synthetic": False, "num_classes": None, "workers": workers,
+            "data": str(folder_of_pictures(tmp_path / "pictures", per_class=16)),
+            "train_num_samples": None, "val_num_samples": None, "epochs": epochs,
+            "recovery_interval": 1,
+        },
+    )  # fmt: skip
+
+
+def whole_and_broken(tmp_path: Path, recipe: Any) -> tuple[list[Any], list[str]]:
+    """What an uninterrupted run computes, and the command of one that will be interrupted."""
+    process = command(*words_of(recipe, tmp_path / "whole.yaml"))
     assert process.wait(300) == 0, process.communicate()[1]
-    expected = trace(tmp_path / "whole")
+    words = words_of(recipe.replace(experiment="broken"), tmp_path / "broken.yaml")
+    return trace(tmp_path / "whole"), words
+
+
+def nothing_half_written(folder: Path) -> None:
+    """Every file under a final name is whole."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.suffix == ".pt":
+            assert "step" in torch.load(path, weights_only=True)
+        elif path.suffix == ".safetensors":
+            spot_vit.load(path)
+        elif path.suffix == ".jsonl":
+            trace(folder)
+        elif path.suffix == ".yaml":
+            Recipe.from_dict(yaml.safe_load(path.read_text()))
+
+
+def test_kill_9_and_sigterm_change_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    words = words_of(whole.replace(experiment="broken"), tmp_path / "broken.yaml")
+    expected, words = whole_and_broken(tmp_path, everything(tmp_path, workers=1, epochs=6))
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = command(*words)
         begun = len(trace(broken)) if (broken / "metrics.jsonl").exists() else 0
@@ -128,10 +157,34 @@ def test_kill_9_and_sigterm_change_nothing(tmp_path: Path) -> None:
             assert re.search(r"go on with: spot train --resume \S+broken", "".join(output))
             assert "Traceback" not in "".join(output)
         words = ["train", "--resume", str(broken)]
-        seen = {path.name for path in broken.iterdir() if not path.name.startswith(".")}
-        assert not any(name.endswith((".tmp", ".link")) for name in seen)
+        nothing_half_written(broken)
     process = command(*words)
     assert process.wait(300) == 0, process.communicate()
+    assert trace(broken) == expected
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_changes_nothing(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    expected, first = whole_and_broken(tmp_path, everything(tmp_path, workers=2, epochs=20))
+    draw, kills = random.Random(0), 0
+    while True:
+        begun = (broken / "resume.pt").exists()
+        if not begun and broken.exists():
+            shutil.rmtree(broken)
+        process = command(*(["train", "--resume", str(broken)] if begun else first))
+        try:
+            process.wait(draw.uniform(5, 12) if kills < 20 else 600)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            print("killed behind step", len(trace(broken)) if begun else 0)
+            nothing_half_written(broken) if broken.exists() else None
+        else:
+            assert process.returncode == 0, process.communicate()
+            break
+    assert kills == 20
     assert trace(broken) == expected
 
 

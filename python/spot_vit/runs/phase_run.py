@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -44,6 +45,9 @@ from spot_vit.utils.slow_steps import SlowSteps
 SAVE_SECONDS = 600.0
 """Seconds from one save to the next, besides those at the ends of epochs."""
 
+TELL_SECONDS = 300.0
+"""Seconds from one word about slow steps to the next."""
+
 
 class PhaseRun:
     """One phase: model, optimiser and everything else that a step needs.
@@ -57,6 +61,8 @@ class PhaseRun:
     def __init__(self, run: Run, phase: Phase, stack: ExitStack) -> None:
         self.run, self.phase = run, phase
         self.log: Log | None = None
+        # Each phase goes on where the one before stopped: with other orders and other images.
+        self.epochs_before = sum(one.epochs for one in run.phases[: run.at.phase])
         recipe, processes = run.recipe, run.processes
         self.recipe, self.processes, self.at = recipe, processes, run.at
         self.sharded = recipe.parallel == FSDP and phase.name != CONNECTIVITY
@@ -98,14 +104,14 @@ class PhaseRun:
             self.optimizer,
             objective,
             amp_dtype=getattr(torch, recipe.amp_dtype) if recipe.amp else None,
-            clip_grad=recipe.clip_grad or float("inf"),
+            clip_grad=recipe.clip_grad or math.inf,
             clip_mode=recipe.clip_mode,
             after_backward=self._average_gradients if phase.name == CONNECTIVITY else None,
         )
         self.mixup = None if phase.name == CONNECTIVITY else run.data.mixup()
         seed_all(recipe.seed + 1000 * (run.at.phase + 1) + processes.rank)
         self.saved = time.monotonic()
-        self.slow = SlowSteps()
+        self.slow, self.told = SlowSteps(), -math.inf
         self.named = 0  # pictures that could not be read and were told of
         if run.state is not None:
             self._load(run.state)
@@ -171,7 +177,7 @@ class PhaseRun:
                 self.slow.pause()
             at.epoch, at.batch = at.epoch + 1, 0
             if not last:
-                self._save()
+                self._heed(save=True)
         self._finish(result)
 
     def _epoch(self) -> None:
@@ -183,7 +189,8 @@ class PhaseRun:
         images_seen, last = 0, began
         if self.mixup is not None:
             self.mixup.mixup_enabled = not 0 < recipe.mixup_off_epoch <= at.epoch
-        for batches in _groups(loader.epoch(at.epoch, at.batch), recipe.grad_accum_steps):
+        epoch = self.epochs_before + at.epoch
+        for batches in _groups(loader.epoch(epoch, at.batch), recipe.grad_accum_steps):
             before = self._drawn()
             ready = [self._ready(batch) for batch in batches]
             rate = self.rates.set(at.step)
@@ -202,8 +209,9 @@ class PhaseRun:
                 self._tell(values, rate, images_seen / (now - began), now - last)
             last = now
             reason = self.slow(loader.waited)
-            if reason and self.log is not None:
+            if reason and self.log is not None and now > self.told + TELL_SECONDS:
                 self.log.say(reason)
+                self.told = now
             if at.step >= phase.steps:
                 break
             self._heed()
@@ -251,12 +259,12 @@ class PhaseRun:
             memory=f"{memory(self.processes.device):.1f} GiB",
         )
 
-    def _heed(self) -> None:
+    def _heed(self, save: bool = False) -> None:
         """Saves, and stops, where it is time; all processes do the same."""
         due = self.recipe.recovery_interval
-        old = time.monotonic() - self.saved > SAVE_SECONDS
-        old |= due > 0 and self.at.total % due == 0
-        signal, save_now = self.processes.largest(self.run.stop.signal, int(old))
+        save |= time.monotonic() - self.saved > SAVE_SECONDS
+        save |= due > 0 and self.at.total % due == 0
+        signal, save_now = self.processes.largest(self.run.stop.signal, int(save))
         if signal or save_now:
             self._save()
             self.slow.pause()
