@@ -12,13 +12,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from spot_vit.config.recipe import Recipe
-from spot_vit.models.checkpoint_files import State, logger, read_weights
+from spot_vit.models.checkpoint_files import read_weights
 from spot_vit.models.checkpoint_fit import misfits
 from spot_vit.models.convert import sparsify
 from spot_vit.models.named import NAMED
 from spot_vit.models.saved import load
 from spot_vit.models.sparsifiner import sparsify_attention
-from spot_vit.nn.predictor import predictor_parameters
 from spot_vit.runs.phases import CONNECTIVITY, DENSE, Phase
 from spot_vit.training.keep_sampling import SampledKeep
 from spot_vit.training.losses import (
@@ -93,38 +92,6 @@ def convert(model: Any, recipe: Recipe) -> Any:
     except (TypeError, ValueError) as error:
         raise UserError(f"model {recipe.model}: {error}") from error
     return model
-
-
-def initial_state(model: Any, path: str | Path) -> State:
-    """Weights to start from: of a dense or a converted model, of as many classes or others.
-
-    Predictors that the file has not stay new, and so does a head of other classes.
-
-    Args:
-        model: that is to take them, converted or not.
-        path: of the file.
-
-    Raises:
-        UserError: there is no such file, or it does not fit.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"initial_checkpoint: there is no file {path}")
-    try:
-        state = read_weights(path).state
-    except ValueError as error:
-        raise UserError(f"initial_checkpoint: {error}") from error
-    own, head = model.state_dict(), head_parameters(model)
-    others = any(name in state and state[name].shape != own[name].shape for name in head)
-    if others:
-        logger.info("%s: the head has other classes and is new", path)
-        state = {name: value for name, value in state.items() if name not in head}
-    predictors = set(predictor_parameters(model)) - set(state)
-    if predictors:
-        logger.info("%s: predictors are new", path)
-    optional = predictors | (head if others else set())
-    if problems := misfits(model, state, optional):
-        raise UserError(f"initial_checkpoint {path} does not fit: {'; '.join(problems)}")
-    return state
 
 
 def check(recipe: Recipe, arguments: dict[str, Any]) -> None:

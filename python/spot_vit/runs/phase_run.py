@@ -22,6 +22,7 @@ from spot_vit.measure.flops import count_flops
 from spot_vit.models.saved import load, save
 from spot_vit.nn.predictor import predictor_parameters
 from spot_vit.runs import build
+from spot_vit.runs.initial import initial_state
 from spot_vit.runs.logs import Log, memory
 from spot_vit.runs.parallel import (
     FSDP,
@@ -131,7 +132,7 @@ class PhaseRun:
         else:
             start = None if self.run.state or recipe.synthetic else recipe.initial_checkpoint
         if start is not None:
-            model.load_state_dict(build.initial_state(model, start), strict=False)
+            model.load_state_dict(initial_state(model, start), strict=False)
         return model
 
     def _who_learns(self, model: Any, stack: ExitStack) -> None:
