@@ -166,7 +166,7 @@ def test_kill_9_and_sigterm_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_changes_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    expected, first = whole_and_broken(tmp_path, everything(tmp_path, workers=2, epochs=20))
+    expected, first = whole_and_broken(tmp_path, everything(tmp_path, workers=2, epochs=40))
     draw, kills = random.Random(0), 0
     while True:
         begun = (broken / "resume.pt").exists()
@@ -174,7 +174,7 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(tmp_path: Path) -> None
             shutil.rmtree(broken)
         process = command(*(["train", "--resume", str(broken)] if begun else first))
         try:
-            process.wait(draw.uniform(5, 12) if kills < 20 else 600)
+            process.wait(draw.uniform(4, 9) if kills < 20 else 600)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
