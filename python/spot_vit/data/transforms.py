@@ -10,6 +10,8 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 
+from spot_vit.utils.errors import UserError
+
 Transform = Callable[[Image.Image], Tensor]
 MAX_ASPECT = 32
 
@@ -79,6 +81,9 @@ def train_transform(
         remode: what erased regions show: "const", "rand" or "pixel".
         recount: most regions erased.
         train_interpolation: "random", or one of PIL's by name.
+
+    Raises:
+        UserError: timm knows no augmentation `aa`.
     """
     arguments: dict[str, Any] = {
         "no_aug": no_aug,
@@ -93,7 +98,15 @@ def train_transform(
         "re_count": recount,
         "interpolation": train_interpolation,
     }
-    transform = _mended(create_transform(**_common(config) | arguments, is_training=True))
+    try:
+        transform = _mended(create_transform(**_common(config) | arguments, is_training=True))
+    except (AssertionError, KeyError, ValueError) as error:
+        if aa is None or no_aug:
+            raise
+        raise UserError(
+            f"aa: timm makes no augmentation of {aa!r} ({error}); expected such as "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original"
+        ) from error
     return Trimmed(transform) if no_aug else transform
 
 

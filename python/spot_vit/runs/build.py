@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from spot_vit.config.recipe import Recipe
+from spot_vit.measure.flops import count_flops
 from spot_vit.models.checkpoint_files import read_weights
 from spot_vit.models.checkpoint_fit import misfits
 from spot_vit.models.convert import sparsify
@@ -57,17 +59,15 @@ def dense_model(recipe: Recipe, arguments: dict[str, Any]) -> Any:
         given["drop_rate"] = recipe.drop
     if recipe.drop_path:
         given["drop_path_rate"] = recipe.drop_path
-    name = NAMED.get(recipe.model, recipe.model)
-    return _create(name, recipe.pretrained and not recipe.synthetic, given, "model")
+    return _create(recipe.model, recipe.pretrained and not recipe.synthetic, given, "model")
 
 
 def _create(name: str, pretrained: bool, arguments: dict[str, Any], what: str) -> Any:
+    name = NAMED.get(name, name)
     if not timm.is_model(name):
-        import difflib
-
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise UserError(f"{what}: timm knows no model {name!r}, and there is no such file{hint}")
+        hint = _near(name, timm.list_models())
+        file = ", and there is no such file" if what == "teacher" else ""
+        raise UserError(f"{what}: timm knows no model {name!r}{file}{hint}")
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:
@@ -94,10 +94,37 @@ def convert(model: Any, recipe: Recipe) -> Any:
     return model
 
 
-def check(recipe: Recipe, arguments: dict[str, Any]) -> None:
-    """Raises a UserError where the recipe's model cannot be made or converted; takes no memory."""
+def _near(name: str, known: list[str]) -> str:
+    """The names most like one that is not known, or like its beginning."""
+    beginnings = {one[: len(name) + 1]: one for one in reversed(known)}
+    near = [beginnings[found] for found in get_close_matches(name, beginnings, 3, 0.8)]
+    return f"; near: {', '.join(near)}" if near else ""
+
+
+def check(
+    recipe: Recipe, arguments: dict[str, Any], input_size: tuple[int, int, int] | None = None
+) -> None:
+    """Raises a UserError where the recipe's model cannot be made, converted, or shown the images.
+
+    Takes no memory.
+
+    Args:
+        recipe: names the model.
+        arguments: of `timm.create_model` that the data need.
+        input_size: of an image; None leaves that out.
+    """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        convert(dense_model(recipe.replace(pretrained=False), arguments), recipe)
+        model = convert(dense_model(recipe.replace(pretrained=False), arguments), recipe)
+    if input_size is None:
+        return
+    try:
+        count_flops(model, input_size)
+    except (AssertionError, RuntimeError) as error:
+        shape = "x".join(map(str, input_size))
+        raise UserError(
+            f"model {recipe.model}: images of {shape} do not fit it: {error}; see --img-size, "
+            "--in-chans and --model-kwargs"
+        ) from error
 
 
 def teacher_of(recipe: Recipe, classes: int, arguments: dict[str, Any]) -> nn.Module:
@@ -112,12 +139,13 @@ def teacher_of(recipe: Recipe, classes: int, arguments: dict[str, Any]) -> nn.Mo
         UserError: there is no such teacher, or it knows other classes.
     """
     assert recipe.teacher is not None
-    path = Path(recipe.teacher)
+    name, path = recipe.teacher, Path(recipe.teacher)
+    alike = {**arguments, **recipe.model_kwargs}  # of a model that is the student's, but dense
     if path.is_file():
         try:
             teacher: Any = load(path)
         except UserError as error:
-            teacher = _create(NAMED.get(recipe.model, recipe.model), False, arguments, "teacher")
+            teacher = _create(recipe.model, False, alike, "teacher")
             state = read_weights(path).state
             if problems := misfits(teacher, state):
                 raise UserError(
@@ -126,20 +154,58 @@ def teacher_of(recipe: Recipe, classes: int, arguments: dict[str, Any]) -> nn.Mo
                 ) from error
             teacher.load_state_dict(state)
     elif recipe.synthetic:
-        name = recipe.teacher if timm.is_model(recipe.teacher) else recipe.model
-        teacher = _create(NAMED.get(name, name), False, arguments, "teacher")
-    elif path.suffix in (".safetensors", ".pt", ".pth", ".tar") or "/" in recipe.teacher:
+        own = not timm.is_model(name) or NAMED.get(name, name) == NAMED.get(
+            recipe.model, recipe.model
+        )
+        given = alike if own else {**_sized(name, arguments), "num_classes": classes}
+        teacher = _create(recipe.model if own else name, False, given, "teacher")
+    elif path.suffix in (".safetensors", ".pt", ".pth", ".tar") or "/" in name:
         raise UserError(f"teacher: there is no file {path}")
     else:
-        teacher = _create(recipe.teacher, True, {}, "teacher")
-    known = getattr(teacher, "num_classes", classes)
+        published = timm.get_pretrained_cfg(name)
+        if published is not None:  # said before it is fetched
+            _refuse_other_classes(name, published.num_classes, classes)
+        teacher = _create(name, True, _sized(name, arguments), "teacher")
+    _refuse_other_classes(name, getattr(teacher, "num_classes", classes), classes)
+    return teacher
+
+
+def _sized(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a model of this name must be told of images that are not of its own size."""
+    published = timm.get_pretrained_cfg(name)
+    fixed = published is not None and published.fixed_input_size
+    names = ("in_chans", "img_size") if fixed else ("in_chans",)
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def _refuse_other_classes(name: str, known: int, classes: int) -> None:
     if known != classes:
         raise UserError(
-            f"teacher {recipe.teacher}: it knows {known} classes, and the data have {classes}; "
+            f"teacher {name}: it knows {known} classes, and the data have {classes}; "
             "train the dense model on them first, in the same run with --dense-epochs N, or in one "
             "of its own with --method dense, whose best.safetensors is the teacher then"
         )
-    return teacher
+
+
+def check_teacher(
+    recipe: Recipe,
+    phase: Phase,
+    model: Any,
+    teacher: nn.Module,
+    input_size: tuple[int, int, int],
+) -> None:
+    """Raises a UserError where a phase's losses cannot compare the model with its teacher.
+
+    Shows them two black images, as the first step will show them others.
+    """
+    objective = objective_of(recipe, phase, teacher, lambda logits, _: logits.sum(), None)
+    device = next(model.parameters()).device
+    images = torch.zeros(2, *input_size, device=device)
+    try:
+        with torch.no_grad():
+            objective(model, images, torch.zeros(2, dtype=torch.int64, device=device))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"teacher {recipe.teacher or 'of this run'}: {error}") from error
 
 
 # ---- what a phase trains with --------------------------------------------------------------------
@@ -209,7 +275,7 @@ def optimizer_of(
     """Timm's optimiser of the recipe's name.
 
     Raises:
-        UserError: timm has none of the name.
+        UserError: timm has none of the name, or it takes no such arguments.
     """
     given: dict[str, Any] = {}
     if recipe.opt_eps is not None:
@@ -227,7 +293,9 @@ def optimizer_of(
             **recipe.opt_kwargs,
         )
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"opt {recipe.opt}: {error}") from error
+        known = [str(name) for name in list_optimizers()]
+        hint = "" if recipe.opt in known else _near(recipe.opt, known)
+        raise UserError(f"opt {recipe.opt}: {error}{hint}") from error
 
 
 def train_head_only(model: Any) -> Callable[[], None]:

@@ -69,6 +69,9 @@ class RunData:
             self._open()
         else:
             self._take(train_data, val_data, classes)
+        if self.classes is not None:  # the model may have outputs for which there is no picture
+            self.classes += [str(n) for n in range(len(self.classes), self.num_classes)]
+        self._metric_is_there()
         self.model_arguments = self._arguments()
         self.batches = None if self.loader.unknown_length else len(self.loader)
         self.mixes = recipe.mixup > 0 or recipe.cutmix > 0
@@ -142,26 +145,31 @@ class RunData:
 
     def _config(self, native: dict[str, Any] | None) -> dict[str, Any]:
         """Timm's data configuration: what the recipe says, else the data, else the model."""
-        recipe = self.recipe
+        recipe, data = self.recipe, native or {}
         found = timm.get_pretrained_cfg(NAMED.get(recipe.model, recipe.model))
-        cfg = {} if found is None else found.to_dict()
-        given = {
-            name: getattr(recipe, name)
-            for name in ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
-            if getattr(recipe, name) is not None
-        }
-        size = recipe.model_kwargs.get("img_size")
-        if size is not None:
-            given.setdefault("img_size", size)
-        if "in_chans" in recipe.model_kwargs:
-            given.setdefault("in_chans", recipe.model_kwargs["in_chans"])
-        channels = given.get("in_chans", (native or cfg).get("input_size", (3,))[0])
-        if native is None and channels != 3:
-            given.setdefault("mean", (0.5,) * channels)
-            given.setdefault("std", (0.5,) * channels)
-        if native is not None and "img_size" in given:
-            native = {**native, "input_size": (native["input_size"][0], *[given["img_size"]] * 2)}
-        return resolve_data_config(given, pretrained_cfg={**cfg, **(native or {})})
+        cfg = {**({} if found is None else found.to_dict()), **data}
+        channels, *size = cfg.get("input_size", (3, 224, 224))
+        asked = recipe.in_chans or recipe.model_kwargs.get("in_chans") or channels
+        if data and asked != channels:
+            raise UserError(f"in_chans: images of these data have {channels}, got {asked}")
+        side = recipe.img_size or recipe.model_kwargs.get("img_size") or size
+        size = [side] * 2 if isinstance(side, int) else list(side)
+        own = recipe.model_kwargs.get("img_size")
+        if own is not None and recipe.img_size not in (None, own):
+            raise UserError(f"img_size: {recipe.img_size} here and {own} in model_kwargs; give one")
+        given: dict[str, Any] = {"input_size": (asked, *size)}
+        if asked != channels:
+            given |= {"mean": (0.5,), "std": (0.5,)}
+        for name in ("mean", "std", "interpolation", "crop_pct"):
+            if getattr(recipe, name) is not None:
+                given[name] = getattr(recipe, name)
+        for name in ("mean", "std"):
+            if len(given.get(name, (0,))) not in (1, asked):
+                raise UserError(
+                    f"{name}: expected one number or {asked}, one for each channel, got "
+                    f"{list(given[name])}"
+                )
+        return resolve_data_config(given, pretrained_cfg=cfg)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -179,6 +187,16 @@ class RunData:
         if tuple(size) != tuple(own[1:]):
             arguments["img_size"] = size[0] if size[0] == size[1] else tuple(size)
         return arguments
+
+    def _metric_is_there(self) -> None:
+        """Raises unless an evaluation of these data gives what `eval_metric` asks for."""
+        metric = self.recipe.eval_metric
+        if not self.multi_label and metric == "map":
+            raise UserError("eval_metric: map is of images with several labels; say top1 or loss")
+        if metric == "top5" and self.num_classes <= 5:
+            raise UserError(
+                f"eval_metric: top5 of {self.num_classes} classes is always 1; say top1"
+            )
 
     # ---- losses and mixing ---------------------------------------------------------------------
 

@@ -60,11 +60,19 @@ class RunFolder:
         if spare.exists():
             os.replace(spare, self.previous)
 
-    def load_state(self, path: Path | None = None) -> dict[str, Any]:
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to go on from; a run that failed at once left a recipe."""
+        return any(file.exists() for file in (self.state, self.previous, self.last, self.best))
+
+    def load_state(self, path: Path | None = None) -> dict[str, Any] | None:
         """The last state; the previous one, with a warning, where that is damaged.
 
         Args:
             path: of another state of the run.
+
+        Returns:
+            None where the run ended before it saved anything: it begins anew.
 
         Raises:
             UserError: there is none that can be read.
@@ -83,6 +91,8 @@ class RunFolder:
                 reasons.append(f"{file} holds no state of a run")
             except (ValueError, OSError, KeyError, TypeError) as error:
                 reasons.append(str(error))
+        if path is None and not self.begun:
+            return None
         raise UserError(
             "; ".join(reasons) or f"resume: there is no {self.state.name} in {self.path}, so no run"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import importlib
 import io
 import json
 import math
@@ -10,7 +12,6 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Log:
         lines: how many lines metrics.jsonl has.
 
     Raises:
-        UserError: the package that a flag asks for is not installed.
+        UserError: the package that a flag asks for is not installed, or another process is writing
+            into the folder.
     """
 
     def __init__(
@@ -51,23 +53,43 @@ class Log:
         wandb: bool = False,
     ) -> None:
         self.folder = folder
-        self.epochs: list[Record] = []
-        self.lines = 0
-        self._trim(keep)
-        self._file = os.open(folder.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._events = _tensorboard(folder) if tensorboard else None
-        self._wandb = _wandb(folder, config) if wandb else None
         self._bar: tqdm[Any] | None = None
+        events = _package("log_tensorboard", "torch.utils.tensorboard") if tensorboard else None
+        service = _package("log_wandb", "wandb") if wandb else None
+        self._file = os.open(folder.metrics, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self._hold()
+            self._trim(keep)
+            self._events = events and events.SummaryWriter(str(folder.path / "tensorboard"))
+            self._wandb = service and service.init(
+                project="spot-vit",
+                name=folder.path.name,
+                dir=str(folder.path),
+                config=dict(config),
+                resume="allow",
+            )
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _hold(self) -> None:
+        """Keeps other processes out of the folder for as long as this one lives."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"output: another process is training in {self.folder.path} now; wait for it, or "
+                "give another --experiment"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
 
     def _trim(self, keep: int) -> None:
         """Leaves the first lines of metrics.jsonl, which a stop may have come after."""
-        with suppress(FileNotFoundError):
-            lines = self.folder.metrics.read_bytes().splitlines(keepends=True)[:keep]
-            with atomic_write(self.folder.metrics) as temporary:
-                temporary.write_bytes(b"".join(lines))
-            self.lines = len(lines)
-            records = map(json.loads, lines)
-            self.epochs = [record for record in records if record["kind"] == "epoch"]
+        lines = self.folder.metrics.read_bytes().splitlines(keepends=True)[:keep]
+        os.ftruncate(self._file, sum(map(len, lines)))
+        self.lines = len(lines)
+        self.epochs: list[Record] = [r for r in map(json.loads, lines) if r["kind"] == "epoch"]
 
     def write(self, record: Record) -> None:
         """Adds a record to the files."""
@@ -147,27 +169,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensorboard(folder: RunFolder) -> Any:
+def _package(flag: str, name: str) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"log_tensorboard: {error}; install it with: pip install 'spot-vit[log]'"
-        ) from error
-    return SummaryWriter(str(folder.path / "tensorboard"))
-
-
-def _wandb(folder: RunFolder, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            f"log_wandb: {error}; install it with: pip install 'spot-vit[log]'"
-        ) from error
-    return wandb.init(
-        project="spot-vit",
-        name=folder.path.name,
-        dir=str(folder.path),
-        config=dict(config),
-        resume="allow",
-    )
+        raise UserError(f"{flag}: {error}; install it with: pip install 'spot-vit[log]'") from error

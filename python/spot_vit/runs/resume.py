@@ -12,7 +12,7 @@ from spot_vit.utils.errors import UserError
 
 FREE = (
     "resume", "output", "experiment", "workers", "threads", "pin_mem", "device", "log_interval",
-    "log_wandb", "log_tensorboard", "recovery_interval", "checkpoint_hist", "data",
+    "log_wandb", "log_tensorboard", "recovery_interval", "checkpoint_hist", "data", "bad_share",
 )  # fmt: skip
 """Fields that change nothing in what a run computes, so that it may go on with others."""
 
@@ -68,7 +68,7 @@ def folder_of(recipe: Recipe) -> Path:
         return path.parent if path.is_file() else path
     name = recipe.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.model.replace('/', '-')}"
     folder = RunFolder(Path(recipe.output) / name)
-    if folder.recipe.exists():
+    if folder.begun:
         raise UserError(
             f"output: there is a run in {folder.path}; go on with it by --resume {folder.path}, or "
             "give another --experiment or --output"
