@@ -12,6 +12,7 @@ import torch
 import yaml
 from spot_vit.config.recipe import Recipe
 from spot_vit.runs.train import train
+from spot_vit.training.step import NonFiniteStep
 from spot_vit.utils.errors import UserError
 from support.runs import folder_of_pictures, records, small_recipe, trace
 
@@ -73,3 +74,19 @@ def test_pictures_of_a_folder_are_learned(tmp_path: Path) -> None:
     assert summary["results"]["finetune"]["top1"] > 0.9
     model = spot_vit.load(tmp_path / "run/best.safetensors")
     assert model.num_classes == 3
+
+
+def test_a_budget_that_leaves_nothing_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sampled_keep: keep=0\.2 leaves none of 16 patch tokens"):
+        train(small_recipe(tmp_path, sampled_keep=(0.2, 1.0)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["dense", "spot"])
+def test_weights_that_are_no_numbers_stop_the_run(method: str, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        tmp_path, method=method, opt="sgd", lr=1e30, warmup_epochs=0, warmup_lr=1e30, epochs=3
+    )
+    with pytest.raises(NonFiniteStep, match=r"not finite at step \d+ of seed 42 .*--resume"):
+        train(recipe)
+    assert list((tmp_path / "run").glob("nonfinite-step*.pt"))

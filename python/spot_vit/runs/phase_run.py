@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -113,7 +114,6 @@ class PhaseRun:
         seed_all(recipe.seed + 1000 * (run.at.phase + 1) + processes.rank)
         self.saved = time.monotonic()
         self.slow, self.told = SlowSteps(), -math.inf
-        self.named = 0  # pictures that could not be read and were told of
         if run.state is not None:
             self._load(run.state)
 
@@ -199,6 +199,11 @@ class PhaseRun:
                 values = self.step(ready)
             except NonFiniteStep as error:
                 raise self._keep_for_replay(error, ready, before) from error
+            except ValueError as error:  # operators refuse what is no number, and name it
+                if not re.search(r"got -?(nan|inf)\b", str(error)):
+                    raise
+                found = NonFiniteStep({"loss": math.nan})
+                raise self._keep_for_replay(found, ready, before) from error
             if phase.name == CONNECTIVITY:  # the others are averaged by what wraps the model
                 values = self.processes.means(values)
             at.batch, at.step, at.total = at.batch + len(batches), at.step + 1, at.total + 1
@@ -242,7 +247,7 @@ class PhaseRun:
     ) -> None:
         assert self.log is not None
         at = self.at
-        if at.total % self.recipe.log_interval == 0:
+        if at.total % self.recipe.log_interval == 0 or at.step == self.phase.steps:
             self.log.write(
                 {
                     "kind": "step",
@@ -328,13 +333,19 @@ class PhaseRun:
             lines = [f"{name}: {reason}" for name, reason in sorted(found.items())]
             with atomic_write(self.run.folder.unreadable) as temporary:
                 temporary.write_text("\n".join(lines) + "\n")
-            if len(found) > self.named:
+            if len(found) > self.run.named:
                 shown = ", ".join(sorted(found)[:5]) + (", …" if len(found) > 5 else "")
+                count = len(found)
+                words = (
+                    "1 picture could not be read and is"
+                    if count == 1
+                    else (f"{count} pictures could not be read and are")
+                )
                 self.log.say(
-                    f"{len(found)} pictures could not be read and are left out: {shown} "
+                    f"{words} left out: {shown} "
                     f"(all of them, and why: {self.run.folder.unreadable})"
                 )
-            self.named = len(found)
+            self.run.named = len(found)
 
     def _keep_best(self, found: Evaluation) -> None:
         """Writes the epoch's weights where it is among the best, and forgets the worst."""

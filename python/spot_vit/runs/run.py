@@ -80,6 +80,7 @@ class Run:
         self.at = Position()
         self.best: list[dict[str, Any]] = []  # of this phase: file, value, the best first
         self.results: dict[str, Any] = {}
+        self.named = 0  # pictures that could not be read and were told of
         state = None
         if recipe.resume is not None and processes.first:
             path = Path(recipe.resume)
