@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         base = _base(given["config"], flags)
     except ValueError as error:
         problems.append(str(error))
+    if flags.get("dense_epochs") and "teacher" not in flags:
+        base["teacher"] = None  # the model that is trained first teaches, not the recipe's
     recipe = None
     try:
         recipe = Recipe.from_dict(_merged(base, flags))
@@ -163,7 +166,9 @@ def _carry_out(recipe: Recipe) -> int:
     try:
         train(recipe)
     except UserError as error:
-        print(f"spot train: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        who = f" (process {rank})" if rank else ""
+        print(f"spot train{who}: {error}", file=sys.stderr)
         return 2
     except NonFiniteStep as error:
         print(f"spot train: {error}", file=sys.stderr)

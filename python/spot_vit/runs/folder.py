@@ -63,7 +63,7 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether there is something to go on from; a run that failed at once left a recipe."""
-        return any(file.exists() for file in (self.state, self.previous, self.last, self.best))
+        return any(file.exists() for file in (self.state, self.previous, self.summary))
 
     def load_state(self, path: Path | None = None) -> dict[str, Any] | None:
         """The last state; the previous one, with a warning, where that is damaged.

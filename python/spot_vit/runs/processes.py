@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from spot_vit.utils.errors import UserError
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,26 @@ class Processes:
         box = [value]
         distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def by_first(self, work: Callable[[], T]) -> T | None:
+        """Lets the first process work, such as write; the others wait for it.
+
+        Returns:
+            What the work gives, on the first process; None on the others.
+
+        Raises:
+            UserError: on all processes, where the first one raised it. They end together then.
+        """
+        found, error = None, None
+        if self.first:
+            try:
+                found = work()
+            except UserError as caught:
+                error = caught
+        words = self.from_first(None if error is None else str(error))
+        if words is not None:
+            raise error or UserError(words)
+        return found
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Averages tensors over the processes, in place."""
