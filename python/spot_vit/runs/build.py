@@ -16,7 +16,7 @@ from spot_vit.config.recipe import Recipe
 from spot_vit.measure.flops import count_flops
 from spot_vit.models.checkpoint_files import read_weights
 from spot_vit.models.checkpoint_fit import misfits
-from spot_vit.models.convert import sparsify
+from spot_vit.models.convert import set_keep, sparsify
 from spot_vit.models.named import NAMED
 from spot_vit.models.saved import load
 from spot_vit.models.sparsifiner import sparsify_attention
@@ -115,6 +115,12 @@ def check(
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = convert(dense_model(recipe.replace(pretrained=False), arguments), recipe)
+    if recipe.sampled_keep is not None:
+        try:
+            set_keep(model, tokens=recipe.sampled_keep[0])
+        except ValueError as error:
+            raise UserError(f"sampled_keep: {error}") from error
+        set_keep(model, tokens=recipe.keep)
     if input_size is None:
         return
     try:

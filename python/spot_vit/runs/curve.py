@@ -20,6 +20,7 @@ def save_curve(folder: RunFolder) -> Path | None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, PercentFormatter
     except ImportError:
         return None
     records = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
@@ -29,19 +30,24 @@ def save_curve(folder: RunFolder) -> Path | None:
         return None
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    width = -(-len(steps) // _POINTS)
-    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
+    width = max(-(-len(losses) // _POINTS), 1)
+    groups = [losses[i : i + width] for i in range(0, len(losses), width)]
     left.plot(
-        [group[-1]["step"] for group in groups],
-        [sum(r["loss"] or 0.0 for r in group) / len(group) for group in groups],
+        [group[-1][0] for group in groups],
+        [sum(loss for _, loss in group) / len(group) for group in groups],
         linewidth=1.2,
         label="training",
     )
-    _line(left, epochs, "val_loss", "validation")
+    _line(left, epochs, "val_loss", "validation", 1)
     left.set(xlabel="step", ylabel="loss", yscale="log")
-    for name, label in (("top1", "top-1"), ("ema_top1", "top-1, moving average"), ("map", "mAP")):
-        _line(right, epochs, name, label)
-    right.set(xlabel="step", ylabel="validation", ylim=(None, 1))
+    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    names = (("top1", "top-1"), ("ema_top1", "top-1, moving average"), ("map", "mAP"))
+    for number, (name, label) in enumerate(names):
+        _line(right, epochs, name, label, number)
+    right.set(xlabel="step", ylabel="validation")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
     begun = ""
     for record in records:
         if record["phase"] != begun:
@@ -67,7 +73,11 @@ def save_curve(folder: RunFolder) -> Path | None:
     return folder.curve
 
 
-def _line(axes: Any, records: list[dict[str, Any]], name: str, label: str) -> None:
-    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
+def _line(axes: Any, records: list[dict[str, Any]], name: str, label: str, colour: int) -> None:
+    """Draws a figure of each epoch; every phase is a line of its own, as its model is."""
+    shown = [record for record in records if record.get(name) is not None]
+    for phase in dict.fromkeys(record["phase"] for record in shown):
+        points = [(r["step"], r[name]) for r in shown if r["phase"] == phase]
+        style = {"marker": "o", "markersize": 3, "linewidth": 1.2, "color": f"C{colour}"}
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+        label = "_"  # matplotlib's word for a line that the legend leaves out

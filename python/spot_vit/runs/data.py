@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from spot_vit.config.recipe import Recipe
 from spot_vit.data.batches import images_and_target
@@ -92,7 +92,7 @@ class RunData:
             target_key=recipe.target_key,
             train_num_samples=recipe.train_num_samples,
             val_num_samples=recipe.val_num_samples,
-            data_args=recipe.data_args,
+            data_args=_data_args(recipe),
             synthetic=recipe.synthetic,
             val_share=recipe.val_share,
             num_classes=recipe.num_classes,
@@ -242,6 +242,11 @@ class RunData:
         return found
 
 
+def _data_args(recipe: Recipe) -> dict[str, Any]:
+    given = {"download": True} if recipe.dataset_download else {}
+    return {**given, **recipe.data_args}
+
+
 def _workers() -> int:
     """Four, or the CPUs that this process may use."""
     return min(4, len(os.sched_getaffinity(0)))
@@ -261,7 +266,8 @@ def _count(dataset: Any) -> str:
 
 def _first(dataset: Any) -> Any:
     try:
-        sample = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+        stream = isinstance(dataset, IterableDataset)  # whose __getitem__ only raises
+        sample = next(iter(dataset)) if stream else dataset[0]
     except (IndexError, StopIteration):
         raise UserError("train_data: the data set is empty") from None
     image, label = images_and_target(sample)
