@@ -13,7 +13,6 @@ from torch import Tensor, distributed
 
 from spot_vit.utils.errors import UserError
 
-
 T = TypeVar("T")
 
 
