@@ -41,7 +41,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         "methd is no field of a recipe; did you mean 'method'?",
         "img-size is no field of a recipe; did you mean 'img_size'?",
         "lr must be a number above 0, got 'fast'",
-        "workers must be a whole number of 0 or more, or none, got -1",
+        "workers must be a whole number of 0 or more, or None, got -1",
         "got 'spott'; did you mean 'spot'?",
         "keep must be a number from 1e-06 to 1, or a non-empty list",
         "device must be cpu, cuda or cuda:N, got 'gpu'",

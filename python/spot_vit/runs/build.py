@@ -202,16 +202,20 @@ def check_teacher(
 ) -> None:
     """Raises a UserError where a phase's losses cannot compare the model with its teacher.
 
-    Shows them two black images, as the first step will show them others.
+    Shows them two images of noise, as the first step will show them others; the model stays as it
+    is.
     """
     objective = objective_of(recipe, phase, teacher, lambda logits, _: logits.sum(), None)
     device = next(model.parameters()).device
-    images = torch.zeros(2, *input_size, device=device)
+    images = torch.randn(2, *input_size, device=device)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norms count
     try:
         with torch.no_grad():
             objective(model, images, torch.zeros(2, dtype=torch.int64, device=device))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"teacher {recipe.teacher or 'of this run'}: {error}") from error
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
 
 
 # ---- what a phase trains with --------------------------------------------------------------------

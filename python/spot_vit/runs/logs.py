@@ -21,6 +21,18 @@ from spot_vit.runs.folder import RunFolder
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.files import atomic_write
 
+_HELD: set[int] = set()  # descriptors with a lock, which workers must not keep
+
+
+def _let_go() -> None:
+    """Closes in a forked process what keeps others out of a folder while its parent lives."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
 Record = dict[str, Any]
 """One line of metrics.jsonl. "kind" is "step" or "epoch"; every number is finite, or null."""
 
@@ -69,7 +81,7 @@ class Log:
                 resume="allow",
             )
         except BaseException:
-            os.close(self._file)
+            self._release()
             raise
 
     def _hold(self) -> None:
@@ -83,6 +95,11 @@ class Log:
             ) from error
         except OSError:  # a file system without locks
             pass
+        _HELD.add(self._file)
+
+    def _release(self) -> None:
+        _HELD.discard(self._file)
+        os.close(self._file)
 
     def _trim(self, keep: int) -> None:
         """Leaves the first lines of metrics.jsonl, which a stop may have come after."""
@@ -151,7 +168,7 @@ class Log:
     def close(self) -> None:
         """Closes all that is open."""
         self.end()
-        os.close(self._file)
+        self._release()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:

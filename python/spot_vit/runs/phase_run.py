@@ -89,6 +89,7 @@ class PhaseRun:
                 teacher = load(run.folder.dense)
         if teacher is not None:
             teacher = teacher.to(processes.device)
+            build.check_teacher(recipe, phase, model, teacher, run.data.input_size)
         if recipe.compile and phase.name != CONNECTIVITY:
             model.compile()
         self.model: nn.Module = model
@@ -408,9 +409,7 @@ class PhaseRun:
             state["best"] = []
         else:
             state = self._state(self._drawn())
-        if self.processes.first:
-            self.run.folder.save_state(state)
-        self.processes.wait()
+        self.processes.by_first(lambda: self.run.folder.save_state(state))
 
     def _state_of_run(self) -> dict[str, Any]:
         return {

@@ -82,9 +82,10 @@ class Run:
         self.results: dict[str, Any] = {}
         self.named = 0  # pictures that could not be read and were told of
         state = None
-        if recipe.resume is not None and processes.first:
+        if recipe.resume is not None:
             path = Path(recipe.resume)
-            state = folder.load_state(path if path.is_file() else None)
+            given_file = path if path.is_file() else None
+            state = processes.by_first(lambda: folder.load_state(given_file))
         self.state = processes.from_first(state)
         seed_all(recipe.seed)
         self.data = RunData(recipe, processes, **given)
@@ -94,7 +95,7 @@ class Run:
             self.at = Position(**self.state["at"])
             self.results = self.state["results"]
             self.best = self.state["best"]
-        build.check(recipe, self.data.model_arguments)
+        build.check(recipe, self.data.model_arguments, self.data.input_size)
         self.teacher = None
         if recipe.teacher is not None and any(p.name == FINETUNE for p in self.phases):
             self.teacher = build.teacher_of(
@@ -115,23 +116,28 @@ class Run:
         Args:
             model: to be trained, whose checkpoints need room; None where all is done.
         """
-        recipe, log = self.recipe, None
-        if self.processes.first:
-            weights = 0 if model is None else sum(4 * p.numel() for p in model.parameters())
-            copies = 2 * 4 + 2 + recipe.checkpoint_hist  # two states, last, best, history
-            prepare(self.folder.path, copies * weights)
+        return self.processes.by_first(lambda: self._begin(model))
+
+    def _begin(self, model: nn.Module | None) -> Log:
+        recipe = self.recipe
+        weights = 0 if model is None else sum(4 * p.numel() for p in model.parameters())
+        copies = 2 * 4 + 2 + recipe.checkpoint_hist  # two states, last, best, history
+        prepare(self.folder.path, copies * weights)
+        log = Log(  # first, as it keeps others out of the folder
+            self.folder,
+            recipe.to_dict(),
+            self.state["lines"] if self.state else 0,
+            tensorboard=recipe.log_tensorboard,
+            wandb=recipe.log_wandb,
+        )
+        try:
             if recipe.resume is None:
                 with atomic_write(self.folder.recipe) as temporary:
                     temporary.write_text(to_yaml(recipe))
-            log = Log(
-                self.folder,
-                recipe.to_dict(),
-                self.state["lines"] if self.state else 0,
-                tensorboard=recipe.log_tensorboard,
-                wandb=recipe.log_wandb,
-            )
-            self._introduce(log)
-        self.processes.wait()
+        except BaseException:
+            log.close()
+            raise
+        self._introduce(log)
         return log
 
     def _introduce(self, log: Log) -> None:
