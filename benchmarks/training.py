@@ -56,7 +56,14 @@ def common(options: argparse.Namespace) -> list[str]:
     return [
         *("--model", options.model, "--num-classes", "2", "-b", str(options.batch_size)),
         *("-j", str(options.workers), "--opt", "adamw", "--lr", "1e-4", "--weight-decay", "0.05"),
-        *("--epochs", "1", "--warmup-epochs", "0", "--aa", "rand-m9-mstd0.5-inc1"),
+        *(
+            "--epochs",
+            "1",
+            "--warmup-epochs",
+            "0",
+            "--aa",
+            "rand-m6-inc1",
+        ),  # stronger ones stop timm under Pillow 13
         *("--reprob", "0.25", "--mixup", "0.8", "--cutmix", "1.0", "--smoothing", "0.1"),
         *("--clip-grad", "1.0", "--device", "cpu", "--log-interval", "1", "--seed", "0"),
     ]

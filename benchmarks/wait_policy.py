@@ -29,7 +29,7 @@ from spot_vit.utils.threads import WAIT_POLICY  # noqa: E402  (nothing above imp
 POLICIES: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 3000, 10000)},
+    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 10000, 30000, 100000)},
     "commands": WAIT_POLICY,
 }
 BASELINE = "default"

@@ -20,7 +20,7 @@ def save_curve(folder: RunFolder) -> Path | None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, PercentFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
     except ImportError:
         return None
     records = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
@@ -41,8 +41,9 @@ def save_curve(folder: RunFolder) -> Path | None:
     )
     _line(left, epochs, "val_loss", "validation", 1)
     left.set(xlabel="step", ylabel="loss", yscale="log")
-    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     names = (("top1", "top-1"), ("ema_top1", "top-1, moving average"), ("map", "mAP"))
     for number, (name, label) in enumerate(names):
         _line(right, epochs, name, label, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-WAIT_POLICY = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+WAIT_POLICY = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """Environment variables with which commands start, measured by benchmarks/wait_policy.py.
 
 Between parallel regions, threads of OpenMP spin for some time before they sleep. Where another
