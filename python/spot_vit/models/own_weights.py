@@ -130,7 +130,8 @@ def load_predictors(model: Any, weights: OwnWeights) -> None:
             )
     if problems := misfits(model, found, optional):
         raise ValueError(
-            f"{weights.where} does not fit this {type(model).__name__}: {'; '.join(problems)}"
+            f"{weights.where} does not fit this {type(model).__name__}: {'; '.join(problems[:4])}"
+            + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         )
     model.load_state_dict(found, strict=False)
 
