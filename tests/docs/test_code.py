@@ -145,7 +145,7 @@ def test_the_shell_test_refuses_what_is_not_there(
 
 def test_flags_that_the_pages_on_training_name() -> None:
     """Whatever flag stands in their text is one; every recipe is in the table of its page."""
-    known = {"--no-python", "--shutdown-timeout", "--signal"}  # of launchers
+    known = {"--no-python", "--shutdown-timeout", "--signal", "--cpu"}  # of launchers
     train = parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr, index]
     known |= set(train._option_string_actions)
     for name in ("training", "recipes", "cluster"):

@@ -16,7 +16,7 @@ CASES: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda m: spot_vit.sparsify(m, "evit"), TypeError, r"method='evit'\)"),
     (lambda m: spot_vit.sparsify(m, {"keep": 0.7}), TypeError, r"\*\*\{'keep': 0.7\}\)"),
     (lambda m: spot_vit.sparsify(m, SparsifinerConfig()), TypeError, "sparsify_attention"),
-    (lambda m: spot_vit.sparsify(m, at=3), ValueError, r"for one block: \[3\]"),
+    (lambda m: spot_vit.sparsify(m, at=3), ValueError, r"for one: \[3\]"),
     (lambda m: spot_vit.sparsify(m, at=[1, 2], keep=0.2), ValueError, "none of 16 .* at stage 1"),
     (
         lambda m: spot_vit.set_keep(spot_vit.sparsify(m, at=[1]), 0.05),

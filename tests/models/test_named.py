@@ -234,11 +234,13 @@ def test_models_that_have_no_such_folder():
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """But for its last block, which needs transformers: see tests/compat."""
     page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
-    by_name, folder, any_model, _ = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    of_a_run, by_name, folder, any_model, _ = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     model = timm.create_model(NAME)
     spot_vit.save_checkpoint("x.safetensors", model)
     names: dict[str, Any] = {"timm": timm}
+    spot_vit.save("model.safetensors", timm.create_model(NAME, num_classes=3))
+    exec(of_a_run, names)
     for block in (by_name, folder):
         exec(block, names)
         assert same(names["model"], model)
