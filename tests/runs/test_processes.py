@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import spot_vit
 import torch
+from spot_vit.config.recipe import Recipe
 from spot_vit.runs.train import train
+from spot_vit.training.step import TrainStep
 from support.ranks import together
 from support.runs import small_recipe, trace
 
@@ -95,3 +97,27 @@ def test_two_processes_compiled_equal_one(tmp_path: Path) -> None:
         two = trace(tmp_path / way)
         assert len(two) == 3
         assert all(abs(a[2] - b[2]) < 1e-4 for a, b in zip(one, two, strict=True)), way
+
+
+def stopped_and_resumed(rank: int, output: str) -> None:
+    whole = _recipe(Path(output), "fsdp", 6, experiment="whole", recovery_interval=2)
+    train(whole)
+    before, count = TrainStep.__call__, 0
+
+    def dying(self: TrainStep, batches: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise InterruptedError
+        return before(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(TrainStep, "__call__", dying)
+        train(whole.replace(experiment="broken"))
+    train(Recipe(resume=str(Path(output) / "broken")))
+
+
+def test_a_sharded_run_goes_on_as_it_was(tmp_path: Path) -> None:
+    together(stopped_and_resumed, str(tmp_path))
+    assert len(trace(tmp_path / "whole")) == 6
+    assert trace(tmp_path / "broken") == trace(tmp_path / "whole")

@@ -15,7 +15,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any, TypeVar
@@ -75,6 +75,13 @@ def nearest(word: object, known: Iterable[str]) -> str:
     """The words "; did you mean 'x'?" where a known name is like `word`, else nothing."""
     found = difflib.get_close_matches(str(word).replace("-", "_"), list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def near_names(name: str, known: Sequence[str]) -> str:
+    """The words "; near: x, y" of known names that begin nearly so, else nothing."""
+    beginnings = {one[: len(name) + 1]: one for one in reversed(known)}
+    near = [beginnings[found] for found in difflib.get_close_matches(name, beginnings, 3, 0.8)]
+    return f"; near: {', '.join(near)}" if near else ""
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

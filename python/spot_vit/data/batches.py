@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -46,3 +47,10 @@ def _one(batch: Mapping[str, Any], names: tuple[str, ...], what: str, needed: bo
             f"batch: expected {what} at one of {list(names)}, got a mapping with {list(batch)}"
         )
     return batch[found[0]] if found else None
+
+
+def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Batches in groups, each of one optimiser step; the last group may be smaller."""
+    rest = iter(batches)
+    while group := list(islice(rest, size)):
+        yield group

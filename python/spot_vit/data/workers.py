@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,11 @@ from weakref import WeakSet
 _IGNORED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _FOR_ALL = {*_IGNORED, signal.SIGTERM}
 _RUNNING: WeakSet[Any] = WeakSet()
+
+
+def default_number() -> int:
+    """Workers where nobody says how many: four, or the CPUs that this process may use."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def begin(_worker: int) -> None:

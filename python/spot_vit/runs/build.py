@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
+from spot_vit.config.fields import near_names
 from spot_vit.config.recipe import Recipe
 from spot_vit.measure.flops import count_flops
 from spot_vit.models.checkpoint_files import read_weights
@@ -65,7 +65,7 @@ def dense_model(recipe: Recipe, arguments: dict[str, Any]) -> Any:
 def _create(name: str, pretrained: bool, arguments: dict[str, Any], what: str) -> Any:
     name = NAMED.get(name, name)
     if not timm.is_model(name):
-        hint = _near(name, timm.list_models())
+        hint = near_names(name, timm.list_models())
         file = ", and there is no such file" if what == "teacher" else ""
         raise UserError(f"{what}: timm knows no model {name!r}{file}{hint}")
     try:
@@ -92,13 +92,6 @@ def convert(model: Any, recipe: Recipe) -> Any:
     except (TypeError, ValueError) as error:
         raise UserError(f"model {recipe.model}: {error}") from error
     return model
-
-
-def _near(name: str, known: list[str]) -> str:
-    """The names most like one that is not known, or like its beginning."""
-    beginnings = {one[: len(name) + 1]: one for one in reversed(known)}
-    near = [beginnings[found] for found in get_close_matches(name, beginnings, 3, 0.8)]
-    return f"; near: {', '.join(near)}" if near else ""
 
 
 def check(
@@ -304,7 +297,7 @@ def optimizer_of(
         )
     except (ValueError, TypeError, AssertionError) as error:
         known = [str(name) for name in list_optimizers()]
-        hint = "" if recipe.opt in known else _near(recipe.opt, known)
+        hint = "" if recipe.opt in known else near_names(recipe.opt, known)
         raise UserError(f"opt {recipe.opt}: {error}{hint}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from spot_vit.config.recipe import Recipe
 from spot_vit.data.batches import images_and_target
 from spot_vit.data.loaders import EvalLoader, TrainLoader
 from spot_vit.data.open import open_data
+from spot_vit.data.workers import default_number
 from spot_vit.models.named import NAMED
 from spot_vit.runs.processes import Processes
 from spot_vit.training.criteria import criterion_for
@@ -133,7 +133,7 @@ class RunData:
         common: dict[str, Any] = {
             "rank": processes.rank,
             "world": processes.world,
-            "workers": _workers() if recipe.workers is None else recipe.workers,
+            "workers": default_number() if recipe.workers is None else recipe.workers,
             "pin": recipe.pin_mem and processes.device.type == "cuda",
             "bad_share": recipe.bad_share,
         }
@@ -245,11 +245,6 @@ class RunData:
 def _data_args(recipe: Recipe) -> dict[str, Any]:
     given = {"download": True} if recipe.dataset_download else {}
     return {**given, **recipe.data_args}
-
-
-def _workers() -> int:
-    """Four, or the CPUs that this process may use."""
-    return min(4, len(os.sched_getaffinity(0)))
 
 
 def _length(dataset: Any) -> int | None:

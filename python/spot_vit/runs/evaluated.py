@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import load_checkpoint
 
 from spot_vit.config.evaluation import EvaluationSettings
-from spot_vit.config.fields import nearest
+from spot_vit.config.fields import near_names
 from spot_vit.config.methods import METHODS
 from spot_vit.config.recipe import Recipe
 from spot_vit.config.recipe_files import RUN, read
@@ -79,7 +79,7 @@ def load_evaluated(source: str, settings: EvaluationSettings, name: str | None) 
         model = _pretrained(source)
     else:
         kinds = "a file or run folder, nor a model of timm"
-        raise UserError(f"{source} is neither {kinds}{nearest(source, timm.list_models())}")
+        raise UserError(f"{source} is neither {kinds}{near_names(source, timm.list_models())}")
     _resize(model, source, settings.img_size)
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return Evaluated(source, model.eval(), _label(model), None if names is None else list(names))
@@ -89,7 +89,7 @@ def _weights_of(path: Path, name: str, settings: EvaluationSettings) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file {path} to load into {name}")
     if not timm.is_model(name):
-        raise UserError(f"timm knows no model {name!r}{nearest(name, timm.list_models())}")
+        raise UserError(f"timm knows no model {name!r}{near_names(name, timm.list_models())}")
     given = dict(settings.model_kwargs)
     if settings.num_classes is not None:
         given.setdefault("num_classes", settings.num_classes)

@@ -6,9 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from spot_vit.data.batches import images_and_target
+from spot_vit.data.batches import grouped, images_and_target
 from spot_vit.data.loaders import EvalLoader
 from spot_vit.evaluation.accuracy import Evaluation, evaluate
 from spot_vit.measure.flops import count_flops
@@ -192,7 +190,7 @@ class PhaseRun:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not 0 < recipe.mixup_off_epoch <= at.epoch
         epoch = self.epochs_before + at.epoch
-        for batches in _groups(loader.epoch(epoch, at.batch), recipe.grad_accum_steps):
+        for batches in grouped(loader.epoch(epoch, at.batch), recipe.grad_accum_steps):
             before = self._drawn()
             ready = [self._ready(batch) for batch in batches]
             rate = self.rates.set(at.step)
@@ -289,8 +287,7 @@ class PhaseRun:
         path = self.run.folder.path / f"nonfinite-step{self.at.total + 1}.pt"
         state = self._state(before)
         state |= {"values": error.values, "batches": self.processes.gathered(batches)}
-        if self.processes.first:
-            save_torch(path, state)
+        self.processes.by_first(lambda: save_torch(path, state))
         return NonFiniteStep(
             error.values,
             f" at step {self.at.total + 1} of seed {self.recipe.seed} (its batch and the state "
@@ -336,14 +333,11 @@ class PhaseRun:
                 temporary.write_text("\n".join(lines) + "\n")
             if len(found) > self.run.named:
                 shown = ", ".join(sorted(found)[:5]) + (", …" if len(found) > 5 else "")
-                count = len(found)
-                words = (
-                    "1 picture could not be read and is"
-                    if count == 1
-                    else (f"{count} pictures could not be read and are")
-                )
+                some = "1 picture", "is"
+                if len(found) > 1:
+                    some = f"{len(found)} pictures", "are"
                 self.log.say(
-                    f"{words} left out: {shown} "
+                    f"{some[0]} could not be read and {some[1]} left out: {shown} "
                     f"(all of them, and why: {self.run.folder.unreadable})"
                 )
             self.run.named = len(found)
@@ -459,13 +453,6 @@ class PhaseRun:
         if self.draw is not None:
             self.draw.load_state_dict(state["draw"])
         set_random_state(states[self.processes.rank], self.processes.device)
-
-
-def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Micro-batches in groups of one optimiser step; the last group may be smaller."""
-    batches = iter(batches)
-    while group := list(islice(batches, size)):
-        yield group
 
 
 def _figures(found: Evaluation, prefix: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Run:
         self.at = Position()
         self.best: list[dict[str, Any]] = []  # of this phase: file, value, the best first
         self.results: dict[str, Any] = {}
+        self._began = time.perf_counter()
         self.named = 0  # pictures that could not be read and were told of
         state = None
         if recipe.resume is not None:
@@ -152,6 +154,7 @@ class Run:
         summary = {
             "recipe": self.recipe.to_dict(),
             "steps": self.at.total,
+            "seconds": time.perf_counter() - self._began,  # since it was begun or gone on with
             "results": self.results,
             "machine": facts(self.processes.device),
         }

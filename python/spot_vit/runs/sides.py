@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from spot_vit.config.evaluation import EvaluationSettings
 from spot_vit.data.loaders import EvalLoader
 from spot_vit.data.open import Data
+from spot_vit.data.workers import default_number
 from spot_vit.evaluation.accuracy import Evaluation, evaluate_all
 from spot_vit.evaluation.sweep import Prepared
 from spot_vit.models.convert import set_keep
@@ -22,7 +22,6 @@ from spot_vit.runs.processes import Processes
 from spot_vit.utils.errors import UserError
 
 Keep = float | tuple[float, ...]
-_WORKERS = 4
 BASELINE = "baseline"
 """How tables call the model that is compared with."""
 
@@ -199,7 +198,7 @@ def evaluate_groups(
     """
     workers = settings.workers
     if workers is None:
-        workers = min(_WORKERS, os.cpu_count() or 1)
+        workers = default_number()
     results: dict[str, Evaluation] = {}
     unreadable: dict[str, str] = {}
     for group in groups:

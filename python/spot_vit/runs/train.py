@@ -64,6 +64,7 @@ def _carry_out(run: Run) -> dict[str, Any]:
         summary = run.summary()
         if log is not None:
             log.say(conclusion(run.results, run.folder))
+            log.say(f"{summary['seconds'] / 60:.1f} minutes")
     finally:
         if log is not None:
             log.close()

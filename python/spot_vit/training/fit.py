@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from spot_vit.data.batches import images_and_target
+from spot_vit.data.batches import grouped, images_and_target
 from spot_vit.training.objectives import Objective, default_objective
 from spot_vit.training.step import NonFiniteStep, TrainStep
 
@@ -109,7 +108,7 @@ def fit(
     started, step = time.perf_counter(), 0
     model.train()
     with tqdm(total=epochs * per_epoch, desc=name, unit="step", mininterval=0.5) as bar:
-        for batches in (group for _ in range(epochs) for group in _grouped(loader, accumulate)):
+        for batches in (group for _ in range(epochs) for group in grouped(loader, accumulate)):
             try:
                 values = train_step([images_and_target(batch) for batch in batches])
             except NonFiniteStep as error:
@@ -121,12 +120,6 @@ def fit(
             bar.set_postfix({"loss": f"{means['loss']:.3f}"}, refresh=False)
             bar.update()
     return {"steps": step, "seconds": time.perf_counter() - started, **means}
-
-
-def _grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    rest = iter(batches)
-    while group := list(islice(rest, size)):
-        yield group
 
 
 def _warn_of_rest(optimizer: torch.optim.Optimizer, epochs: int, name: str) -> None:

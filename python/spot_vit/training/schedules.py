@@ -14,7 +14,26 @@ from spot_vit.models.loop import SpotLoop
 from spot_vit.utils.modes import unwrap
 
 
-class KeepSchedule:
+class _Schedule:
+    """What a schedule has besides its values: a step, and a state to go on from."""
+
+    _SETTINGS: tuple[str, ...]
+    step: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and the step, as plain data."""
+        return {name: getattr(self, name) for name in (*self._SETTINGS, "step")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a schedule of the same settings was.
+
+        Raises:
+            ValueError: other settings, or something else.
+        """
+        (self.step,) = continued(self, state, self._SETTINGS, "step")
+
+
+class KeepSchedule(_Schedule):
     """EViT's schedule: everything is kept at first, then less and less, to the model's own budget.
 
     Each stage's ratio falls from 1 to what the model's configuration says, by half a cosine between
@@ -45,18 +64,6 @@ class KeepSchedule:
         if not 0 <= start <= end:
             raise ValueError(f"expected 0 <= start <= end, got start={start}, end={end}")
         self.steps_per_epoch, self.start, self.end, self.step = steps_per_epoch, start, end, step
-
-    def state_dict(self) -> dict[str, Any]:
-        """The settings and the step, as plain data."""
-        return {name: getattr(self, name) for name in (*self._SETTINGS, "step")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a schedule of the same settings was.
-
-        Raises:
-            ValueError: other settings, or something else.
-        """
-        (self.step,) = continued(self, state, self._SETTINGS, "step")
 
     def at(self, step: int) -> float:
         """The share of the way back to 1: from 1 at the start to 0 at the end."""
@@ -96,7 +103,7 @@ def _towards_one(keep: Any, share: float) -> Any:
     return round(keep + (1 - keep) * share, 6)
 
 
-class NoiseSchedule:
+class NoiseSchedule(_Schedule):
     """Noise of the decisions that changes evenly in the course of a training (our choice).
 
     Exploration at first, and at the end the selection of inference. An objective takes one as
@@ -124,18 +131,6 @@ class NoiseSchedule:
         if not (0 <= start < math.inf and 0 <= end < math.inf):
             raise ValueError(f"expected scales of 0 or more, got start={start}, end={end}")
         self.steps, self.start, self.end, self.step = steps, start, end, step
-
-    def state_dict(self) -> dict[str, Any]:
-        """The settings and the step, as plain data."""
-        return {name: getattr(self, name) for name in (*self._SETTINGS, "step")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a schedule of the same settings was.
-
-        Raises:
-            ValueError: other settings, or something else.
-        """
-        (self.step,) = continued(self, state, self._SETTINGS, "step")
 
     def at(self, step: int) -> float:
         """The scale of the noise at a step."""
