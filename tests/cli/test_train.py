@@ -143,7 +143,7 @@ def test_digits_have_a_recipe_of_their_own() -> None:
 
 
 def test_a_run_goes_on_with_its_own_recipe(tmp_path: Path) -> None:
-    saved = Recipe(data="photos", epochs=3, output="x", lr=1e-4)
+    saved = Recipe(data="photos", epochs=3, output="x", lr=1e-4, initial_checkpoint="a.pt")
     (tmp_path / "recipe.yaml").write_text(to_yaml(saved))
     (tmp_path / "resume.pt").write_bytes(b"")
     assert recipe("--resume", str(tmp_path)) == saved.replace(resume=str(tmp_path))

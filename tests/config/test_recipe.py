@@ -83,7 +83,6 @@ def test_a_recipe_without_a_problem_of_its_own_names_unknown_fields() -> None:
         ({"bce_target_thresh": 0.0}, "belong to bce_loss, which is off"),
         ({"val_share": 0.1, "synthetic": True}, "synthetic takes none"),
         ({"device": "cuda:x"}, "device must be cpu"),
-        ({"resume": "run", "initial_checkpoint": "a.pt"}, "give one"),
         ({"epochs": 0}, "epochs must be a whole number of 1 or more"),
         ({"amp_dtype": "float"}, "did you mean 'float16'"),
         ({"std": (0.0,)}, "std must be"),

@@ -96,6 +96,21 @@ def test_crashes_change_nothing(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_a_run_that_began_from_weights_needs_them_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small_recipe(tmp_path, experiment="before", method="dense", steps=2))
+    start = str(tmp_path / "before/last.safetensors")
+    recipe = small_recipe(tmp_path, initial_checkpoint=start, recovery_interval=2)
+    train(recipe.replace(experiment="whole"))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(patch, 3)
+        train(recipe)
+    Path(start).unlink()
+    train(Recipe(resume=str(tmp_path / "run")))
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
 def words_of(recipe: Any, path: Path) -> list[str]:
     """The command that trains as a recipe says."""
     path.write_text(yaml.safe_dump(recipe.to_dict()))

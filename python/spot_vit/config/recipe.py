@@ -184,15 +184,6 @@ class Recipe(  # a dataclass collects the fields of its bases from the last to t
             return None
         return f"device must be cpu, cuda or cuda:N, got {self.device!r}"
 
-    @relation("resume", "initial_checkpoint")
-    def _weights_have_one_source(self) -> str | None:
-        if self.resume is None or self.initial_checkpoint is None:
-            return None
-        return (
-            "resume goes on with a run as it was, initial_checkpoint begins another from its "
-            "weights: give one"
-        )
-
     # ---- what follows from the fields --------------------------------------------------------
 
     @property
