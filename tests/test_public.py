@@ -39,6 +39,7 @@ PUBLIC = {
     "dense_attention",
     "dense_objective",
     "evaluate",
+    "fast",
     "feature_distillation",
     "finetune",
     "fit",

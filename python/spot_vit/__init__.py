@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from spot_vit.measure.latency import compare_latency, compare_training
     from spot_vit.models.adapters.find import UnsupportedModelError
     from spot_vit.models.convert import restore, set_keep, sparsify, supported
+    from spot_vit.models.fast import fast
     from spot_vit.models.hub import hub_config
     from spot_vit.models.loop import SpotOutput
     from spot_vit.models.published import convert_checkpoint
@@ -92,6 +93,7 @@ _HOME = {
     "dense_attention": "spot_vit.models.sparsifiner",
     "dense_objective": "spot_vit.training.objectives",
     "evaluate": "spot_vit.evaluation.accuracy",
+    "fast": "spot_vit.models.fast",
     "feature_distillation": "spot_vit.training.losses",
     "finetune": "spot_vit.training.sparsifiner",
     "fit": "spot_vit.training.fit",
@@ -151,6 +153,7 @@ __all__ = [
     "dense_attention",
     "dense_objective",
     "evaluate",
+    "fast",
     "feature_distillation",
     "finetune",
     "fit",

@@ -294,6 +294,11 @@ class _Watch:
         return tuple(result)
 
 
+_hook: Any
+for _hook in (_Watch._starts, _Watch._attends, _Watch._ends, _Watch._predicts):
+    _hook.counts_only = True  # see models/fast_blocks.py
+
+
 def _of_tensors(count: Any) -> Any:
     """A formula that is given tensors rather than shapes, as registered ones want them."""
     count._get_raw = True

@@ -19,6 +19,7 @@ from spot_vit.models.adapters.find import (
     original_class,
 )
 from spot_vit.models.arguments import check_config, check_heads
+from spot_vit.models.fast import is_fast, refuse_fast, undo_fast
 from spot_vit.models.loop import SpotLoop
 from spot_vit.nn.predictor import beside
 from spot_vit.nn.relevance import TokenRelevance
@@ -56,6 +57,7 @@ def sparsify(model: M, config: SpotConfig | None = None, **overrides: Any) -> M:
             "the model is a SPOT model already; set_keep changes its budget, restore undoes it"
         )
     check_config(config, SpotConfig, "sparsify", "keep")
+    refuse_fast(model, "sparsify")
     _sparsify(model, config or SpotConfig(), overrides)
     return model
 
@@ -143,13 +145,16 @@ def _check_keeps_some(model: Any, config: SpotConfig) -> None:
 def restore(model: M) -> M:
     """Undoes `sparsify` and `sparsify_attention` in place: original classes, no predictors.
 
-    Trained weights stay.
+    Trained weights stay. Of a fast model it undoes `fast`, and nothing else.
     """
     inside = unwrap(model)
     if inside is not model:
         raise TypeError(
             f"{type(model).__name__} wraps the model: restore the {type(inside).__name__} inside"
         )
+    if is_fast(model):
+        undo_fast(model)
+        return model
     if not sparsifiner.is_sparse(model):
         _require_spot(model)
     _restore(model)

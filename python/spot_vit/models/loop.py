@@ -164,7 +164,8 @@ class SpotLoop(nn.Module):
             [B, classes], or `SpotOutput` with `aux=True`.
         """
         refuse_masks(attn_mask, is_causal)
-        state = self._final(x, kept, every_decision=aux, ratios=ratios)
+        alone = not aux and self._prefix_alone()
+        state = self._final(x, kept, every_decision=aux, ratios=ratios, prefix_alone=alone)
         tokens = self.norm(state.tokens)
         logits = self._head(tokens, state.pooled())
         return self._output(logits, tokens, state) if aux else logits
@@ -215,6 +216,10 @@ class SpotLoop(nn.Module):
             return super().forward_head(x, pre_logits)  # type: ignore[misc]
         return self._head_kept(x, mask, pre_logits)
 
+    def _prefix_alone(self) -> bool:
+        """Whether the last block may leave patch tokens out; a fast model says so."""
+        return False
+
     @property
     def _hides(self) -> bool:
         """Whether a pass may end with patch tokens that the head must not pool over."""
@@ -230,9 +235,12 @@ class SpotLoop(nn.Module):
         kept: Sequence[Tensor] | None,
         every_decision: bool = False,
         ratios: Sequence[Sequence[int]] | None = None,
+        prefix_alone: bool = False,
     ) -> TokenState:
         """The state behind the last block; refuses to leave a pooling head without tokens."""
-        run = TokenPass(self, x, kept, every_decision, dense=False, ratios=ratios)
+        run = TokenPass(
+            self, x, kept, every_decision, dense=False, ratios=ratios, prefix_alone=prefix_alone
+        )
         run.run()
         self._refuse_nothing_left(run.state)
         return run.state

@@ -14,6 +14,7 @@ from spot_vit.config.sparsifiner import SparsifinerConfig
 from spot_vit.config.spot import SpotConfig
 from spot_vit.models.adapters.find import ATTENTIONS, attention_adapters, model_adapter, refused
 from spot_vit.models.arguments import check_config, check_heads
+from spot_vit.models.fast import refuse_fast
 from spot_vit.nn.connectivity import ConnectivityPredictor
 from spot_vit.nn.predictor import beside
 from spot_vit.utils.modes import blocks_of, unwrap
@@ -66,6 +67,7 @@ def sparsify_attention(
             "config=...)"
         )
     check_config(config, SparsifinerConfig, "sparsify_attention", "keep_rate")
+    refuse_fast(model, "sparsify_attention")
     if keep_rate is not None:
         overrides["keep_rate"] = keep_rate
     _sparsify(model, (config or SparsifinerConfig()).replace(**overrides))

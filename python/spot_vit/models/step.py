@@ -54,6 +54,7 @@ class BlockStep:
         class_token: whether the first token is a class token.
         masks: whether decisions mask tokens (training) instead of removing them.
         noise: scale of the noise of training decisions.
+        queries: how many of the first tokens the block need give; None for all.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class BlockStep:
         class_token: bool,
         masks: bool,
         noise: float | Tensor,
+        queries: int | None = None,
     ) -> None:
         self.before, self.config, self.block, self.stage = before, config, block, stage
         self.need_stats, self.class_token = need_stats, class_token
-        self.masks, self.noise = masks, noise
+        self.masks, self.noise, self.queries = masks, noise, queries
         self.after = before
 
     def start(self, x: Tensor) -> TokenState:
@@ -146,13 +148,14 @@ class BlockStep:
             state.columns,
             state.grid,
             state.position,
+            self.queries if cut is None else None,
         )
 
     def plain(self, state: TokenState) -> bool:
         """Whether the rest of the block can run as timm wrote it."""
         stage = self.stage
         cuts = stage is not None and self.config.cuts_inside and stage.cuts
-        return state.plain and not self.need_stats and not cuts
+        return state.plain and not self.need_stats and not cuts and self.queries is None
 
     def finish(self, state: TokenState, request: AttentionRequest, kept: Tensor | None) -> None:
         """Notes what the block did: its statistics, and the positions that its cut kept."""

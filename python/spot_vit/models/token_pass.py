@@ -37,6 +37,8 @@ class TokenPass:
         dense: whether `on_grid(fill="last")` is wanted; it takes one more tensor a stage.
         stop: number of blocks to run, all by default.
         ratios: numerator and denominator per stage, the model's by default.
+        prefix_alone: whether prefix tokens are all that is wanted of the last block. A fast model
+            (`spot_vit.fast`) computes no others there.
 
     Attributes:
         state: what is known of the tokens; `state.index`, `state.masks` and `state.logp` are those
@@ -44,6 +46,7 @@ class TokenPass:
     """
 
     ratios: Sequence[Sequence[int]] | None = None
+    prefix_alone = False
 
     def __init__(
         self,
@@ -54,10 +57,11 @@ class TokenPass:
         dense: bool = True,
         stop: int | None = None,
         ratios: Sequence[Sequence[int]] | None = None,
+        prefix_alone: bool = False,
     ) -> None:
         refuse_symbols(image)
         self.model, self.dense = model, dense
-        self.ratios = ratios
+        self.ratios, self.prefix_alone = ratios, prefix_alone
         self.blocks: list[Any] = list(model.blocks)[:stop]
         x, tables = model._tokens(image)
         self.shape = model._grid(*image.shape[-2:])
@@ -132,12 +136,14 @@ class TokenPass:
         state, stage = self.state, self._stages.get(b)
         if stage is not None and self.dense:
             state.note_dropped()
-        if stage is None and b not in self._with_statistics and state.plain:
+        queries = self._queries(b)
+        plain = stage is None and b not in self._with_statistics and state.plain
+        if plain and queries is None:
             state.x = self._call(self.blocks[b], state.x, **state.tables.arguments(b))
             return self.tokens
 
         def run(x: Tensor) -> tuple[Tensor, TokenState]:
-            step = self._step(state, b)
+            step = self._step(state, b, queries)
             return self.blocks[b](x, step=step), step.after
 
         x, self.state = self._call(run, state.x)
@@ -147,13 +153,19 @@ class TokenPass:
             self._check_gradients()
         return self.tokens
 
-    def _step(self, state: TokenState, b: int) -> BlockStep:
+    def _queries(self, b: int) -> int | None:
+        """How many of the first tokens block `b` need give; None for all."""
+        last = self.prefix_alone and b == len(self.blocks) - 1
+        return self.model.num_prefix_tokens if last else None
+
+    def _step(self, state: TokenState, b: int, queries: int | None = None) -> BlockStep:
         """What block `b` is asked to do from `state` on."""
         model = self.model
         config, masks = model.spot_config, model.training and model.spot_config.learned
         noise = model._spot_noise if torch.compiler.is_compiling() else config.noise_scale
         stage, need_stats = self._stages.get(b), b in self._with_statistics
-        return BlockStep(state, config, b, stage, need_stats, model.has_class_token, masks, noise)
+        first = model.has_class_token
+        return BlockStep(state, config, b, stage, need_stats, first, masks, noise, queries)
 
     def _call(self, function: Any, x: Tensor, **arguments: Any) -> Any:
         model = self.model

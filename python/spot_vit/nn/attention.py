@@ -46,6 +46,8 @@ class AttentionRequest:
             of no grid; None while all are there. For attention with a connectivity predictor.
         num_patches: of the full grid, where `columns` is given.
         position: [B, n] grid positions of the patches; None while all are there.
+        queries: how many of the first tokens need an output; None for all. Fast blocks alone are
+            asked this, and only where nothing else is asked.
         stats: the answer: [B, P+N, H, 6] statistics, or None.
     """
 
@@ -58,6 +60,7 @@ class AttentionRequest:
     columns: Tensor | None = None
     num_patches: int | None = None
     position: Tensor | None = None
+    queries: int | None = None
     stats: Tensor | None = None
 
     @property

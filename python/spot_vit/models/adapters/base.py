@@ -112,13 +112,13 @@ class BlockAdapter(nn.Module):
         if step is None:
             if self.cuts and not torch.compiler.is_compiling():
                 self._warn()
-            return super().forward(x, *args, **arguments)
+            return self._dense(x, *args, **arguments)
         state = step.start(x)
         step.decide(state, self.relevance)
         request = step.request(state)
         arguments |= state.tables.arguments(step.block)
         if step.plain(state):
-            x, kept = super().forward(state.x, *args, **arguments), None
+            x, kept = self._dense(state.x, *args, **arguments), None
         else:
             x = self._attend(state.x, request, **arguments)
             x, kept = cut_inside(x, request)
@@ -126,6 +126,10 @@ class BlockAdapter(nn.Module):
         state.x = x
         step.finish(state, request, kept)
         return x
+
+    def _dense(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
+        """The whole block, as the library it came from wrote it."""
+        return super().forward(x, *args, **arguments)
 
     def _warn(self) -> None:
         warnings.warn(

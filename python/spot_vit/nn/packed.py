@@ -1,0 +1,244 @@
+"""Linear layers whose weights are laid out once for the processor, with what follows fused in.
+
+On a CPU, torch's own linear layers arrange the weight anew in every call. oneDNN multiplies by a
+weight that is packed beforehand, and applies GELU, or adds the residual, while the product is still
+in cache; its int8 product quantises what comes in as it goes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from timm.layers.activations import GELU, GELUTanh
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from spot_vit.utils.timing import Side, take_turns
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+PACKED = (torch.float32, torch.bfloat16)
+_SHAPE = (197, 384, 1536)  # tokens, channels in, channels out: what `packing_speedup` multiplies
+
+
+class PackedLinear(nn.Linear):
+    """An `nn.Linear` in inference: the same weights, and a packed copy that is made when needed.
+
+    The copy follows the weight: after `load_state_dict`, a move or a change in place it is made
+    anew. It is in no state_dict, and no copy or pickle has it. Where a packed product cannot serve
+    (a gradient is asked for, something traces or compiles, autocast, another device), the layer is
+    torch's.
+
+    Attributes:
+        kind: "float"; "int8": weights by channel, activations by call; "plain": torch's own
+            product, where a packed one is slower.
+    """
+
+    kind: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return self.fused(input)
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        gelu: str | None = None,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The product, and what follows it.
+
+        Args:
+            x: [..., in].
+            gelu: "none" or "tanh": GELU of that approximation follows.
+            scale: [out] factor of the output (LayerScale), before the residual.
+            residual: [..., out] added to the output.
+            rows: first and last + 1 of the outputs that are wanted, all by default.
+
+        Raises:
+            RuntimeError: the layer is in training mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                "a fast model does not train: spot_vit.restore(model) undoes fast, and eval() "
+                "leaves the training mode"
+            )
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if self.kind == "plain" or not _serves(x, weight):
+            return self._plain(x, gelu, scale, residual, rows)
+        packed = self._packed(weight, scale, rows)
+        if self.kind == "int8":
+            y = torch.ops.quantized.linear_dynamic(x, packed)
+            return _follow(y, gelu, None, residual)
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *packed, "add")
+        activation, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+        return torch.ops.mkldnn._linear_pointwise(x, *packed, activation, [], algorithm)
+
+    def _plain(
+        self,
+        x: Tensor,
+        gelu: str | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        rows: tuple[int, int] | None,
+    ) -> Tensor:
+        y = F.linear(x, _rows(self.weight, rows), _rows(self.bias, rows))
+        return _follow(y, gelu, scale, residual)
+
+    def _packed(self, weight: Tensor, scale: Tensor | None, rows: tuple[int, int] | None) -> Any:
+        """The packed weight, made again where the parameters are no longer those it was made of."""
+        state = (_state(weight), _state(self._parameters["bias"]), _state(scale))
+        packs = self.__dict__.setdefault("_packs", {})
+        found = packs.get(rows)
+        if found is None or found[0] != state:
+            with torch.no_grad():
+                found = packs[rows] = state, self._pack(scale, rows)
+        return found[1]
+
+    def _pack(self, scale: Tensor | None, rows: tuple[int, int] | None) -> Any:
+        weight, bias = _rows(self.weight.detach(), rows), _rows(self.bias, rows)
+        if scale is not None:
+            weight = weight * scale[:, None]
+            bias = None if bias is None else bias * scale
+        if self.kind == "int8":
+            return _quantised(weight, bias)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packs"}
+
+
+def pack_linear(layer: nn.Linear, kind: str = "float") -> PackedLinear:
+    """Turns a plain linear layer into a packed one, in place."""
+    packed: Any = layer
+    packed.__class__ = PackedLinear
+    packed.kind = kind
+    return packed
+
+
+def unpack_linear(layer: PackedLinear) -> nn.Linear:
+    """Undoes `pack_linear`."""
+    layer.__dict__.pop("_packs", None)
+    del layer.kind
+    layer.__class__ = nn.Linear  # type: ignore[assignment]
+    return layer
+
+
+def untouched(*modules: nn.Module | None) -> bool:
+    """Whether nobody hooks or replaces what these modules do, so that they may be fused."""
+    for module in modules:
+        if module is None:
+            continue
+        own = module.__dict__
+        if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+            return False
+    return True
+
+
+def counted() -> bool:
+    """Whether a dispatch mode sees every operator: counters of operations tell modules apart."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def gelu_of(module: nn.Module) -> str | None:
+    """How an activation approximates GELU, "none" or "tanh"; None where it is something else."""
+    if type(module) is nn.GELU:
+        return module.approximate
+    return {GELU: "none", GELUTanh: "tanh"}.get(type(module))
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the packed product can take x, and nobody asks for more than its values."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype is not weight.dtype:
+        return False
+    if not (x.is_cpu and weight.is_cpu) or x.dtype not in PACKED or x.numel() == 0:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return not (
+        traced
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _rows(tensor: Any, rows: tuple[int, int] | None) -> Any:
+    """The part of a weight or bias that makes these outputs; a bias may be None."""
+    return tensor if tensor is None or rows is None else tensor[slice(*rows)]
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    """What changes whenever the values of a parameter may have changed."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _follow(y: Tensor, gelu: str | None, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    """What a fused product does behind the product, one by one."""
+    y = y if gelu is None else F.gelu(y, approximate=gelu)
+    y = y if scale is None else y * scale
+    return y if residual is None else residual + y
+
+
+def _quantised(weight: Tensor, bias: Tensor | None) -> Any:
+    """A weight [out, in] in int8, by output channel, packed for products with activations."""
+    scale = weight.abs().amax(dim=1).double().clamp(min=1e-12) / 127
+    zero = torch.zeros(len(scale), dtype=torch.int64)
+    quantised = torch.quantize_per_channel(weight.float(), scale, zero, 0, torch.qint8)
+    engines = torch.backends.quantized.supported_engines
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "onednn" if "onednn" in engines else before
+    try:
+        return torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.float())
+    finally:
+        torch.backends.quantized.engine = before
+
+
+# ---- whether it pays -----------------------------------------------------------------------------
+
+
+def missing() -> str | None:
+    """Why this torch has no packed products, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    for op in ("_linear_pointwise", "_reorder_linear_weight"):
+        if not hasattr(torch.ops.mkldnn, op):
+            return f"torch {torch.__version__} has no mkldnn::{op}"
+    return None
+
+
+@functools.cache
+def packing_speedup(dtype: torch.dtype = torch.float32, threads: int | None = None) -> float:
+    """Time of plain linear layers with GELU by that of packed ones; measured once, in 0.1 s.
+
+    Args:
+        dtype: of weights and activations.
+        threads: for which it is asked; torch's present number by default. Asked for again with
+            another number, it is measured again.
+    """
+    if missing() is not None:
+        return 0.0
+    rows, narrow, wide = _SHAPE
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, rows, narrow, generator=generator).to(dtype)
+    plain = nn.Linear(narrow, wide).to(dtype).eval().requires_grad_(False)
+    packed = pack_linear(nn.Linear(narrow, wide).to(dtype).eval().requires_grad_(False))
+    sides: dict[str, Side] = {
+        "plain": lambda _: F.gelu(plain(x)),
+        "packed": lambda _: packed.fused(x, gelu="none"),
+    }
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        times = take_turns(sides, "cpu", rounds=15, warmup=2)
+    return times["plain"].median_ms / times["packed"].median_ms
