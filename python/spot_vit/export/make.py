@@ -86,7 +86,7 @@ def export_model(
         data_config=data_config,
         opset=opset if format in ("onnx", "openvino") else None,
     )
-    with _folder() as folder:
+    with _Folder() as folder:
         made = Path(folder) / f"model{ENDINGS[format]}"
         say(f"writing {format}")
         write(program, made, metadata)
@@ -110,9 +110,9 @@ def check_target(path: Path, format: str, force: bool = False) -> None:
         raise UserError(f"{path} is a folder; name a file in it that ends in {ending}")
     if path.suffix != ending:
         raise UserError(f"{path}: the name of a file of format {format!r} ends in {ending}")
-    if there := [one for one in files_of(path) if one.exists()]:
-        if not force:
-            raise UserError(f"{there[0]} is there already; choose another name, or force=True")
+    there = [one for one in files_of(path) if one.exists()]
+    if there and not force:
+        raise UserError(f"{there[-1]} is there already; choose another name, or replace it (force)")
 
 
 def files_of(path: Path) -> list[Path]:
@@ -131,12 +131,15 @@ def _install(made: Path, target: Path) -> None:
     if target.suffix == ".xml":  # or an old one would stand beside new weights for a moment
         target.unlink(missing_ok=True)
     for source, goal in zip(files_of(made), files_of(target), strict=True):
-        with atomic_write(goal) as temporary, source.open("rb") as read:
-            with temporary.open("wb") as write:
-                shutil.copyfileobj(read, write, 2**20)
+        with (
+            atomic_write(goal) as temporary,
+            source.open("rb") as made_file,
+            temporary.open("wb") as new_file,
+        ):
+            shutil.copyfileobj(made_file, new_file, 2**20)
 
 
-class _folder(tempfile.TemporaryDirectory):  # noqa: N801
+class _Folder(tempfile.TemporaryDirectory[str]):
     """A temporary folder; that it is full is said in words."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

@@ -102,9 +102,9 @@ def _attend(
     if hides is not None:
         p = op.Where(op.IsNaN(p), _floats(0.0), p)
     out = op.Transpose(op.MatMul(p, op.Transpose(v, perm=[0, 2, 1, 3])), perm=[0, 2, 1, 3])
-    log_sums = op.Squeeze(op.ReduceLogSumExp(logits, _ints([3])), _ints([3]))
+    log_sums = op.ReduceLogSumExp(logits, _ints([3]), keepdims=0)
     if not need_stats:
-        return out, op.Reshape(op.ConstantOfShape(_ints([1])), _ints([1])), log_sums
+        return out, _floats([]), log_sums
     return out, _statistics(p, tokens, prefix, class_token, hides is not None), log_sums
 
 
@@ -127,7 +127,7 @@ def _statistics(p: Value, tokens: int, prefix: int, class_token: bool, blind: bo
     if blind or not prefix:
         row_mean = patches(op.MatMul(p, column), 2)
     else:  # a row sums to 1
-        mass = to_prefix if prefix == 1 else op.ReduceSum(to_prefix, _ints([3]))
+        mass = to_prefix if prefix == 1 else _sum(to_prefix, 3)
         row_mean = op.Mul(op.Sub(_floats(1.0), mass), _floats(1 / n))
     row_var = op.Sub(patches(op.MatMul(squares, column), 2), op.Mul(row_mean, row_mean))
     column_mean = patches(op.MatMul(row, p), 3)
@@ -230,7 +230,7 @@ def fuse_tokens(
     total = op.Squeeze(op.MatMul(op.Unsqueeze(weights, _ints([1])), patches), _ints([1]))
     if not normalize:
         return total
-    mass = op.ReduceSum(weights, _ints([1]))
+    mass = _sum(weights, 1)
     empty = op.Equal(mass, _floats(0.0))
     mean = op.Div(total, op.Where(empty, _floats(1.0), mass))
     return op.Where(empty, _floats(0.0), mean)
@@ -248,14 +248,29 @@ def connectivity(
     coef_topk: int | None = None,
     threshold: float | None = None,
 ) -> Value:
-    """`spot::connectivity` without a mask; lists do not ascend, since who reads them need no order."""
+    """`spot::connectivity` without a mask."""
     _refuse_masks(keep)
-    rank = coefficients.shape[3]
+    return _largest(coefficients, basis, basis.shape, budget, columns, coef_topk, threshold)
+
+
+def _largest(
+    coefficients: Value,
+    basis: Value,
+    sizes: Any,
+    budget: int,
+    columns: Value,
+    coef_topk: int | None,
+    threshold: float | None,
+) -> Value:
+    """[B, H, N-P, budget] keys; lists do not ascend, since who reads them needs no order.
+
+    `sizes` are those of `basis` [R, N].
+    """
+    rank, keys = sizes
     if coef_topk is not None and coef_topk < rank:
         values, place = op.TopK(coefficients, _ints([int(coef_topk)]), axis=3)
         nothing = op.Expand(_floats(0.0), op.Shape(coefficients))
         coefficients = op.ScatterElements(nothing, place, values, axis=3)
-    keys = basis.shape[1]
     if columns is not None:
         keys = columns.shape[1]
         basis = op.Transpose(op.Gather(basis, columns, axis=1), perm=[1, 0, 2])  # [B, R, N]
@@ -290,12 +305,13 @@ def predict_connectivity(
 ) -> Value:
     """`spot::predict_connectivity` without a mask."""
     _refuse_masks(keep)
-    heads, channels, rank = q.shape[2], q.shape[3], down.shape[1]
+    heads, channels, (grid, rank) = q.shape[2], q.shape[3], down.shape
     if basis_threshold is not None:
         size = op.Abs(up)
         up = op.Where(op.Greater(size, _floats(basis_threshold)), size, _floats(0.0))
     if columns is not None:  # those of no grid have a row of zeros
         down, up = (op.Pad(x, _ints([0, 0, 1, 0])) for x in (down, up))
+        grid += 1
         down = op.Gather(down, columns, axis=0)  # [B, N, R]
     if query_weight is not None:
         channels = query_weight.shape[0]
@@ -308,7 +324,8 @@ def predict_connectivity(
     scale = max(channels, 1) ** -0.5 if scale is None else scale
     coefficients = op.Softmax(op.Mul(logits, _floats(scale)), axis=-1)
     basis = op.Transpose(up, perm=[1, 0])
-    return connectivity(coefficients, basis, budget, columns, None, coef_topk, threshold)
+    sizes = rank, grid
+    return _largest(coefficients, basis, sizes, budget, columns, coef_topk, threshold)
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -329,6 +346,10 @@ def _ints(value: Any) -> Value:
 
 def _slice(x: Value, start: int, end: int, axis: int) -> Value:
     return op.Slice(x, _ints([start]), _ints([end]), _ints([axis]))
+
+
+def _sum(x: Value, axis: int) -> Value:
+    return op.ReduceSum(x, _ints([axis]))
 
 
 def _turned(weight: Value) -> Value:

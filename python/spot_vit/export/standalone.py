@@ -186,7 +186,8 @@ def main(path: str, images: str, results: str) -> None:
                 found[f"{name}.{number}"] = output
     if any(name.partition(".")[0] == "spot_vit" for name in sys.modules):
         raise RuntimeError("spot_vit was imported; files are to run without it")
-    np.savez(results, **found)
+    arrays: Any = found
+    np.savez(results, **arrays)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def _onnx(program: Program, path: Path, metadata: Mapping[str, Any]) -> None:
     assert made is not None
     model = made.model
     for value in (*model.graph.inputs, *model.graph.outputs):
-        shape = list(value.shape or ())
-        value.shape = type(value.shape)(["batch", *shape[1:]])  # a name that users read
+        assert value.shape is not None
+        value.shape[0] = "batch"  # a name that users read
     others = {node.domain for node in model.graph.all_nodes()} - {"", "ai.onnx"}
     if others or model.functions:
         raise UserError(f"ONNX cannot hold this model in standard operators: {sorted(others)}")
