@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from timm.layers import Attention, DropPath, LayerScale, Mlp
+from timm.layers.activations import GELU, GELUTanh
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from spot_vit.models.adapters.vit import (
     SpotVisionTransformerDistilled,
 )
 from spot_vit.nn.attention import AttentionRequest, attend
-from spot_vit.nn.packed import PackedLinear, counted, gelu_of, untouched
+from spot_vit.nn.packed import PackedLinear, counted, untouched
 from spot_vit.nn.positional import PositionTables
 
 
@@ -269,3 +270,10 @@ def takes(module: Any) -> bool:
         known = all(kind in (nn.Identity, LayerScale) for kind in scales)
         return known and all(kind in (nn.Identity, DropPath) for kind in paths)
     return True
+
+
+def gelu_of(module: nn.Module) -> str | None:
+    """How an activation approximates GELU, "none" or "tanh"; None where it is something else."""
+    if type(module) is nn.GELU:
+        return module.approximate
+    return {GELU: "none", GELUTanh: "tanh"}.get(type(module))

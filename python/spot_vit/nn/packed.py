@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 import torch
-from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -149,13 +148,6 @@ def counted() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
-def gelu_of(module: nn.Module) -> str | None:
-    """How an activation approximates GELU, "none" or "tanh"; None where it is something else."""
-    if type(module) is nn.GELU:
-        return module.approximate
-    return {GELU: "none", GELUTanh: "tanh"}.get(type(module))
-
-
 def _serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the packed product can take x, and nobody asks for more than its values."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype is not weight.dtype:
@@ -242,3 +234,11 @@ def packing_speedup(dtype: torch.dtype = torch.float32, threads: int | None = No
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         times = take_turns(sides, "cpu", rounds=15, warmup=2)
     return times["plain"].median_ms / times["packed"].median_ms
+
+
+def packing_report() -> dict[str, float | str]:
+    """For each dtype how many times as fast packed layers are here, or why there are none."""
+    if (reason := missing()) is not None:
+        return {"reason": reason}
+    threads = torch.get_num_threads()
+    return {str(dtype).removeprefix("torch."): packing_speedup(dtype, threads) for dtype in PACKED}
