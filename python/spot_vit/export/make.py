@@ -144,8 +144,8 @@ class _Folder(tempfile.TemporaryDirectory[str]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         super().__exit__(kind, error, trace)
-        causes = [error, getattr(error, "__context__", None)]
-        if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes):
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch's writer
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             where = tempfile.gettempdir()
             raise UserError(
                 f"{where} is full: make room there, or name another folder in TMPDIR"

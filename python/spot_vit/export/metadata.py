@@ -13,6 +13,7 @@ from torch import nn
 
 import spot_ext
 from spot_vit.config.conversion import conversion_of
+from spot_vit.measure.flops import count_flops
 from spot_vit.models.named import NAMED
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.sizes import input_size
@@ -60,6 +61,7 @@ def describe(
         "attention_keep": conversion.get("sparsifiner", {}).get("keep_rate"),
         "classes": _classes(held, classes, outputs[0][-1]),
         "data_config": _preprocessing(held, size, data_config or {}),
+        "gmacs": _gmacs(model, size),
         "inputs": {"images": ["batch", *size]},
         "outputs": dict(zip(names, map(list, outputs), strict=True)),
         "operators": list(operators),
@@ -112,6 +114,14 @@ def _preprocessing(
         {}, pretrained_cfg={**held, **given, "input_size": size, "fixed_input_size": True}
     )
     return {name: found[name] for name in _PREPROCESSING}
+
+
+def _gmacs(model: nn.Module, size: tuple[int, int, int]) -> float | None:
+    """Billions of multiply-accumulates per image, where they can be counted."""
+    try:
+        return count_flops(model, size).total / 1e9
+    except (NotImplementedError, RuntimeError):  # some layers do not run on the meta device
+        return None
 
 
 def _needs(format: str, operators: Sequence[str], opset: int | None) -> str:

@@ -20,8 +20,9 @@ class Exported(nn.Module):
         path: of the file.
         format: "torch", "aoti", "onnx" or "openvino".
         metadata: what the file says of itself: "architecture", "keep", "conversion", "classes",
-            "data_config", "inputs", "outputs", "operators", "opset", "needs", "versions".
+            "data_config", "gmacs", "inputs", "outputs", "operators", "opset", "needs", "versions".
         num_classes: number of logits.
+        gmacs: billions of multiply-accumulates per image, counted of the model; or None.
         pretrained_cfg: preprocessing and names of the classes, where timm looks for them.
     """
 
@@ -34,6 +35,7 @@ class Exported(nn.Module):
         self.path = path
         self.format: str = self.metadata["format"]
         self.num_classes: int = self.metadata["outputs"]["logits"][-1]
+        self.gmacs: float | None = self.metadata["gmacs"]
         self.pretrained_cfg: dict[str, Any] = {
             **self.metadata["data_config"],
             "architecture": self.metadata["architecture"],
@@ -58,8 +60,6 @@ class Exported(nn.Module):
             ValueError: the images are of another size.
             NotImplementedError: they are on the meta device, which computes nothing.
         """
-        if images.device.type == "meta":
-            raise NotImplementedError("an exported file computes, and says nothing of its cost")
         wanted = self.metadata["inputs"]["images"][1:]
         if images.dim() != 4 or list(images.shape[1:]) != wanted:
             raise ValueError(f"expected images [B, {wanted}], got {list(images.shape)}")
@@ -69,7 +69,7 @@ class Exported(nn.Module):
     def train(self, mode: bool = True) -> Exported:
         """Stays in eval mode, and refuses another."""
         if mode:
-            raise RuntimeError("an exported file cannot be trained")
+            raise UserError(f"{self.path} was exported for inference, and cannot be trained")
         return super().train(False)
 
 

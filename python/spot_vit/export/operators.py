@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from onnxscript import opset20 as op
 
+_INT32, _INT64 = 6, 7  # as ONNX numbers its types
 Value = Any  # a tensor of the graph that is being made
 
 
@@ -53,7 +54,7 @@ def attention_stats(
     logits = _logits(q, k, scale)
     if bias is not None:
         logits = op.Add(logits, bias)
-    return _attend(logits, v, None, int(num_prefix), class_token, need_stats)
+    return _attend(logits, v, False, int(num_prefix), class_token, need_stats)
 
 
 def sparse_attention(
@@ -70,17 +71,17 @@ def sparse_attention(
     """`spot::sparse_attention` without a mask: the other keys are hidden from a dense map."""
     _refuse_masks(keep)
     logits, tokens, prefix = _logits(q, k, scale), q.shape[1], int(num_prefix)
-    index = op.Cast(index, to=7)  # int64
-    place = op.Where(op.Less(index, _ints(0)), _ints(tokens), index)  # -1: one behind the end
-    wide = op.Concat(op.Shape(index, start=0, end=3), _ints([tokens + 1]), axis=0)
-    hidden = op.Expand(_floats(-np.inf), wide)
-    shown = op.Expand(_floats(0.0), op.Shape(index))
-    bias = _slice(op.ScatterElements(hidden, place, shown, axis=3), 0, tokens, 3)
-    if not prefix:
-        return _attend(op.Add(logits, bias), v, bias, 0, class_token, need_stats)
-    rows = op.Add(_slice(logits, prefix, tokens, 2), bias)
-    logits = op.Concat(_slice(logits, 0, prefix, 2), rows, axis=2)
-    return _attend(logits, v, bias, prefix, class_token, need_stats)
+    rows = _slice(logits, prefix, tokens, 2) if prefix else logits
+    index = op.Cast(index, to=_INT64)
+    absent = op.Less(index, _ints(0))
+    shown = op.Where(absent, _floats(-np.inf), _floats(0.0))  # -1 names no key
+    place = op.Where(absent, _ints(0), index)
+    hidden = op.Expand(_floats(-np.inf), op.Shape(rows))
+    hidden = op.ScatterElements(hidden, place, shown, axis=3, reduction="max")
+    rows = op.Add(rows, hidden)
+    if prefix:
+        rows = op.Concat(_slice(logits, 0, prefix, 2), rows, axis=2)
+    return _attend(rows, v, True, prefix, class_token, need_stats)
 
 
 def _logits(q: Value, k: Value, scale: float | None) -> Value:
@@ -91,21 +92,21 @@ def _logits(q: Value, k: Value, scale: float | None) -> Value:
 
 
 def _attend(
-    logits: Value, v: Value, hides: Value, prefix: int, class_token: bool, need_stats: bool
+    logits: Value, v: Value, blind: bool, prefix: int, class_token: bool, need_stats: bool
 ) -> tuple[Value, Value, Value]:
     """Output [B, N, H, D], statistics [B, N, H, 6] and logarithms [B, H, N] of logits.
 
-    `hides` is given where a row may be hidden altogether: such a row attends to nothing.
+    With `blind` a row may be hidden altogether: it attends to nothing.
     """
     tokens = v.shape[1]
     p = op.Softmax(logits, axis=-1)
-    if hides is not None:
+    if blind:
         p = op.Where(op.IsNaN(p), _floats(0.0), p)
     out = op.Transpose(op.MatMul(p, op.Transpose(v, perm=[0, 2, 1, 3])), perm=[0, 2, 1, 3])
     log_sums = op.ReduceLogSumExp(logits, _ints([3]), keepdims=0)
     if not need_stats:
         return out, _floats([]), log_sums
-    return out, _statistics(p, tokens, prefix, class_token, hides is not None), log_sums
+    return out, _statistics(p, tokens, prefix, class_token, blind), log_sums
 
 
 def _statistics(p: Value, tokens: int, prefix: int, class_token: bool, blind: bool) -> Value:
@@ -283,7 +284,7 @@ def _largest(
     if count < budget:
         missing = _ints([0, 0, 0, 0, 0, 0, 0, int(budget) - count])
         best = op.Pad(best, missing, _ints(-1))
-    return op.Cast(best, to=6)  # int32
+    return op.Cast(best, to=_INT32)
 
 
 def predict_connectivity(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,14 +83,18 @@ def program_of(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram
         UserError: torch.export cannot follow the model.
     """
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    with torch.no_grad(), _frozen(model):
+    with torch.no_grad():
         try:
-            return torch.export.export(Outputs(model), (images,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(Outputs(model), (images,), dynamic_shapes=({0: batch},))
         except Exception as error:  # torch's own kinds have no common base
             raise UserError(
                 f"torch.export cannot follow this {type(model).__name__}: "
                 f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             ) from error
+    for name, tensor in program.state_dict.items():  # whose users want no gradients
+        if isinstance(tensor, nn.Parameter):
+            program.state_dict[name] = nn.Parameter(tensor.detach(), requires_grad=False)
+    return program
 
 
 def operators_in(program: torch.export.ExportedProgram) -> list[str]:
@@ -100,16 +102,3 @@ def operators_in(program: torch.export.ExportedProgram) -> list[str]:
     called = (node.target for node in program.graph.nodes if node.op == "call_function")
     names = {op._schema.name for op in called if isinstance(op, torch._ops.OpOverload)}
     return sorted(name for name in names if name.startswith("spot::"))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters that ask for no gradient, so that those of the file do not."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)

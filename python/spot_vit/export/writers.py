@@ -82,9 +82,24 @@ def _openvino(program: Program, path: Path, metadata: Mapping[str, Any]) -> None
     source = path.with_suffix(".onnx")
     _onnx(program, source, metadata)
     model = openvino.convert_model(source)
+    _make_stable(model)
     model.set_rt_info(json.dumps(metadata), [KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
     source.unlink()
+
+
+def _make_stable(model: Any) -> None:
+    """Has ties go to the lower position, as ONNX says of TopK; OpenVINO leaves them open."""
+    from openvino import opset11
+
+    for node in [node for node in model.get_ops() if node.get_type_name() == "TopK"]:
+        has = node.get_attributes()
+        values, count = node.input_value(0), node.input_value(1)
+        kind = has["index_element_type"]
+        new = opset11.topk(values, count, has["axis"], has["mode"], "value", kind, stable=True)
+        for place in range(2):
+            node.output(place).replace(new.output(place))
+    model.validate_nodes_and_infer_types()
 
 
 _WRITERS = {"torch": _torch, "aoti": _aoti, "onnx": _onnx, "openvino": _openvino}

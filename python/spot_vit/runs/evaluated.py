@@ -18,9 +18,14 @@ from spot_vit.config.methods import METHODS
 from spot_vit.config.recipe import Recipe
 from spot_vit.config.recipe_files import RUN, read
 from spot_vit.data.open import Data, open_data
+from spot_vit.export.formats import ENDINGS
+from spot_vit.export.opened import Exported, open_exported
 from spot_vit.models.saved import load
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.sizes import input_size
+
+EXPORTED = frozenset(ENDINGS.values())
+"""How names of exported files end."""
 
 _OF_A_RUN = {
     name: name
@@ -58,7 +63,7 @@ def load_evaluated(source: str, settings: EvaluationSettings, name: str | None) 
     """A model from a file, a run's folder, or timm's name.
 
     Args:
-        source: which one.
+        source: which one; files of `spot export` too.
         settings: with `name`, further arguments and whether averaged weights are taken.
         name: timm's name of the architecture, for a file that does not say it.
 
@@ -68,6 +73,8 @@ def load_evaluated(source: str, settings: EvaluationSettings, name: str | None) 
     path = Path(source)
     if name is not None:
         model = _weights_of(path, name, settings)
+    elif path.suffix in EXPORTED and path.is_file():
+        model = _exported(path, settings)
     elif path.exists():
         try:
             model = load(path)
@@ -80,7 +87,8 @@ def load_evaluated(source: str, settings: EvaluationSettings, name: str | None) 
     else:
         kinds = "a file or run folder, nor a model of timm"
         raise UserError(f"{source} is neither {kinds}{near_names(source, timm.list_models())}")
-    _resize(model, source, settings.img_size)
+    if not isinstance(model, Exported):
+        resized(model, source, settings.img_size)
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return Evaluated(source, model.eval(), _label(model), None if names is None else list(names))
 
@@ -103,12 +111,30 @@ def _weights_of(path: Path, name: str, settings: EvaluationSettings) -> Any:
     return model
 
 
-def _resize(model: Any, source: str, side: int | None) -> None:
-    """Has a model that was built for images of one size take another."""
+def _exported(path: Path, settings: EvaluationSettings) -> Exported:
+    """A file of `spot export`, whose images and arithmetic are what they are."""
+    model = open_exported(path, settings.threads)
+    height, width = model.pretrained_cfg["input_size"][1:]
+    if settings.img_size not in (None, height) or (settings.img_size and height != width):
+        raise UserError(
+            f"img_size: {path} was exported for {height}x{width} pixels, and takes no others"
+        )
+    if settings.amp or settings.compile:
+        flag = "amp" if settings.amp else "compile"
+        raise UserError(f"{flag}: {path} is run as it was exported, so leave --{flag} out")
+    return model
+
+
+def resized(model: Any, source: str, side: int | None) -> Any:
+    """The model, which was built for images of one size, taking another.
+
+    Raises:
+        UserError: it cannot.
+    """
     embed: Any = getattr(model, "patch_embed", None)
     fixed = getattr(embed, "img_size", None) is not None and getattr(embed, "strict_img_size", True)
     if side is None or not fixed or tuple(embed.img_size) == (side, side):
-        return
+        return model
     try:
         model.set_input_size(img_size=(side, side))
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -117,6 +143,7 @@ def _resize(model: Any, source: str, side: int | None) -> None:
             f"img_size: {source} is built for {built} pixels and cannot take {side}: "
             f"{_first_line(error)}"
         ) from error
+    return model
 
 
 def _pretrained(name: str) -> Any:
@@ -137,6 +164,10 @@ def _label(model: Any) -> str:
     """The architecture, and what was made of it."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     parts = [cfg.get("architecture") or type(model).__name__]
+    if isinstance(model, Exported):
+        kept = model.metadata["keep"], model.metadata["attention_keep"]
+        words = [f"{w} {k}" for w, k in zip(("keep", "attention keep"), kept, strict=True) if k]
+        return ", ".join([*parts, *words, f"{model.format} file"])
     if hasattr(model, "spot_config"):
         parts.append(METHODS[model.spot_config.method].label)
     if hasattr(model, "sparsifiner_config"):
@@ -186,7 +217,8 @@ def data_config(evaluated: Evaluated, settings: EvaluationSettings) -> dict[str,
     given = {name: getattr(settings, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     own = dict(getattr(evaluated.model, "pretrained_cfg", None) or {})
-    own["input_size"] = input_size(evaluated.model)
+    if not isinstance(evaluated.model, Exported):
+        own["input_size"] = input_size(evaluated.model)
     return resolve_data_config(given, pretrained_cfg=own)
 
 
