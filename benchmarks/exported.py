@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import spot_vit
 import timm
 import torch
-from spot_vit.export import export_model, open_exported
+from spot_vit.export import Exported, export_model, open_exported
 from spot_vit.export.formats import ENDINGS, FORMATS
 from spot_vit.utils.machine import Clock, contention, wait_for_quiet
 from spot_vit.utils.timing import summary, take_turns
@@ -35,6 +36,11 @@ def files(model: str, format: str, keep: float, folder: str) -> dict[str, Path]:
     return made
 
 
+def side(file: Exported, images: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """What is timed of a file."""
+    return lambda _: file(images)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="deit_small_patch16_224")
@@ -51,7 +57,7 @@ def main() -> None:
     size = opened["dense"].metadata["inputs"]["images"][1:]
     for batch in arguments.batch:
         images = torch.randn(batch, *size)
-        sides = {name: lambda _, file=file: file(images) for name, file in opened.items()}  # type: ignore[misc]
+        sides = {name: side(file, images) for name, file in opened.items()}
         wait_for_quiet(10.0)
         start = Clock.now()
         times = take_turns(sides, "cpu", rounds=10, seconds=arguments.seconds, warmup=3)

@@ -124,7 +124,7 @@ def _statistics(p: Value, tokens: int, prefix: int, class_token: bool, blind: bo
         return _slice(x, prefix, tokens, axis) if prefix else x
 
     squares = op.Mul(p, p)
-    to_prefix = _slice(patches(p, 2), 0, prefix, 3) if prefix else None
+    to_prefix = _block(p, (prefix, tokens), (0, prefix)) if prefix else None
     if blind or not prefix:
         row_mean = patches(op.MatMul(p, column), 2)
     else:  # a row sums to 1
@@ -135,7 +135,7 @@ def _statistics(p: Value, tokens: int, prefix: int, class_token: bool, blind: bo
     squared_mean = op.Mul(column_mean, column_mean)
     column_var = op.Sub(patches(op.MatMul(row, squares), 3), squared_mean)
     if class_token:
-        first_out = patches(_slice(p, 0, 1, 2), 3)
+        first_out = _block(p, (0, 1), (prefix, tokens))
         first_in = _lying(_slice(to_prefix, 0, 1, 3))
     else:
         first_out = first_in = op.Mul(column_mean, _floats(0.0))
@@ -145,6 +145,12 @@ def _statistics(p: Value, tokens: int, prefix: int, class_token: bool, blind: bo
     )  # fmt: skip
     stats = op.Transpose(op.Concat(*parts, axis=2), perm=[0, 3, 1, 2])  # [B, n, H, 6]
     return op.Pad(stats, _ints([0, prefix, 0, 0, 0, 0, 0, 0])) if prefix else stats
+
+
+def _block(p: Value, rows: tuple[int, int], columns: tuple[int, int]) -> Value:
+    """Some rows and columns of a map, without a copy of the other ones in between."""
+    starts, ends = zip(rows, columns, strict=True)
+    return op.Slice(p, _ints(starts), _ints(ends), _ints([2, 3]))
 
 
 def _lying(x: Value) -> Value:
