@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from spot_vit.evaluation.foreground import foreground_kept
     from spot_vit.evaluation.pictures import save_kept
     from spot_vit.evaluation.statistics import paired_difference
+    from spot_vit.export.make import export_model
+    from spot_vit.export.opened import open_exported
     from spot_vit.measure.attention_flops import mhsa_flops
     from spot_vit.measure.flops import count_flops
     from spot_vit.measure.latency import compare_latency, compare_training
@@ -93,6 +95,7 @@ _HOME = {
     "dense_attention": "spot_vit.models.sparsifiner",
     "dense_objective": "spot_vit.training.objectives",
     "evaluate": "spot_vit.evaluation.accuracy",
+    "export_model": "spot_vit.export.make",
     "fast": "spot_vit.models.fast",
     "feature_distillation": "spot_vit.training.losses",
     "finetune": "spot_vit.training.sparsifiner",
@@ -103,6 +106,7 @@ _HOME = {
     "load": "spot_vit.models.saved",
     "load_checkpoint": "spot_vit.training.checkpoint",
     "mhsa_flops": "spot_vit.measure.attention_flops",
+    "open_exported": "spot_vit.export.opened",
     "paired_difference": "spot_vit.evaluation.statistics",
     "param_groups": "spot_vit.training.param_groups",
     "record_operands": "spot_vit.models.recording",
@@ -153,6 +157,7 @@ __all__ = [
     "dense_attention",
     "dense_objective",
     "evaluate",
+    "export_model",
     "fast",
     "feature_distillation",
     "finetune",
@@ -163,6 +168,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "mhsa_flops",
+    "open_exported",
     "paired_difference",
     "param_groups",
     "record_operands",

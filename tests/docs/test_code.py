@@ -17,6 +17,7 @@ import spot_vit
 import timm
 import torch
 from spot_vit.cli import eval as eval_command
+from spot_vit.cli import export as export_command
 from spot_vit.cli import train as train_command
 from spot_vit.cli.main import parser
 from spot_vit.config.recipe_files import shipped
@@ -80,7 +81,9 @@ def run(path: Path, names: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", pages("python"))
 def test_page(path: Path, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other, in one namespace."""
-    if path.stem in ("sparsifiner", "checkpoints"):  # small, and what they ask for
+    if path.stem == "export":
+        pytest.importorskip("onnxruntime", reason="needs the extra export")
+    if path.stem in ("sparsifiner", "checkpoints", "export"):  # small, and what they ask for
         create = timm.create_model
         monkeypatch.setattr(timm, "create_model", lambda name, **a: create(name, **{**SMALL, **a}))
         images = torch.randn(2, 3, 64, 64)
@@ -107,6 +110,8 @@ def check(arguments: argparse.Namespace) -> None:
         train_command.recipe_of(arguments)
     elif arguments.run is eval_command.run:
         eval_command.settings_of(arguments)
+    elif arguments.run is export_command.run:
+        export_command.settings_of(arguments)
 
 
 @pytest.mark.parametrize("path", pages("bash"))
