@@ -14,6 +14,7 @@ from spot_vit.models.fast_blocks import FAST, SLOW, takes
 from spot_vit.nn.packed import (
     PackedLinear,
     missing,
+    missing_int8,
     pack_linear,
     packing_speedup,
     unpack_linear,
@@ -150,6 +151,8 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
     if dtype is torch.int8:
         if device != "cpu":
             raise ValueError(f"dtype: int8 is for CPUs, and the model is on {device}")
+        if (reason := missing_int8()) is not None:
+            raise ValueError(f"dtype: int8 is not there: {reason}")
         if next(model.parameters()).dtype is not torch.float32:
             raise ValueError("dtype: int8 is made of a model in float32")
 

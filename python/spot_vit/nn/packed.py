@@ -8,6 +8,7 @@ in cache; its int8 product quantises what comes in as it goes.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -188,7 +189,9 @@ def _quantised(weight: Tensor, bias: Tensor | None) -> Any:
     """A weight [out, in] in int8, by output channel, packed for products with activations."""
     scale = weight.abs().amax(dim=1).double().clamp(min=1e-12) / 127
     zero = torch.zeros(len(scale), dtype=torch.int64)
-    quantised = torch.quantize_per_channel(weight.float(), scale, zero, 0, torch.qint8)
+    with warnings.catch_warnings():  # such tensors are deprecated; this one lives for two lines
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_channel(weight.float(), scale, zero, 0, torch.qint8)
     engines = torch.backends.quantized.supported_engines
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "onednn" if "onednn" in engines else before
