@@ -214,6 +214,12 @@ def missing() -> str | None:
     return None
 
 
+def missing_int8() -> str | None:
+    """Why this torch has no int8 products, or None."""
+    has = hasattr(torch.ops.quantized, "linear_dynamic") and hasattr(torch, "quantize_per_channel")
+    return None if has else f"torch {torch.__version__} has no quantized::linear_dynamic"
+
+
 @functools.cache
 def packing_speedup(dtype: torch.dtype = torch.float32, threads: int | None = None) -> float:
     """Time of plain linear layers with GELU by that of packed ones; measured once, in 0.1 s.
