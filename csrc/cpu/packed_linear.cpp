@@ -12,7 +12,7 @@ using torch::stable::parallel_for;
 
 static_assert(kPanel == kPanelOutputs, "checks and kernels mean the same panels");
 
-constexpr int64_t kBlockElements = 196608;  // of the input, staged in second-level cache
+constexpr int64_t kBlockElements = 32768;  // of the input, staged in second-level cache
 
 Activation read_activation(const char* op, const std::string& name) {
   if (name == "none") return kNoActivation;

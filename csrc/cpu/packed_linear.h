@@ -28,27 +28,30 @@ inline void with_rows(int64_t n, F&& f) {
   f(std::integral_constant<int, kMost>{});
 }
 
-// Equal parts of [0, total), of at most `most`.
+// Equal parts of [0, total), of at most `most`; one at least.
 struct Parts {
   int64_t total, count;
-  Parts(int64_t n, int64_t most) : total(n), count((n + most - 1) / most) {}
+  Parts(int64_t n, int64_t most) : total(n), count(n > most ? (n + most - 1) / most : 1) {}
   int64_t start(int64_t part) const { return total * part / count; }
 };
 
 // sums [kM, kPanel] = left [kM, depth] panel [depth, kPanel], or more by that.
 template <typename A, int kM>
-SPOT_NOINLINE void linear_tile(const A* left, const A* panel, int64_t depth, bool more, A* sums) {
+SPOT_NOINLINE void linear_tile(const A* left, int64_t left_row, const A* panel, int64_t depth,
+                               bool more, A* sums, const char* ahead, int64_t ahead_step) {
   constexpr int kL = kLanes<A>;
   for (int64_t c = 0; c < kPanel; c += kLinearVecs * kL) {
     Vec<A> sum[kM][kLinearVecs] = {};
-    const A *a = left, *b = panel + c;
-    for (int64_t d = 0; d < depth; ++d, ++a, b += kPanel) {
+    const A *a0 = left, *a5 = left + 5 * left_row, *a10 = left + 10 * left_row, *b = panel + c;
+    for (int64_t d = 0; d < depth; ++d, ++a0, ++a5, ++a10, b += kPanel) {
+      if constexpr (kM > 3) __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
       Vec<A> right[kLinearVecs];
 #pragma GCC unroll 2
       for (int j = 0; j < kLinearVecs; ++j) right[j] = vec_load(b + j * kL);
 #pragma GCC unroll 16
       for (int i = 0; i < kM; ++i) {
-        const Vec<A> x = splat(a[i * kStagedRow]);
+        const Vec<A> x = splat((i < 5 ? a0 : i < 10 ? a5 : a10)[i % 5 * left_row]);
 #pragma GCC unroll 2
         for (int j = 0; j < kLinearVecs; ++j) sum[i][j] += x * right[j];
       }
@@ -70,56 +73,86 @@ inline Vec<A> gelu_tanh(Vec<A> x) {
   return x * vec_sigmoid<A>(twice * x * (A(1) + cubic * x * x));
 }
 
-// out = activation(sums + bias) + residual, of `rows` rows and the columns [first, first + count).
-template <typename T, typename Act>
-SPOT_NOINLINE void finish_rows(const PackedLinearArgs& a, const Acc<T>* sums, int64_t row,
-                               int64_t rows, int64_t first, int64_t columns, Act&& activation) {
-  using A = Acc<T>;
-  const T* bias = static_cast<const T*>(a.bias);
-  const T* residual = static_cast<const T*>(a.residual);
-  for_vectors<A>(columns, [&](int64_t i, auto count) {
-    const Vec<A> shift = bias ? load_lanes(bias + first + i, count) : Vec<A>{};
+// What one work item reads and writes.
+template <typename T>
+struct LinearPanel {
+  const PackedLinearArgs& args;
+  int64_t first, columns;  // of the outputs
+
+  // out = activation(sums + bias) + residual, of rows [row, row + rows).
+  template <typename Act>
+  SPOT_NOINLINE void finish(const Acc<T>* sums, int64_t row, int64_t rows, Act activation) const {
+    using A = Acc<T>;
+    const T* bias = args.bias ? static_cast<const T*>(args.bias) + first : nullptr;
+    T* out = static_cast<T*>(args.out) + row * args.out_features + first;
+    const T* residual = static_cast<const T*>(args.residual);
+    if (residual) residual += row * args.residual_row + first;
     for (int64_t r = 0; r < rows; ++r) {
-      Vec<A> y = activation(vec_load(sums + r * kPanel + i) + shift);
-      if (residual) y += load_lanes(residual + (row + r) * a.residual_row + first + i, count);
-      store_lanes(static_cast<T*>(a.out) + (row + r) * a.out_features + first + i, count, y);
+      for_vectors<A>(columns, [&](int64_t i, auto count) {
+        Vec<A> y = vec_load(sums + i);
+        if (bias) y += load_lanes(bias + i, count);
+        y = activation(y);
+        if (residual) y += load_lanes(residual + i, count);
+        store_lanes(out + i, count, y);
+      });
+      sums += kPanel;
+      out += args.out_features;
+      if (residual) residual += args.residual_row;
     }
-  });
+  }
+
+  void finish(const Acc<T>* sums, int64_t row, int64_t rows) const {
+    using A = Acc<T>;
+    switch (args.activation) {
+      case kGelu: return finish(sums, row, rows, [](Vec<A> x) { return gelu<A>(x); });
+      case kGeluTanh: return finish(sums, row, rows, [](Vec<A> x) { return gelu_tanh<A>(x); });
+      default: return finish(sums, row, rows, [](Vec<A> x) { return x; });
+    }
+  }
+};
+
+// A block of rows and of the depth, staged: rows kStagedRow apart.
+template <typename T>
+SPOT_NOINLINE void stage_rows(const T* from, int64_t from_row, int64_t rows, int64_t depth,
+                              Acc<T>* out) {
+  using A = Acc<T>;
+  for (int64_t r = 0; r < rows; ++r, from += from_row, out += kStagedRow)
+    for_vectors<A>(depth, [&](int64_t i, auto count) {
+      store_lanes(out + i, count, load_lanes(from + i, count));
+    });
+}
+
+// Whether tiles read the input where it is: rows whose distance is a multiple of 4096 bytes share
+// the sets of first-level cache, and would push each other out.
+template <typename T>
+inline bool reads_in_place(const PackedLinearArgs& a) {
+  const int64_t bytes = a.input_row * static_cast<int64_t>(sizeof(T));
+  return std::is_same_v<T, Acc<T>> && (a.rows == 1 || bytes % 4096 != 0);
 }
 
 template <typename T>
 void packed_linear(const PackedLinearArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Parts depths(a.in_features, kDepthBlock);
-  const Parts blocks(a.rows, a.block_rows);
+  // Without depth there is a block of none, which gives sums of zero.
+  const Parts depths(a.in_features, kDepthBlock), blocks(a.rows, a.block_rows);
   const int64_t panels = (a.out_features + kPanel - 1) / kPanel;
-  const int64_t room = a.block_rows * kStagedRow;  // of the staged rows of a block of the depth
+  const bool direct = reads_in_place<T>(a);
+  const int64_t room = direct ? 0 : a.block_rows * kStagedRow;
   const int64_t widened = std::is_same_v<T, A> ? 0 : kDepthBlock * kPanel;
-  A* staged = static_cast<A*>(thread_scratch(
-      static_cast<std::size_t>(depths.count * room + a.block_rows * kPanel + widened) * sizeof(A)));
-  A* sums = staged + depths.count * room;
+  const int64_t all = depths.count * room + a.block_rows * kPanel + widened;
+  A* staged = static_cast<A*>(thread_scratch(static_cast<std::size_t>(all) * sizeof(A)));
+  A* sums = staged + depths.count * room;  // [rows, kPanel]
   A* wide = sums + a.block_rows * kPanel;
   int64_t staged_block = -1;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = item / panels, panel = item % panels;
+    const int64_t block = item / panels, first = item % panels * kPanel;
     const int64_t row = blocks.start(block), rows = blocks.start(block + 1) - row;
-    if (block != staged_block) {
-      for (int64_t k = 0; k < depths.count; ++k)
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t start = depths.start(k);
-          const T* from = static_cast<const T*>(a.input) + (row + r) * a.input_row + start;
-          for_vectors<A>(depths.start(k + 1) - start, [&](int64_t i, auto count) {
-            store_lanes(staged + k * room + r * kStagedRow + i, count,
-                        load_lanes(from + i, count));
-          });
-        }
-      staged_block = block;
-    }
+    const int64_t left = a.out_features - first;
+    const LinearPanel<T> panel{a, first, left < kPanel ? left : kPanel};
     const Parts tiles(rows, kLinearRows);
     for (int64_t k = 0; k < depths.count; ++k) {
       const int64_t start = depths.start(k), depth = depths.start(k + 1) - start;
-      const T* weights =
-          static_cast<const T*>(a.packed) + (panel * a.in_features + start) * kPanel;
+      const T* weights = static_cast<const T*>(a.packed) + first * a.in_features + start * kPanel;
       const A* right;
       if constexpr (std::is_same_v<T, A>) {
         right = weights;
@@ -128,23 +161,22 @@ void packed_linear(const PackedLinearArgs& a, int64_t begin, int64_t end) {
         right = wide;
       }
       for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t r = tiles.start(t);
-        with_rows<kLinearRows>(tiles.start(t + 1) - r, [&](auto m) {
-          linear_tile<A, m.value>(staged + k * room + r * kStagedRow, right, depth, k > 0,
-                                  sums + r * kPanel);
+        const int64_t r = tiles.start(t), count = tiles.start(t + 1) - r;
+        const int64_t next = depth * kPanel * static_cast<int64_t>(sizeof(T)), step = next / depth / tiles.count;
+        const char* ahead = reinterpret_cast<const char*>(weights) + next + t * step * depth;
+        const T* input = static_cast<const T*>(a.input) + (row + r) * a.input_row + start;
+        A* copy = staged + k * room + r * kStagedRow;
+        A* at = depths.count > 1 ? sums + r * kPanel : sums;
+        if (!direct && block != staged_block) stage_rows(input, a.input_row, count, depth, copy);
+        const A* left = direct ? reinterpret_cast<const A*>(input) : copy;
+        const int64_t left_row = direct ? a.input_row : kStagedRow;
+        with_rows<kLinearRows>(count, [&](auto m) {
+          linear_tile<A, m.value>(left, left_row, right, depth, k > 0, at, ahead, step);
         });
+        if (k == depths.count - 1) panel.finish(at, row + r, count);
       }
     }
-    const int64_t first = panel * kPanel;
-    const int64_t columns = a.out_features - first < kPanel ? a.out_features - first : kPanel;
-    const auto finish = [&](auto activation) {
-      finish_rows<T>(a, sums, row, rows, first, columns, activation);
-    };
-    switch (a.activation) {
-      case kGelu: finish([](Vec<A> x) { return gelu<A>(x); }); break;
-      case kGeluTanh: finish([](Vec<A> x) { return gelu_tanh<A>(x); }); break;
-      default: finish([](Vec<A> x) { return x; });
-    }
+    staged_block = block;
   }
 }
 
