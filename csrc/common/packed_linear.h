@@ -39,9 +39,8 @@ inline LinearShape check_packed_linear(const char* op, const Tensor& input, cons
   check_size(op, "packed", packed, 2, kPanelOutputs, "the outputs of a panel");
   const int64_t panels = packed.size(0), most = panels * kPanelOutputs;
   const int64_t least = panels ? most - kPanelOutputs + 1 : 0;
-  SPOT_CHECK(out_features >= least && out_features <= most, op,
-             "out_features must be between ", least, " and ", most, ", as packed has ", panels,
-             " panels, got ", out_features);
+  SPOT_CHECK(out_features >= least && out_features <= most, op, "out_features must be between ",
+             least, " and ", most, " (as packed has panels), got ", out_features);
   if (bias) {
     check_rank(op, "bias", *bias, 1);
     check_like("bias", *bias);

@@ -12,7 +12,9 @@ using torch::stable::parallel_for;
 
 static_assert(kPanel == kPanelOutputs, "checks and kernels mean the same panels");
 
-constexpr int64_t kBlockElements = 32768;  // of the input, staged in second-level cache
+// Rows of a block have so many elements: with what they give they stay in second-level cache.
+constexpr int64_t kBlockElements = 32768, kLeastBlockRows = 42;
+constexpr int64_t kLeastProducts = 1 << 18;  // per task
 
 Activation read_activation(const char* op, const std::string& name) {
   if (name == "none") return kNoActivation;
@@ -92,13 +94,14 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, int64_t out_feat
   args.rows = s.rows;
   args.in_features = s.in_features;
   args.out_features = out_features;
-  args.block_rows =
-      std::min(s.rows, std::max<int64_t>(42, kBlockElements / std::max<int64_t>(s.in_features, 1)));
+  const int64_t depth = std::max<int64_t>(s.in_features, 1);
+  args.block_rows = std::min(s.rows, std::max(kLeastBlockRows, kBlockElements / depth));
   args.out = out.mutable_data_ptr();
   const int64_t blocks = (s.rows + args.block_rows - 1) / args.block_rows;
   const Dtype dtype = dtype_slot(op, "input", input);
   const KernelTable& table = kernels();
-  parallel_for(0, blocks * count_panels(out_features), 1,
+  const int64_t grain = kLeastProducts / (args.block_rows * depth * kPanel) + 1;
+  parallel_for(0, blocks * count_panels(out_features), grain,
                [&](int64_t begin, int64_t end) { table.packed_linear[dtype](args, begin, end); });
   return out;
 }

@@ -1,10 +1,10 @@
 // A linear layer whose weights are packed: panels of kPanel outputs, depth-major, which are read in
 // the order of memory. Torch-free; one copy per ISA.
 //
-// Input rows are copied into scratch whose rows are a constant apart, so that one register
-// addresses a tile and no two of its rows share a set of the cache. The sum of an output runs over
-// the depth in order, block by block, and the blocks are added up in order: it depends on nothing
-// but the depth.
+// A tile of kLinearRows rows and kLinearVecs vectors of outputs stays in registers over a block of
+// the depth; input is read an element at a time, broadcast. The sum of an output runs over a block
+// of the depth in order, and blocks are added up in order: what it is depends on nothing but the
+// depth, neither on threads nor on other rows.
 #pragma once
 
 #include "isa.h"
@@ -14,10 +14,10 @@
 namespace spot {
 namespace SPOT_ISA {
 
-constexpr int kLinearVecs = 2;                                // vectors of a tile's row
-constexpr int kLinearRows = kVectorBytes == 64 ? 14 : 6;      // of 32 or 16 registers
-constexpr int64_t kDepthBlock = 384;                          // most of a block
-constexpr int64_t kStagedRow = kDepthBlock + kVectorBytes / 4;  // elements between staged rows
+constexpr int kLinearVecs = 2;                                  // vectors of a tile's row
+constexpr int kLinearRows = kVectorBytes == 64 ? 14 : 6;        // of 32 or 16 registers
+constexpr int64_t kDepthBlock = 384;                            // at most
+constexpr int64_t kStagedRow = kDepthBlock + kVectorBytes / 4;  // between staged rows
 
 // f(std::integral_constant<int, n>) for the n in [1, kMost] at hand.
 template <int kMost, typename F>
@@ -35,7 +35,9 @@ struct Parts {
   int64_t start(int64_t part) const { return total * part / count; }
 };
 
-// sums [kM, kPanel] = left [kM, depth] panel [depth, kPanel], or more by that.
+// sums [kM, kPanel] = left [kM, depth] panel [depth, kPanel], or more by that. Meanwhile weights
+// that come next are fetched to second-level cache, `ahead_step` bytes further at each step; with
+// few rows the loop only waits for memory, and that would add to it.
 template <typename A, int kM>
 SPOT_NOINLINE void linear_tile(const A* left, int64_t left_row, const A* panel, int64_t depth,
                                bool more, A* sums, const char* ahead, int64_t ahead_step) {
@@ -66,7 +68,7 @@ SPOT_NOINLINE void linear_tile(const A* left, int64_t left_row, const A* panel, 
   }
 }
 
-// 2 x P(X <= x) - 1 by the hyperbolic tangent: the other form of GELU.
+// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): the other form of GELU.
 template <typename A>
 inline Vec<A> gelu_tanh(Vec<A> x) {
   const A twice = A(1.5957691216057308), cubic = A(0.044715);  // 2 sqrt(2 / pi)
@@ -78,6 +80,14 @@ template <typename T>
 struct LinearPanel {
   const PackedLinearArgs& args;
   int64_t first, columns;  // of the outputs
+
+  // Asks for the memory of `out`, which is then there when the sums are.
+  void fetch_out(int64_t row, int64_t rows) const {
+    const T* out = static_cast<const T*>(args.out) + row * args.out_features + first;
+    for (int64_t r = 0; r < rows; ++r, out += args.out_features)
+      for (int64_t i = 0; i < columns; i += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(out + i, 1, 3);
+  }
 
   // out = activation(sums + bias) + residual, of rows [row, row + rows).
   template <typename Act>
@@ -150,6 +160,7 @@ void packed_linear(const PackedLinearArgs& a, int64_t begin, int64_t end) {
     const int64_t left = a.out_features - first;
     const LinearPanel<T> panel{a, first, left < kPanel ? left : kPanel};
     const Parts tiles(rows, kLinearRows);
+    const int64_t step = kPanel * static_cast<int64_t>(sizeof(T)) / tiles.count;
     for (int64_t k = 0; k < depths.count; ++k) {
       const int64_t start = depths.start(k), depth = depths.start(k + 1) - start;
       const T* weights = static_cast<const T*>(a.packed) + first * a.in_features + start * kPanel;
@@ -162,11 +173,12 @@ void packed_linear(const PackedLinearArgs& a, int64_t begin, int64_t end) {
       }
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t r = tiles.start(t), count = tiles.start(t + 1) - r;
-        const int64_t next = depth * kPanel * static_cast<int64_t>(sizeof(T)), step = next / depth / tiles.count;
-        const char* ahead = reinterpret_cast<const char*>(weights) + next + t * step * depth;
+        const char* ahead =
+            reinterpret_cast<const char*>(weights + depth * kPanel) + t * depth * step;
         const T* input = static_cast<const T*>(a.input) + (row + r) * a.input_row + start;
         A* copy = staged + k * room + r * kStagedRow;
         A* at = depths.count > 1 ? sums + r * kPanel : sums;
+        if (k == depths.count - 1) panel.fetch_out(row + r, count);
         if (!direct && block != staged_block) stage_rows(input, a.input_row, count, depth, copy);
         const A* left = direct ? reinterpret_cast<const A*>(input) : copy;
         const int64_t left_row = direct ? a.input_row : kStagedRow;
@@ -189,7 +201,8 @@ void pack_linear(const PackLinearArgs& a, int64_t begin, int64_t end) {
     for (int64_t d = 0; d < a.in_features; ++d)
       for (int64_t c = 0; c < kPanel; ++c) {
         const int64_t o = panel * kPanel + c;
-        out[d * kPanel + c] = o < a.out_features ? weight[o * a.weight_row + d * a.weight_column] : T{};
+        out[d * kPanel + c] =
+            o < a.out_features ? weight[o * a.weight_row + d * a.weight_column] : T{};
       }
   }
 }
