@@ -29,8 +29,8 @@ def pack_linear(weight: Tensor) -> Tensor:
         weight: [out, in] float32, float64, float16 or bfloat16; any strides.
 
     Returns:
-        [ceil(out / 32), in, 32] contiguous: output `32 p + c` is `[p, :, c]`, and outputs from `out`
-        on are zero. A plain tensor, which can be saved. Not differentiable.
+        [ceil(out / 32), in, 32] contiguous: row `32 p + c` of the weight is `[p, :, c]`, and rows
+        from `out` on are zero. A plain tensor, which can be saved. Not differentiable.
 
     Raises:
         TypeError: `weight` is not a floating tensor.

@@ -35,19 +35,37 @@ struct Parts {
   int64_t start(int64_t part) const { return total * part / count; }
 };
 
-// sums [kM, kPanel] = left [kM, depth] panel [depth, kPanel], or more by that. Meanwhile weights
-// that come next are fetched to second-level cache, `ahead_step` bytes further at each step; with
-// few rows the loop only waits for memory, and that would add to it.
+// Rows of the input and a block of the depth of a panel, and what becomes of their product.
+template <typename A>
+struct LinearTile {
+  const A* left;  // [rows, depth]
+  int64_t left_row;
+  const A* right;  // [depth, kPanel]
+  int64_t depth;
+  A* sums;    // [rows, kPanel], of this block and of those before
+  bool more;  // whether there were any
+  A* out;     // [rows, kPanel] of the result, if the product is all but added to: instead of sums
+  int64_t out_row;
+  const A* bias;      // [kPanel], or null
+  const A* residual;  // [rows, kPanel], or null
+  int64_t residual_row;
+  const char* ahead;  // weights that come next, fetched to second-level cache step by step
+  int64_t ahead_step;
+};
+
 template <typename A, int kM>
-SPOT_NOINLINE void linear_tile(const A* left, int64_t left_row, const A* panel, int64_t depth,
-                               bool more, A* sums, const char* ahead, int64_t ahead_step) {
+SPOT_NOINLINE void linear_tile(const LinearTile<A>& t) {
   constexpr int kL = kLanes<A>;
+  const int64_t left_row = t.left_row;
+  const char* ahead = t.ahead;
   for (int64_t c = 0; c < kPanel; c += kLinearVecs * kL) {
     Vec<A> sum[kM][kLinearVecs] = {};
-    const A *a0 = left, *a5 = left + 5 * left_row, *a10 = left + 10 * left_row, *b = panel + c;
-    for (int64_t d = 0; d < depth; ++d, ++a0, ++a5, ++a10, b += kPanel) {
+    // Three bases, from which two multiples of the distance and their halves reach every row.
+    const A *a0 = t.left, *a5 = a0 + 5 * left_row, *a10 = a5 + 5 * left_row, *b = t.right + c;
+    for (int64_t d = 0; d < t.depth; ++d, ++a0, ++a5, ++a10, b += kPanel) {
+      // With few rows the loop waits for memory as it is.
       if constexpr (kM > 3) __builtin_prefetch(ahead, 0, 2);
-      ahead += ahead_step;
+      ahead += t.ahead_step;
       Vec<A> right[kLinearVecs];
 #pragma GCC unroll 2
       for (int j = 0; j < kLinearVecs; ++j) right[j] = vec_load(b + j * kL);
@@ -62,8 +80,16 @@ SPOT_NOINLINE void linear_tile(const A* left, int64_t left_row, const A* panel, 
     for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < kLinearVecs; ++j) {
-        A* at = sums + i * kPanel + c + j * kL;
-        vec_store(at, more ? vec_load(at) + sum[i][j] : sum[i][j]);
+        const int64_t column = c + j * kL;
+        A* at = t.sums + i * kPanel + column;
+        Vec<A> y = sum[i][j];
+        if (t.more) y += vec_load(at);
+        if (t.out) {
+          if (t.bias) y += vec_load(t.bias + column);
+          if (t.residual) y += vec_load(t.residual + i * t.residual_row + column);
+          at = t.out + i * t.out_row + column;
+        }
+        vec_store(at, y);
       }
   }
 }
@@ -75,44 +101,59 @@ inline Vec<A> gelu_tanh(Vec<A> x) {
   return x * vec_sigmoid<A>(twice * x * (A(1) + cubic * x * x));
 }
 
-// What one work item reads and writes.
+// What becomes of the sums of a panel.
 template <typename T>
 struct LinearPanel {
+  using A = Acc<T>;
   const PackedLinearArgs& args;
   int64_t first, columns;  // of the outputs
 
-  // Asks for the memory of `out`, which is then there when the sums are.
+  T* out(int64_t row) const { return static_cast<T*>(args.out) + row * args.out_features + first; }
+  const T* bias() const { return args.bias ? static_cast<const T*>(args.bias) + first : nullptr; }
+  const T* residual(int64_t row) const {
+    if (!args.residual) return nullptr;
+    return static_cast<const T*>(args.residual) + row * args.residual_row + first;
+  }
+
+  // Whether a tile may write results itself.
+  bool plain() const {
+    return std::is_same_v<T, A> && args.activation == kNoActivation && columns == kPanel;
+  }
+  void set_results(LinearTile<A>& tile, int64_t row) const {
+    if constexpr (std::is_same_v<T, A>) {
+      tile.out = out(row);
+      tile.out_row = args.out_features;
+      tile.bias = bias();
+      tile.residual = residual(row);
+      tile.residual_row = args.residual_row;
+    }
+  }
+
+  // Asks for the memory of results, which is then there when they are.
   void fetch_out(int64_t row, int64_t rows) const {
-    const T* out = static_cast<const T*>(args.out) + row * args.out_features + first;
-    for (int64_t r = 0; r < rows; ++r, out += args.out_features)
+    const T* to = out(row);
+    for (int64_t r = 0; r < rows; ++r, to += args.out_features)
       for (int64_t i = 0; i < columns; i += 64 / static_cast<int64_t>(sizeof(T)))
-        __builtin_prefetch(out + i, 1, 3);
+        __builtin_prefetch(to + i, 1, 3);
   }
 
   // out = activation(sums + bias) + residual, of rows [row, row + rows).
   template <typename Act>
-  SPOT_NOINLINE void finish(const Acc<T>* sums, int64_t row, int64_t rows, Act activation) const {
-    using A = Acc<T>;
-    const T* bias = args.bias ? static_cast<const T*>(args.bias) + first : nullptr;
-    T* out = static_cast<T*>(args.out) + row * args.out_features + first;
-    const T* residual = static_cast<const T*>(args.residual);
-    if (residual) residual += row * args.residual_row + first;
-    for (int64_t r = 0; r < rows; ++r) {
+  SPOT_NOINLINE void finish(const A* sums, int64_t row, int64_t rows, Act activation) const {
+    const T* shift = bias();
+    for (int64_t r = row; r < row + rows; ++r, sums += kPanel) {
+      T* to = out(r);
+      const T* added = residual(r);
       for_vectors<A>(columns, [&](int64_t i, auto count) {
         Vec<A> y = vec_load(sums + i);
-        if (bias) y += load_lanes(bias + i, count);
+        if (shift) y += load_lanes(shift + i, count);
         y = activation(y);
-        if (residual) y += load_lanes(residual + i, count);
-        store_lanes(out + i, count, y);
+        if (added) y += load_lanes(added + i, count);
+        store_lanes(to + i, count, y);
       });
-      sums += kPanel;
-      out += args.out_features;
-      if (residual) residual += args.residual_row;
     }
   }
-
-  void finish(const Acc<T>* sums, int64_t row, int64_t rows) const {
-    using A = Acc<T>;
+  void finish(const A* sums, int64_t row, int64_t rows) const {
     switch (args.activation) {
       case kGelu: return finish(sums, row, rows, [](Vec<A> x) { return gelu<A>(x); });
       case kGeluTanh: return finish(sums, row, rows, [](Vec<A> x) { return gelu_tanh<A>(x); });
@@ -173,19 +214,28 @@ void packed_linear(const PackedLinearArgs& a, int64_t begin, int64_t end) {
       }
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t r = tiles.start(t), count = tiles.start(t + 1) - r;
-        const char* ahead =
-            reinterpret_cast<const char*>(weights + depth * kPanel) + t * depth * step;
+        const bool last = k == depths.count - 1;
         const T* input = static_cast<const T*>(a.input) + (row + r) * a.input_row + start;
-        A* copy = staged + k * room + r * kStagedRow;
-        A* at = depths.count > 1 ? sums + r * kPanel : sums;
-        if (k == depths.count - 1) panel.fetch_out(row + r, count);
-        if (!direct && block != staged_block) stage_rows(input, a.input_row, count, depth, copy);
-        const A* left = direct ? reinterpret_cast<const A*>(input) : copy;
-        const int64_t left_row = direct ? a.input_row : kStagedRow;
-        with_rows<kLinearRows>(count, [&](auto m) {
-          linear_tile<A, m.value>(left, left_row, right, depth, k > 0, at, ahead, step);
-        });
-        if (k == depths.count - 1) panel.finish(at, row + r, count);
+        LinearTile<A> tile{};
+        if (direct) {
+          tile.left = reinterpret_cast<const A*>(input);
+          tile.left_row = a.input_row;
+        } else {
+          A* copy = staged + k * room + r * kStagedRow;
+          if (block != staged_block) stage_rows(input, a.input_row, count, depth, copy);
+          tile.left = copy;
+          tile.left_row = kStagedRow;
+        }
+        tile.right = right;
+        tile.depth = depth;
+        tile.sums = depths.count > 1 ? sums + r * kPanel : sums;
+        tile.more = k > 0;
+        tile.ahead = reinterpret_cast<const char*>(weights + depth * kPanel) + t * depth * step;
+        tile.ahead_step = step;
+        if (last) panel.fetch_out(row + r, count);
+        if (last && panel.plain()) panel.set_results(tile, row + r);
+        with_rows<kLinearRows>(count, [&](auto m) { linear_tile<A, m.value>(tile); });
+        if (last && !panel.plain()) panel.finish(tile.sums, row + r, count);
       }
     }
     staged_block = block;

@@ -99,9 +99,9 @@ _LINEARS = (
     Linear("two blocks of the depth", (1, 17), inputs=385, outputs=33, residual=True),
     Linear("three blocks of the depth", (3,), inputs=1000, activation="gelu"),
     Linear("rows that share sets of the cache", (1, 31), inputs=1024),
-    Linear("those of every dtype", (29,), inputs=4096, residual=True),
+    Linear("rows that share them in every dtype", (29,), inputs=4096, residual=True),
     Linear("several blocks of rows", (2, 70), inputs=500, outputs=70, residual=True),
-    Linear("every number of rows in a tile", (13,), outputs=96, activation="gelu_tanh"),
+    Linear("one tile", (13,), outputs=96, activation="gelu_tanh"),
     Linear("ViT", (1, 197), 384, 384, residual=True),
     Linear("twelve images", (12, 41), 192, 200, residual=True, activation="gelu"),
     *(
@@ -208,5 +208,5 @@ OPS = (
        public=spot_ext.pack_linear, once_only=_REFUSED, large="ViT"),
     Op("packed_linear", spot_ext.packed_linear_reference, samples(_LINEARS), _linear_errors(),
        _linear_flops, exact=False, public=spot_ext.packed_linear, once_only=_REFUSED,
-       weights=(1, 3), roundings=3, large="twelve images"),
+       weights=(1, 3), large="twelve images"),
 )  # fmt: skip
