@@ -60,7 +60,7 @@ SPOT_NOINLINE void linear_tile(const LinearTile<A>& t) {
   const char* ahead = t.ahead;
   for (int64_t c = 0; c < kPanel; c += kLinearVecs * kL) {
     Vec<A> sum[kM][kLinearVecs] = {};
-    // Three bases, from which two multiples of the distance and their halves reach every row.
+    // Three bases: few registers then reach every row, as an address may scale one.
     const A *a0 = t.left, *a5 = a0 + 5 * left_row, *a10 = a5 + 5 * left_row, *b = t.right + c;
     for (int64_t d = 0; d < t.depth; ++d, ++a0, ++a5, ++a10, b += kPanel) {
       // With few rows the loop waits for memory as it is.
