@@ -97,4 +97,12 @@ STABLE_TORCH_LIBRARY(spot, m) {
       "Tensor index, Tensor? keep, Tensor out, Tensor stats, Tensor lse, float? scale=None, "
       "SymInt num_prefix=1, bool class_token=True, bool keep_grad=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+
+  // weight [out, in] -> panels [ceil(out / 32), in, 32], padded with zeros
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  // input [..., in], packed [ceil(out / 32), in, 32], bias [out], residual and result [..., out];
+  // activation "none", "gelu" or "gelu_tanh"; the residual is added last
+  m.def(
+      "packed_linear(Tensor input, Tensor packed, SymInt out_features, Tensor? bias=None, "
+      "Tensor? residual=None, str activation='none') -> Tensor");
 }

@@ -1,4 +1,4 @@
-"""SPOT's operators: compaction, relevance, attention with statistics, sparse attention.
+"""SPOT's operators: compaction, relevance, attention (statistics, sparse), packed linear layers.
 
 Importing this package registers `torch.ops.spot.*`, for CPU and CUDA, with autograd. Functions take
 and return torch tensors; each module holds one slice: public functions, `*_reference` definitions
@@ -30,6 +30,12 @@ from spot_ext.connectivity import (  # noqa: E402
     predict_connectivity,
     predict_connectivity_reference,
 )
+from spot_ext.packed_linear import (  # noqa: E402
+    pack_linear,
+    pack_linear_reference,
+    packed_linear,
+    packed_linear_reference,
+)
 from spot_ext.relevance import token_relevance, token_relevance_reference  # noqa: E402
 from spot_ext.sparse_attention import (  # noqa: E402
     sparse_attention,
@@ -48,6 +54,10 @@ __all__ = [
     "fuse_tokens",
     "fuse_tokens_reference",
     "library_path",
+    "pack_linear",
+    "pack_linear_reference",
+    "packed_linear",
+    "packed_linear_reference",
     "predict_connectivity",
     "predict_connectivity_reference",
     "scatter_tokens",

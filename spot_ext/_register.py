@@ -36,6 +36,17 @@ def fake(op: str) -> Callable[[F], F]:
     return register
 
 
+def cuda(op: str) -> Callable[[F], F]:
+    """Registers the decorated function as the kernel for CUDA of an op that has none in C++."""
+
+    def register(function: F) -> F:
+        if _LIBRARY is not None and not _has(op, "CUDA"):
+            _LIBRARY.impl(op, function, "CUDA")
+        return function
+
+    return register
+
+
 def autograd(op: str, setup: Callable[..., None] | None = None) -> Callable[[F], F]:
     """Registers the decorated function as the backward formula, which has a place for each input.
 

@@ -183,4 +183,28 @@ struct SumArgs {
   bool wide;
 };
 
+constexpr int64_t kPanel = 32;  // outputs of a panel of packed weights, for any instruction set
+
+struct PackLinearArgs {
+  const void* weight;  // [out, in], any strides
+  int64_t weight_row, weight_column;
+  int64_t in_features, out_features;
+  void* out;  // [panels, in, kPanel], dense
+};
+
+enum Activation : int { kNoActivation = 0, kGelu, kGeluTanh };
+
+struct PackedLinearArgs {
+  const void* input;  // [rows, in], last dimension dense
+  int64_t input_row;
+  const void* packed;    // [panels, in, kPanel], dense
+  const void* bias;      // [out], dense, or null
+  const void* residual;  // [rows, out], last dimension dense; or null
+  int64_t residual_row;
+  int64_t rows, in_features, out_features;
+  int64_t block_rows;  // most rows of a block; work items are the panels of all blocks
+  Activation activation;
+  void* out;  // [rows, out], dense
+};
+
 }  // namespace spot

@@ -33,6 +33,9 @@ struct KernelTable {
   bool (*sparse_attention_backward[4])(const SparseGradArgs&, int64_t begin, int64_t end);
   // Blocks of rows [begin, end) of all heads of all images.
   void (*connectivity[4])(const ConnectivityArgs&, int64_t begin, int64_t end);
+  // Panels [begin, end); of all blocks of rows, counted together.
+  void (*pack_linear[4])(const PackLinearArgs&, int64_t begin, int64_t end);
+  void (*packed_linear[4])(const PackedLinearArgs&, int64_t begin, int64_t end);
   // Spans [begin, end) of all images.
   void (*normalize[4])(const NormArgs&, int64_t begin, int64_t end);
   void (*normalize_backward[4])(const NormArgs&, int64_t begin, int64_t end);

@@ -5,6 +5,7 @@
 #include "attention_stats_backward.h"
 #include "compact.h"
 #include "connectivity.h"
+#include "packed_linear.h"
 #include "relevance.h"
 #include "sparse_attention.h"
 #include "sparse_attention_backward.h"
@@ -31,6 +32,8 @@ const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
     SPOT_PER_DTYPE(sparse_attention_columns),
     SPOT_PER_DTYPE(sparse_attention_backward),
     SPOT_PER_DTYPE(connectivity),
+    SPOT_PER_DTYPE(pack_linear),
+    SPOT_PER_DTYPE(packed_linear),
     SPOT_PER_DTYPE(normalize),
     SPOT_PER_DTYPE(normalize_backward),
     SPOT_PER_DTYPE(remap),

@@ -9,6 +9,7 @@ from benchmarks import (
     attention_stats,
     compact,
     connectivity,
+    packed_linear,
     relevance,
     sparse_attention,
     sparsifiner,
@@ -34,6 +35,15 @@ def test_the_sides_of_a_case_do_the_same() -> None:
     for side in (scored.forward, scored.training):
         ours, eager = side(relevance.token_relevance)(0), side(relevance.eager)(0)
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", packed_linear.LAYERS)
+def test_sides_of_a_layer_do_the_same(name: str) -> None:
+    layer = packed_linear.Layer(name, 5, "cpu")
+    for block in (0, 13):
+        plain = layer.plain()(block)
+        torch.testing.assert_close(layer.ours()(block), plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.fused()(block), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_sparse_sides_do_the_same() -> None:

@@ -35,6 +35,8 @@ CALLS = {
     "connectivity": "s.connectivity(torch.rand(2, 2, 5, 3), torch.rand(3, 6), 4)",
     "predict_connectivity": "s.predict_connectivity(torch.rand(2, 5, 2, 4), "
     "torch.rand(2, 6, 2, 4), *[torch.rand(6, 3)] * 2, 4)",
+    "pack_linear": "s.pack_linear(torch.rand(5, 3))",
+    "packed_linear": "s.packed_linear(torch.rand(2, 3), torch.rand(1, 3, 32), 5)",
     "sparse_attention": "s.sparse_attention(*[torch.rand(2, 6, 2, 4)] * 3, "
     "torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6))",
     "token_relevance": "s.token_relevance(None, torch.rand(2, 5, 3), *[None] * 5, "

@@ -269,8 +269,9 @@ def test_the_page_has_the_most_of_each_op() -> None:
 
 def test_sample_has_every_op_with_a_kernel() -> None:
     """Backward ops too; and each of them calls what its file registers."""
-    assert sorted(SLICES) == cuda_ops()
-    for name, ops in SLICES.items():
+    assert sorted(set(SLICES) - {"packed_linear"}) == cuda_ops()  # whose definition runs there
+    for name in cuda_ops():
+        ops = SLICES[name]
         kernels = (ROOT / f"csrc/cuda/{name}.cu").read_text()
         assert {op.name for op in ops} == set(re.findall(r'm\.impl\("(\w+)"', kernels))
         assert all(len(op.gpu) >= 4 for op in ops)

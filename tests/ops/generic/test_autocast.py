@@ -24,6 +24,7 @@ def _cast_by_hand(op: Op, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[An
         "connectivity": (0, 1),
         "predict_connectivity": tuple(range(8)),
         "sparse_attention": (0, 1, 2),
+        "packed_linear": (0, 1, 3, 4),
     }.get(op.name, ())
     assert places or op.exact or op.name.endswith("_backward")
     return tuple(
