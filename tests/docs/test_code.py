@@ -22,7 +22,6 @@ from spot_vit.cli import train as train_command
 from spot_vit.cli.main import parser
 from spot_vit.config.recipe_files import shipped
 from spot_vit.measure import budget
-from spot_vit.utils.modes import unwrap
 from support.published import random_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,11 +58,11 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def offline(name: str, pretrained: bool = False, **arguments: Any) -> Any:
         return create(name, **arguments)
 
-    def milliseconds(model: Any, images: Any) -> float:
-        return 40.0 * unwrap(model).spot_config.keep
+    def latencies(at: Any, ratios: list[float], images: Any) -> list[list[float]]:
+        return [[40.0 * ratio] for ratio in ratios]
 
     monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr(budget, "median_latency", milliseconds)
+    monkeypatch.setattr(budget, "latencies", latencies)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,12 @@ from torch import Tensor
 
 from spot_vit.config.fields import is_number, is_whole, plain
 from spot_vit.measure.flops import count_flops, image_size
+from spot_vit.measure.staircase import STEPS, largest_within, printed
 from spot_vit.utils.modes import eval_mode
 from spot_vit.utils.sizes import input_size
 from spot_vit.utils.timing import take_turns
 
-GMACS_STEPS = 1000  # ratios tried are multiples of 1/1000
-LATENCY_STEPS = 100  # finer steps drown in the noise
-ROUNDS, WARMUP = 9, 2
+ROUNDS, WARMUP = 5, 1  # passes of each ratio whenever it is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,20 @@ class Budget:
 def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
     """The largest ρ at which a SPOT model stays within the budget; the model is left as it was.
 
-    A budget that the dense model does not exceed gives 1.
+    A budget that the dense model does not exceed gives 1. So does one of `latency_ms` that it
+    exceeds by no more than measurements scatter where pruning slows the model down; a
+    `RuntimeWarning` says so, with both times.
 
     Args:
         model: a SPOT model; the blocks where it decides and its method stay as they are.
         budget: fields of `Budget`.
 
     Returns:
-        ρ as `SpotConfig.keep` takes it: an exact multiple of 1/1000 for `gmacs`, of 1/100 for
-        `latency_ms`. At least one patch survives the last stage.
+        ρ as `SpotConfig.keep` takes it: an exact multiple of 1/1000. At least one patch survives
+        the last stage.
 
     Raises:
-        ValueError: a malformed budget, or one below what the smallest ratio costs, which is named.
+        ValueError: a malformed budget, or one that no ratio meets; the range is named.
     """
     wanted = Budget.from_mapping(budget)
     channels, height, width = wanted.input_size or input_size(model)
@@ -100,7 +102,7 @@ def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
             return largest_ratio(
                 lambda ratio: count_flops(at(ratio), size).total / 1e9,
                 wanted.gmacs,
-                steps=GMACS_STEPS,
+                steps=STEPS,
                 least=least,
                 unit="GMACs",
             )
@@ -110,12 +112,12 @@ def solve_keep(model: Any, budget: Mapping[str, Any]) -> float:
             raise ValueError("a budget of latency_ms needs a model with weights, not a meta device")
         images = torch.randn(wanted.batch, *size, device=parameter.device, dtype=parameter.dtype)
         with _threads(wanted.threads):
-            return largest_ratio(
-                lambda ratio: median_latency(at(ratio), images),
+            return largest_within(
+                lambda ratios: latencies(at, ratios, images),
                 wanted.latency_ms,
-                steps=LATENCY_STEPS,
                 least=least,
-                unit="ms",
+                tokens=lambda ratio: _tokens(at(ratio), size),
+                where=f" (batch {wanted.batch}, {height}x{width} pixels, {_device(images)})",
             )
     finally:
         model._configure(config)
@@ -153,7 +155,7 @@ def largest_ratio(
     if target < cheapest:
         raise ValueError(
             f"a budget of {target:g} {unit} is out of reach: keep from {low / steps:g} to 1 costs "
-            f"{_outwards(cheapest, up=True)} to {_outwards(dense, up=False)} {unit}"
+            f"{printed(cheapest, up=True)} to {printed(dense, up=False)} {unit}"
         )
     while high - low > 1:  # low is within the target, high is not
         middle = (low + high) // 2
@@ -164,35 +166,54 @@ def largest_ratio(
     return low / steps
 
 
-def _outwards(value: float, up: bool) -> str:
-    """Three digits, rounded so that the printed bound can itself be reached."""
-    scale = 10 ** (2 - math.floor(math.log10(value))) if value > 0 else 1
-    return f"{(math.ceil if up else math.floor)(value * scale) / scale:g}"
-
-
 def _smallest_ratio(patches: int, stages: int) -> Fraction:
     """The least multiple of 1/1000 that leaves one of `patches` after the last stage."""
-    for step in range(1, GMACS_STEPS):
-        ratio = Fraction(step, GMACS_STEPS)
+    for step in range(1, STEPS):
+        ratio = Fraction(step, STEPS)
         if patches * ratio**stages >= 1:
             return ratio
     return Fraction(1)
 
 
 @torch.inference_mode()
-def median_latency(model: Any, images: Tensor, rounds: int = ROUNDS) -> float:
-    """Median milliseconds of a forward pass in eval mode.
+def latencies(
+    at: Callable[[float], Any], ratios: Sequence[float], images: Tensor
+) -> list[list[float]]:
+    """Milliseconds of forward passes in eval mode, the ratios taking turns.
 
     Args:
-        model: any model.
+        at: gives the model set to a ratio; it is one model, and set outside of what is timed.
+        ratios: which to time.
         images: [B, C, H, W] on the model's device.
-        rounds: timed passes, after a few untimed ones.
+
+    Returns:
+        Samples for each ratio, after a few untimed passes.
     """
-    with eval_mode(model):
-        times = take_turns(
-            {"model": lambda _: model(images)}, images.device, rounds=rounds, warmup=WARMUP
-        )
-    return times["model"].median_ms
+    samples: list[list[float]] = [[] for _ in ratios]
+    for passed in range(WARMUP + ROUNDS):
+        for ratio, times in zip(ratios, samples, strict=True):
+            side = partial(_forward, at(ratio), images)
+            with eval_mode(side.args[0]):
+                found = take_turns({"model": side}, images.device, rounds=1, warmup=0)
+            if passed >= WARMUP:
+                times += [1e3 * seconds for seconds in found["model"].wall]
+    return samples
+
+
+def _forward(model: Any, images: Tensor, _: int) -> Any:
+    return model(images)
+
+
+def _tokens(model: Any, size: tuple[int, int, int]) -> tuple[int, ...]:
+    """Tokens that attend in each layer."""
+    return tuple(layer.tokens for layer in count_flops(model, size).layers)
+
+
+def _device(images: Tensor) -> str:
+    threads = torch.get_num_threads()
+    if images.device.type != "cpu":
+        return str(images.device)
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 @contextmanager
