@@ -16,6 +16,7 @@ import pytest
 import spot_vit
 import timm
 import torch
+from spot_vit.cli import bench as bench_command
 from spot_vit.cli import eval as eval_command
 from spot_vit.cli import export as export_command
 from spot_vit.cli import train as train_command
@@ -111,6 +112,8 @@ def check(arguments: argparse.Namespace) -> None:
         eval_command.settings_of(arguments)
     elif arguments.run is export_command.run:
         export_command.settings_of(arguments)
+    elif arguments.run is bench_command.run:
+        bench_command.settings_of(arguments)
 
 
 @pytest.mark.parametrize("path", pages("bash"))

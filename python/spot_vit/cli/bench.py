@@ -1,4 +1,4 @@
-"""`spot bench`: measurements of this machine."""
+"""`spot bench`: a model's speed in every runtime; where sparse attention pays on this machine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,126 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spot_vit.config.bench import GROUPS, BenchSettings
+from spot_vit.config.fields import problem_lines
+from spot_vit.config.flags import Formatter, add_flags, keep_rest, read_flags
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.folders import prepare_file
 from spot_vit.utils.tables import format_table
 
+SHORT = {"batch_size": ("-b",), "output": ("-o",)}
+"""Further flags of a field."""
+
+ELSEWHERE = {
+    "--model": "say MODEL without a flag",
+    "--checkpoint": "say MODEL without a flag",
+    "--input-size": "say --img-size",
+    "--amp": "say --dtype bfloat16",
+    "--torchcompile": "say --runtimes compiled",
+    "--compile": "say --runtimes compiled",
+}
+"""What to say of flags that are known elsewhere."""
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `spot`."""
-    parser = commands.add_parser("bench", help="measurements of this machine")
-    benches = parser.add_subparsers(required=True, metavar="what")
-    crossover = benches.add_parser(
-        "crossover",
-        help="where sparse attention beats dense attention with a mask (a minute)",
+    text = "a model's speed in every runtime, dense beside sparse"
+    parser = commands.add_parser(
+        "bench",
+        help=text,
+        description=f"{text}, in turns. MODEL: {BenchSettings.rules()['model'][1].text}. "
+        "`spot bench crossover` measures where sparse attention beats dense attention with a mask.",
+        usage="spot bench MODEL [flags]\n       spot bench crossover [flags]",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    add_flags(parser, GROUPS, SHORT)
+    keep_rest(parser, ELSEWHERE)
+    parser.set_defaults(run=run, print_help=parser.print_help)
+    _dispatch(parser, _crossover_parser())
+
+
+def _dispatch(parser: argparse.ArgumentParser, crossover: argparse.ArgumentParser) -> None:
+    """Has `crossover` parse what comes behind that word."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(
+        words: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if words and words[0] == "crossover":
+            return crossover.parse_known_args(words[1:], namespace)
+        return parse(words, namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+
+
+def settings_of(arguments: argparse.Namespace) -> BenchSettings:
+    """The settings of a command line.
+
+    Raises:
+        ValueError: with a line for everything that is wrong.
+    """
+    given = dict(vars(arguments))
+    words, problems = list(given["words"]), list(given["problems"])
+    values, more = read_flags(BenchSettings, given, positional=None if words else "model")
+    problems += more
+    if len(words) > 1:
+        problems.append(f"expected one MODEL, got {', '.join(words)}")
+    if words:
+        values["model"] = words[0]
+    settings = None
+    try:
+        settings = BenchSettings(**values)
+    except ValueError as error:
+        problems += problem_lines(error)
+    if settings is None or problems:
+        head = [f"{len(problems)} problems"] if len(problems) > 1 else []
+        raise ValueError("\n  ".join(head + problems))
+    return settings
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Times a model and prints the tables; help where nothing is given.
+
+    Returns:
+        3 where the machine was too busy for ratios, 2 where a setting is wrong, 1 without a
+        package.
+    """
+    given = set(vars(arguments)) & {"words", "problems", *BenchSettings.names()}
+    if not any(getattr(arguments, name) for name in given):
+        arguments.print_help()
+        return 0
+    try:
+        settings = settings_of(arguments)
+    except ValueError as error:
+        print(f"spot bench: {error}", file=sys.stderr)
+        return 2
+    try:
+        from spot_vit.bench.report import describe
+        from spot_vit.bench.run import bench, contended
+        from spot_vit.utils.timing import keep_memory
+
+        keep_memory()
+        result = bench(settings, say=lambda text: print(text, file=sys.stderr))
+    except ImportError as error:
+        hint = "; pip install 'spot-vit[train]'" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"spot bench: {error}{hint}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"spot bench: {error}", file=sys.stderr)
+        return 2
+    files = ", ".join(filter(None, (settings.output, result["picture"])))
+    print(f"\n{describe(result)}\n\n{result['seconds']:.0f} seconds; written: {files}")
+    return 3 if contended(result) else 0
+
+
+# ---- crossover -----------------------------------------------------------------------------------
+
+
+def _crossover_parser() -> argparse.ArgumentParser:
+    crossover = argparse.ArgumentParser(
+        prog="spot bench crossover",
+        description="where sparse attention beats dense attention with a mask (a minute)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     crossover.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -38,10 +146,11 @@ def add_parser(commands: Any) -> None:
         default=Path("crossover.json"),
         help="JSON to write; the environment variable SPOT_CROSSOVER may name it later",
     )
-    crossover.set_defaults(run=run)
+    crossover.set_defaults(run=run_crossover)
+    return crossover
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_crossover(arguments: argparse.Namespace) -> int:
     """Measures the whole table, keeps it for this machine, prints it and writes it as JSON.
 
     Returns:

@@ -1,0 +1,1 @@
+"""What `spot bench MODEL` does: one model in every runtime, dense beside sparse, in turns."""
