@@ -43,6 +43,8 @@ RESULT: dict[str, Any] = {
     "layers": [
         {
             "batch": 8,
+            "contended": None,
+            "attempts": 1,
             "model": "keep 0.7",
             "runtimes": {
                 name: [
@@ -84,7 +86,14 @@ def test_a_busy_machine_leaves_ratios_out() -> None:
     for one in batch["rows"]:
         one["speedup"] = one["share_of_peak"] = one["memory_bytes"] = one["tokens"] = None
         one["graphs"] = one["recompilations"] = None
+    layers = busy["layers"][0]
+    layers["contended"] = "busy there too"
+    for part in layers["runtimes"]["fast"]:
+        part["share"] = None
     text = describe(busy)
+    assert "no ratios: the machine was busy: busy there too" in text
+    (whole,) = (line.split() for line in text.splitlines() if line.startswith("whole model"))
+    assert whole[2:] == ["0.400", "20.00", "100.0%", "160.0", "20.00", "160.0"]
     assert "no ratios: the machine was busy: other processes used 1.50 CPUs" in text
     (line,) = (line for line in text.splitlines() if line.startswith("eager, dense"))
     assert line.split()[2:] == ["4.6", "100", "90", "120", "10.0", "46.0"]

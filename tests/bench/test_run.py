@@ -100,7 +100,11 @@ def test_bfloat16() -> None:
 
 def test_a_busy_machine_gets_no_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timed, "contention", lambda *args: "others work")
-    found = bench(settings(runtimes=("eager",)))
+    found = bench(settings(runtimes=("eager",), layers=True))
+    (layers,) = found["layers"]
+    assert layers["contended"] == "others work"
+    assert {part["share"] for part in layers["runtimes"]["eager"]} == {None}
+    assert contended({"batches": [], "layers": [layers]})
     assert contended(found) and found["batches"][0]["contended"] == "others work"
     for row in found["batches"][0]["rows"]:
         assert row["speedup"] is None and row["share_of_peak"] is None and row["median_ms"] > 0

@@ -24,12 +24,11 @@ def describe(result: Mapping[str, Any]) -> str:
     parts = ["\n".join(head)]
     for batch in result["batches"]:
         parts.append(f"batch {batch['batch']}\n{_table(batch)}")
-        if batch["contended"]:
-            parts.append(f"no ratios: the machine was busy: {batch['contended']}")
-    parts += [
-        f"{layers['model']}, layer by layer, batch {layers['batch']}\n{_layers(layers)}"
-        for layers in result["layers"]
-    ]
+        parts += _remark(batch)
+    for layers in result["layers"]:
+        title = f"{layers['model']}, layer by layer, batch {layers['batch']}"
+        parts.append(f"{title}\n{_layers(layers)}")
+        parts += _remark(layers)
     parts.append(
         "speedup: time of the dense model in eager mode by this one's; of peak: GMAC/s by the "
         "machine's;\nMB: what a pass takes at most, besides weights; graphs: compiled by the first "
@@ -39,6 +38,12 @@ def describe(result: Mapping[str, Any]) -> str:
         lines = (f"  {name}: {reason}" for name, reason in result["absent"].items())
         parts.append("not there:\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _remark(measured: Mapping[str, Any]) -> list[str]:
+    """Why nothing is compared, where that is so."""
+    reason = measured["contended"]
+    return [] if reason is None else [f"no ratios: the machine was busy: {reason}"]
 
 
 def _table(batch: Mapping[str, Any]) -> str:
@@ -99,7 +104,9 @@ def _layer_row(
             cells.append(f"{macs:.3f}")
         ms = sum(part["ms"] for part in parts)
         rate = layers["batch"] * macs / (ms / 1e3) if ms else 0.0
-        cells += [f"{ms:.2f}", f"{sum(part['share'] for part in parts):.1%}", f"{rate:.1f}"]
+        shares = [part["share"] for part in parts]
+        share = "" if None in shares else f"{sum(shares):.1%}"
+        cells += [f"{ms:.2f}", share, f"{rate:.1f}"]
     return cells
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +17,7 @@ from spot_vit.bench.layers import layer_times
 from spot_vit.bench.lines import BASELINE, Line, first_line, lines
 from spot_vit.bench.picture import save_picture
 from spot_vit.bench.runtimes import absent
-from spot_vit.bench.timed import timed
+from spot_vit.bench.timed import in_quiet, timed
 from spot_vit.bench.variants import Variant, variants
 from spot_vit.config.bench import RUNTIMES, BenchSettings
 from spot_vit.config.fields import listed
@@ -57,7 +59,7 @@ def bench(settings: BenchSettings, say: Callable[[str], Any] = lambda text: None
             batches.append(_batch(prepared, images, settings, peak, missing, say))
             if settings.layers:
                 say(f"layers, batch {batch}")
-                layers.append(_layers(models[1], images, "fast" in chosen))
+                layers.append(_layers(models[1], images, "fast" in chosen, settings.patience))
     result: dict[str, Any] = {
         "settings": settings.to_dict(),
         "machine": facts(settings.device),
@@ -81,8 +83,8 @@ def bench(settings: BenchSettings, say: Callable[[str], Any] = lambda text: None
 
 
 def contended(result: dict[str, Any]) -> bool:
-    """Whether the machine was too busy for ratios, at any batch size."""
-    return any(batch["contended"] for batch in result["batches"])
+    """Whether the machine was too busy for ratios at any time."""
+    return any(batch["contended"] for batch in (*result["batches"], *result["layers"]))
 
 
 def _checked(settings: BenchSettings) -> tuple[dict[str, str], list[str]]:
@@ -168,13 +170,19 @@ def _row(
     }
 
 
-def _layers(variant: Variant, images: Tensor, with_fast: bool) -> dict[str, Any]:
+def _layers(variant: Variant, images: Tensor, with_fast: bool, patience: float) -> dict[str, Any]:
     """Where the time of a model goes, in eager mode and fast."""
     models = {"eager": variant.copied()}
     if with_fast:
         models["fast"] = fast(variant.copied(), images.dtype)
+    found, reason, attempts = in_quiet(partial(layer_times, models, images), "cpu", patience)
+    if reason is not None:
+        for part in itertools.chain(*found.values()):
+            part["share"] = None
     return {
         "batch": len(images),
+        "contended": reason,
+        "attempts": attempts,
         "model": variant.label,
-        "runtimes": layer_times(models, images),
+        "runtimes": found,
     }

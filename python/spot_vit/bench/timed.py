@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from spot_vit.utils.machine import Clock, contention, others, wait_for_quiet
 from spot_vit.utils.timing import TURN, TURN_SECONDS, Side, Times, take_turns
+
+T = TypeVar("T")
 
 CALLS = 20  # timed calls of each side, at least
 
@@ -46,19 +49,38 @@ def timed(
     tried = take_turns(sides, device, rounds=1, warmup=1)
     slowest = max(one.wall[0] for one in tried.values())
     turn = min(TURN, max(1, int(TURN_SECONDS / slowest)))
-    rounds, attempts = math.ceil(CALLS / turn), 0
+    rounds = math.ceil(CALLS / turn)
+
+    def measure() -> dict[str, Times]:
+        with tqdm(total=rounds, desc=name, unit="round", leave=False) as bar:
+            return take_turns(
+                sides, device, rounds=rounds, seconds=seconds, warmup=0, turn=turn,
+                after_round=bar.update,
+            )  # fmt: skip
+
+    return Timed(*in_quiet(measure, device, patience))
+
+
+def in_quiet(measure: Callable[[], T], device: str, patience: float) -> tuple[T, str | None, int]:
+    """Measures, again while the machine is busy and patience lasts.
+
+    Args:
+        measure: takes its time, and gives what was measured.
+        device: where it computes.
+        patience: seconds to wait for a quiet machine.
+
+    Returns:
+        What was measured last, why it cannot be compared or None, and the number of attempts.
+    """
+    attempts = 0
     while True:
         patience = wait_for_quiet(patience)
         attempts += 1
         start = Clock.now()
-        with tqdm(total=rounds, desc=name, unit="round", leave=False) as bar:
-            times = take_turns(
-                sides, device, rounds=rounds, seconds=seconds, warmup=0, turn=turn,
-                after_round=bar.update,
-            )  # fmt: skip
+        found = measure()
         reason = _busy(Clock.now().since(start), device)
         if reason is None or patience == 0:
-            return Timed(times, reason, attempts)
+            return found, reason, attempts
 
 
 def _busy(clock: Clock, device: str) -> str | None:
