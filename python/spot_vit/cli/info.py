@@ -43,9 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if facts["error"] else 0
 
 
-def _packed(found: dict[str, float | str]) -> str:
-    """What packed linear layers bring on this machine, in words."""
-    if "reason" in found:
-        return f"spot_vit.fast keeps torch's linear layers: {found['reason']}"
-    times = ", ".join(f"{dtype} x{float(ratio):.2f}" for dtype, ratio in found.items())
-    return f"linear layers of spot_vit.fast: {times} of torch's speed (kept where below x0.97)"
+def _packed(found: dict[str, tuple[str, float]]) -> str:
+    """Who multiplies in the linear layers of `fast` on this machine, in words."""
+    parts = [f"{dtype} by {kind}, x{ratio:.2f}" for dtype, (kind, ratio) in found.items()]
+    return f"linear layers of spot_vit.fast: {'; '.join(parts)} of torch's speed"

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spot_vit.models.fast_blocks import FAST, SLOW, takes
 from spot_vit.nn.packed import (
+    PACKED,
     PackedLinear,
-    missing,
+    fastest,
     missing_int8,
     pack_linear,
-    packing_speedup,
     unpack_linear,
     untouched,
 )
@@ -26,7 +26,6 @@ from spot_vit.utils.modes import unwrap
 M = TypeVar("M", bound=nn.Module)
 
 DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
-PAYS = 0.97  # plain time by packed time from which layers are packed
 
 
 @dataclasses.dataclass
@@ -90,9 +89,7 @@ def fast(model: M, dtype: torch.dtype | None = None) -> M:
             parameter.requires_grad_(False)
     if dtype in (torch.bfloat16, torch.float16):
         _compute_in(model, dtype, state)
-    kind = "int8" if dtype is torch.int8 else "float"
-    if kind == "float" and _packing_speedup(model) < PAYS:
-        kind = "plain"
+    kind = "int8" if dtype is torch.int8 else _fastest(model)
     _swap_classes(model)
     for layer in list(_linear_layers(model)):
         pack_linear(layer, kind)
@@ -157,11 +154,11 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
             raise ValueError("dtype: int8 is made of a model in float32")
 
 
-def _packing_speedup(model: nn.Module) -> float:
+def _fastest(model: nn.Module) -> str:
     parameter = next(model.parameters())
-    if parameter.device.type != "cpu" or missing() is not None:
-        return 0.0
-    return packing_speedup(parameter.dtype, torch.get_num_threads())
+    if parameter.device.type != "cpu" or parameter.dtype not in PACKED:
+        return "plain"
+    return fastest(parameter.dtype, torch.get_num_threads())[0]
 
 
 def _swap_classes(model: nn.Module) -> None:
