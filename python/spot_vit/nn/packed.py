@@ -37,7 +37,7 @@ class PackedLinear(nn.Linear):
     torch's.
 
     Attributes:
-        kind: who multiplies: "spot" (`spot_ext.packed_linear`), "onednn", "int8" (weights by
+        kind: who multiplies: "own" (`spot_ext.packed_linear`), "onednn", "int8" (weights by
             channel, activations by call), or "plain": torch's own layer.
     """
 
@@ -78,7 +78,7 @@ class PackedLinear(nn.Linear):
         if self.kind == "plain" or not _serves(x, weight):
             return self._plain(x, gelu, scale, residual, rows)
         packed = self._packed(weight, scale, rows)
-        if self.kind == "spot":
+        if self.kind == "own":
             return torch.ops.spot.packed_linear(x, *packed, residual, _SPOT_GELU[gelu])
         if self.kind == "int8":
             y = torch.ops.quantized.linear_dynamic(x, packed)
@@ -116,7 +116,7 @@ class PackedLinear(nn.Linear):
             bias = None if bias is None else bias * scale
         if self.kind == "int8":
             return _quantised(weight, bias)
-        if self.kind == "spot":
+        if self.kind == "own":
             return torch.ops.spot.pack_linear(weight), weight.shape[0], bias
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), bias
 
@@ -215,7 +215,7 @@ def candidates(dtype: torch.dtype) -> list[str]:
     """Who can multiply by a packed weight of a dtype here, besides torch's own layers."""
     found = []
     if dtype is torch.float32 and _library.error is None:
-        found.append("spot")
+        found.append("own")
     ops = ("_linear_pointwise", "_reorder_linear_weight")
     onednn = torch.backends.mkldnn.is_available()
     if dtype in PACKED and onednn and all(hasattr(torch.ops.mkldnn, op) for op in ops):
@@ -238,7 +238,7 @@ def fastest(dtype: torch.dtype = torch.float32, threads: int | None = None) -> t
         threads: for which it is asked; with another number it is measured again.
 
     Returns:
-        "spot", "onednn" or "plain", and how many times as fast as torch's own layer that is, for a
+        "own", "onednn" or "plain", and how many times as fast as torch's own layer that is, for a
         layer of ViT-S with GELU and 197 tokens.
     """
     rows, narrow, wide = _SHAPE
