@@ -23,6 +23,7 @@ from spot_vit.nn.attention import refuse_masks
 from spot_vit.nn.pooling import pool_kept
 from spot_vit.nn.positional import PositionTables
 from spot_vit.utils.modes import blocks_of
+from spot_vit.utils.tracing import refuse_symbols
 
 
 @dataclasses.dataclass
@@ -164,6 +165,7 @@ class SpotLoop(nn.Module):
             [B, classes], or `SpotOutput` with `aux=True`.
         """
         refuse_masks(attn_mask, is_causal)
+        refuse_symbols(x)
         alone = not aux and self._prefix_alone()
         state = self._final(x, kept, every_decision=aux, ratios=ratios, prefix_alone=alone)
         tokens = self.norm(state.tokens)
