@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from spot_vit.bench import timed as module
 from spot_vit.bench.timed import CALLS, timed
+from spot_vit.utils import timing
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """What is said of each measurement in turn: busy, or None."""
     said: list[str | None] = []
     monkeypatch.setattr(module, "contention", lambda *args: said.pop(0))
-    monkeypatch.setattr(module, "wait_for_quiet", lambda patience: max(patience - 1, 0))
+    monkeypatch.setattr(timing, "wait_for_quiet", lambda patience: max(patience - 1, 0))
     return said
 
 

@@ -17,8 +17,8 @@ from support.exported import DECIDING, KINDS, needs, python, small, written
 from support.models import images
 
 SETTINGS = [("onnx", kind) for kind in KINDS]
-SETTINGS += [("openvino", kind) for kind in ("evit", "both")]
-SETTINGS += [("torch", "both")]
+SETTINGS += [("openvino", kind) for kind in KINDS]
+SETTINGS += [("torch", kind) for kind in KINDS]
 SETTINGS += [("aoti", "spot")]
 
 

@@ -244,6 +244,27 @@ def test_bfloat16_computes_as_the_cast_model_and_keeps_the_weights(conversion: s
     torch.testing.assert_close(again, spot_vit.fast(model, torch.bfloat16)(pictures))
 
 
+def test_another_dtype_is_taken_by_every_way_into_the_model() -> None:
+    model, pictures = small()
+    with torch.no_grad():
+        features = model.forward_features(pictures)
+        spot_vit.fast(model, torch.bfloat16)
+        expected = model(pictures)
+        assert torch.equal(model(x=pictures), expected)
+        assert torch.equal(model(pictures.bfloat16()), expected)
+        found = model.forward_features(pictures)
+    assert found.dtype is torch.bfloat16 and found.shape == features.shape
+    spot_vit.restore(model)
+    assert not model.patch_embed._forward_pre_hooks
+    assert not model.patch_embed._forward_pre_hooks_with_kwargs
+    half = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        full = half(pictures.bfloat16())
+        assert spot_vit.fast(half, torch.float32)(pictures).dtype is torch.float32
+        assert half.state_dict()["head.weight"].dtype is torch.bfloat16
+        assert torch.equal(spot_vit.restore(half)(pictures.bfloat16()), full)
+
+
 @pytest.mark.parametrize("conversion", ["dense", "spot", "both"])
 def test_int8_is_close_and_leaves_predictors_in_float(conversion: str) -> None:
     model = converted(conversion=conversion)
@@ -333,7 +354,7 @@ def test_what_it_refuses(change: Any, error: type[Exception], message: str) -> N
     expected = model(pictures)
     with pytest.raises(error, match=message):
         change(model)
-    if "fast" in model.__dict__:
+    if fast_module.is_fast(model):
         assert torch.equal(model(pictures), expected)
 
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from spot_vit.utils.machine import Clock, contention, others, wait_for_quiet
-from spot_vit.utils.timing import TURN, TURN_SECONDS, Side, Times, take_turns
+from spot_vit.utils.machine import Clock, contention, others
+from spot_vit.utils.timing import TURN, TURN_SECONDS, Side, Times, take_turns, until_quiet
 
 T = TypeVar("T")
 
@@ -72,15 +72,13 @@ def in_quiet(measure: Callable[[], T], device: str, patience: float) -> tuple[T,
     Returns:
         What was measured last, why it cannot be compared or None, and the number of attempts.
     """
-    attempts = 0
-    while True:
-        patience = wait_for_quiet(patience)
-        attempts += 1
+
+    def once() -> tuple[T, str | None]:
         start = Clock.now()
         found = measure()
-        reason = _busy(Clock.now().since(start), device)
-        if reason is None or patience == 0:
-            return found, reason, attempts
+        return found, _busy(Clock.now().since(start), device)
+
+    return until_quiet(once, patience)
 
 
 def _busy(clock: Clock, device: str) -> str | None:

@@ -19,7 +19,7 @@ from spot_vit.export.opened import Exported
 from spot_vit.measure.flops import FlopCount, count_flops
 from spot_vit.models.convert import restore, set_keep, sparsify
 from spot_vit.models.sparsifiner import is_sparse, sparsify_attention
-from spot_vit.runs.evaluated import load_evaluated, resized
+from spot_vit.runs.evaluated import load_evaluated, untrained
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.sizes import input_size
 
@@ -111,17 +111,10 @@ def _load(settings: BenchSettings) -> Any:
     if not timm.is_model(source):
         kinds = "a file or run folder, nor a model of timm"
         raise UserError(f"{source} is neither {kinds}{near_names(source, timm.list_models())}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            model = timm.create_model(source, pretrained=False, **settings.model_kwargs)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{source} cannot be built: {error}") from error
-    return resized(model, source, side).eval()
+    return untrained(source, side, **settings.model_kwargs)
 
 
 def _size(model: Any, settings: BenchSettings) -> tuple[int, int, int]:
-
     channels, height, width = input_size(model)
     side = settings.img_size
     return (channels, height, width) if side is None else (channels, side, side)

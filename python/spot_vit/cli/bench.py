@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spot_vit.config import flags
 from spot_vit.config.bench import GROUPS, BenchSettings
-from spot_vit.config.fields import problem_lines
-from spot_vit.config.flags import Formatter, add_flags, keep_rest, read_flags
+from spot_vit.config.flags import Formatter, add_flags, keep_rest
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.folders import prepare_file
 from spot_vit.utils.tables import format_table
@@ -67,23 +67,7 @@ def settings_of(arguments: argparse.Namespace) -> BenchSettings:
     Raises:
         ValueError: with a line for everything that is wrong.
     """
-    given = dict(vars(arguments))
-    words, problems = list(given["words"]), list(given["problems"])
-    values, more = read_flags(BenchSettings, given, positional=None if words else "model")
-    problems += more
-    if len(words) > 1:
-        problems.append(f"expected one MODEL, got {', '.join(words)}")
-    if words:
-        values["model"] = words[0]
-    settings = None
-    try:
-        settings = BenchSettings(**values)
-    except ValueError as error:
-        problems += problem_lines(error)
-    if settings is None or problems:
-        head = [f"{len(problems)} problems"] if len(problems) > 1 else []
-        raise ValueError("\n  ".join(head + problems))
-    return settings
+    return flags.settings_of(BenchSettings, arguments, "model")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,7 @@ import sys
 from typing import Any
 
 from spot_vit.config.evaluation import GROUPS, EvaluationSettings
-from spot_vit.config.fields import problem_lines
-from spot_vit.config.flags import Formatter, add_flags, keep_rest, read_flags
+from spot_vit.config.flags import Formatter, add_flags, checked, keep_rest, read_flags
 from spot_vit.utils.errors import UserError
 
 SHORT = {
@@ -68,15 +67,7 @@ def settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
     if len(words) > len(names):
         problems.append(f"expected CHECKPOINT and DATA, got {', '.join(words)}")
     values |= dict(zip(names, words, strict=False))
-    settings = None
-    try:
-        settings = EvaluationSettings(**values)
-    except ValueError as error:
-        problems += problem_lines(error)
-    if settings is None or problems:
-        head = [f"{len(problems)} problems"] if len(problems) > 1 else []
-        raise ValueError("\n  ".join(head + problems))
-    return settings
+    return checked(EvaluationSettings.from_dict, values, problems)
 
 
 def run(arguments: argparse.Namespace) -> int:

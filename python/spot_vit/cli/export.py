@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
+from spot_vit.config import flags
 from spot_vit.config.export import GROUPS, ExportSettings
-from spot_vit.config.fields import problem_lines
-from spot_vit.config.flags import Formatter, add_flags, keep_rest, read_flags
+from spot_vit.config.flags import Formatter, add_flags, keep_rest
 from spot_vit.utils.errors import UserError
 
 SHORT = {"output": ("-o",), "batch_size": ("-b",)}
@@ -45,24 +45,7 @@ def settings_of(arguments: argparse.Namespace) -> ExportSettings:
     Raises:
         ValueError: with a line for everything that is wrong.
     """
-    given = dict(vars(arguments))
-    words, problems = list(given["words"]), list(given["problems"])
-    swallowed = None if words else "checkpoint"
-    values, more = read_flags(ExportSettings, given, positional=swallowed)
-    problems += more
-    if len(words) > 1:
-        problems.append(f"expected one CHECKPOINT, got {', '.join(words)}")
-    if words:
-        values["checkpoint"] = words[0]
-    settings = None
-    try:
-        settings = ExportSettings(**values)
-    except ValueError as error:
-        problems += problem_lines(error)
-    if settings is None or problems:
-        head = [f"{len(problems)} problems"] if len(problems) > 1 else []
-        raise ValueError("\n  ".join(head + problems))
-    return settings
+    return flags.settings_of(ExportSettings, arguments, "checkpoint")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spot_vit.config.fields import problem_lines, raise_all
-from spot_vit.config.flags import Formatter, add_flags, keep_rest, read_flags
+from spot_vit.config.flags import Formatter, add_flags, checked, keep_rest, read_flags
 from spot_vit.config.recipe import GROUPS, Recipe
 from spot_vit.config.recipe_files import RUN, read, shipped, to_yaml
 from spot_vit.utils.errors import UserError
@@ -122,14 +121,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         problems.append(str(error))
     if flags.get("dense_epochs") and "teacher" not in flags:
         base["teacher"] = None  # the model that is trained first teaches, not the recipe's
-    recipe = None
-    try:
-        recipe = Recipe.from_dict(_merged(base, flags))
-    except ValueError as error:
-        problems += problem_lines(error)
-    raise_all("", problems)
-    assert recipe is not None  # else there was a problem
-    return recipe
+    return checked(Recipe.from_dict, _merged(base, flags), problems)
 
 
 def _base(config: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from spot_vit.config.fields import Fields, Rule, alternatives, expected, is_number, of_type
+from spot_vit.config.fields import (
+    Fields,
+    Rule,
+    alternatives,
+    expected,
+    is_number,
+    of_type,
+    problem_lines,
+    raise_all,
+)
+
+F = TypeVar("F", bound=Fields)
 
 
 class Formatter(argparse.HelpFormatter):
@@ -101,6 +112,50 @@ def read_flags(
         else:
             values[name] = read_value(words, annotation, rule)
     return values, problems
+
+
+def settings_of(kind: type[F], arguments: argparse.Namespace, name: str) -> F:
+    """The settings of a command line with one word that needs no flag.
+
+    Args:
+        kind: the configuration.
+        arguments: as `add_flags` and `keep_rest` collect them.
+        name: field of the word.
+
+    Raises:
+        ValueError: with a line for everything that is wrong.
+    """
+    given = dict(vars(arguments))
+    words, problems = list(given["words"]), list(given["problems"])
+    values, more = read_flags(kind, given, positional=None if words else name)
+    if len(words) > 1:
+        more.append(f"expected one {name.upper()}, got {', '.join(words)}")
+    if words:
+        values[name] = words[0]
+    return checked(kind.from_dict, values, problems + more)
+
+
+def checked(
+    make: Callable[[Mapping[str, Any]], F], values: Mapping[str, Any], problems: Sequence[str]
+) -> F:
+    """A configuration of these values, if they and everything before are right.
+
+    Args:
+        make: gives the configuration, its `from_dict`.
+        values: by field.
+        problems: found before, a line each.
+
+    Raises:
+        ValueError: with a line for everything that is wrong.
+    """
+    found, all_problems = None, list(problems)
+    try:
+        found = make(values)
+    except ValueError as error:
+        all_problems += problem_lines(error)
+    raise_all("", all_problems)
+    assert found is not None  # else there was a problem
+    return found
 
 
 def read_value(words: Sequence[str], annotation: Any, rule: Rule) -> Any:

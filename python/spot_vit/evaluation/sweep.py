@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spot_vit.evaluation.accuracy import Evaluation
 from spot_vit.evaluation.statistics import paired_difference
-from spot_vit.measure.flops import count_flops
+from spot_vit.measure import flops
 from spot_vit.measure.latency import compare_latency
 from spot_vit.utils.machine import Clock, contention, wait_for_quiet
 
@@ -59,16 +59,12 @@ class Prepared(nn.Module):
 def gmacs_of(model: Prepared, input_size: tuple[int, int, int]) -> float | None:
     """Billions of multiply-accumulates per image of (channels, height, width).
 
-    None where they cannot be counted: some layers do not run on the meta device. Exported files
-    say what was counted of their models.
+    None where they cannot be counted. Exported files say what was counted of their models.
     """
     if hasattr(model.module, "gmacs"):
         known: Any = model.module
         return known.gmacs
-    try:
-        return count_flops(model.ready(), input_size).total / 1e9
-    except (NotImplementedError, RuntimeError):
-        return None
+    return flops.gmacs_of(model.ready(), input_size)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from torch import nn
 
 import spot_ext
 from spot_vit.config.conversion import conversion_of
-from spot_vit.measure.flops import count_flops
+from spot_vit.measure.flops import gmacs_of
 from spot_vit.models.named import NAMED
+from spot_vit.models.saved import class_names, preprocessing
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.sizes import input_size
 
-_PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 _LIBRARIES = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
@@ -52,6 +52,7 @@ def describe(
     name = held.get("architecture") or type(model).__name__
     conversion = conversion_of(model)
     names = ["logits", *(f"kept_{k + 1}" for k in range(len(outputs) - 1))]
+    count = int(outputs[0][-1])
     libraries = {library: version(library) for library in _LIBRARIES.get(format, ())}
     return {
         "format": format,
@@ -59,9 +60,9 @@ def describe(
         "conversion": conversion,
         "keep": conversion.get("spot", {}).get("keep"),
         "attention_keep": conversion.get("sparsifiner", {}).get("keep_rate"),
-        "classes": _classes(held, classes, outputs[0][-1]),
-        "data_config": _preprocessing(held, size, data_config or {}),
-        "gmacs": _gmacs(model, size),
+        "classes": class_names(model, classes, count),
+        "data_config": preprocessing(model, {**(data_config or {}), "input_size": size}),
+        "gmacs": gmacs_of(model, size),
         "inputs": {"images": ["batch", *size]},
         "outputs": dict(zip(names, map(list, outputs), strict=True)),
         "operators": list(operators),
@@ -92,36 +93,6 @@ def size_for(model: nn.Module, image_size: int | None) -> tuple[int, int, int]:
             f"call model.set_input_size(img_size=({image_size}, {image_size})) first"
         )
     return built[0], image_size, image_size
-
-
-def _classes(
-    held: Mapping[str, Any], given: Sequence[str] | None, count: int | str
-) -> list[str] | None:
-    if given is None:
-        known = held.get("label_names")
-        return list(known) if known is not None and len(known) == count else None
-    if len(given) != count:
-        raise ValueError(f"classes: expected {count} names, as many as logits, got {len(given)}")
-    return list(given)
-
-
-def _preprocessing(
-    held: Mapping[str, Any], size: tuple[int, int, int], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    if unknown := sorted(set(given) - set(_PREPROCESSING)):
-        raise ValueError(f"data_config: expected some of {_PREPROCESSING}, got {unknown}")
-    found = timm.data.resolve_data_config(
-        {}, pretrained_cfg={**held, **given, "input_size": size, "fixed_input_size": True}
-    )
-    return {name: found[name] for name in _PREPROCESSING}
-
-
-def _gmacs(model: nn.Module, size: tuple[int, int, int]) -> float | None:
-    """Billions of multiply-accumulates per image, where they can be counted."""
-    try:
-        return count_flops(model, size).total / 1e9
-    except (NotImplementedError, RuntimeError):  # some layers do not run on the meta device
-        return None
 
 
 def _needs(format: str, operators: Sequence[str], opset: int | None) -> str:

@@ -144,6 +144,17 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCount
     )
 
 
+def gmacs_of(model: nn.Module, input_size: tuple[int, int, int]) -> float | None:
+    """Billions of multiply-accumulates per image; None where they cannot be counted.
+
+    Layers that do not run on the meta device cannot.
+    """
+    try:
+        return count_flops(model, input_size).total / 1e9
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 class _Watch:
     """Counts a forward pass, and notes where the counts stand as each block starts and ends."""
 

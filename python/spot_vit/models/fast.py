@@ -87,7 +87,7 @@ def fast(model: M, dtype: torch.dtype | None = None) -> M:
         if parameter.requires_grad:
             state.frozen.append(name)
             parameter.requires_grad_(False)
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype is not None and dtype.is_floating_point:
         _compute_in(model, dtype, state)
     kind = "int8" if dtype is torch.int8 else _fastest(model)
     _swap_classes(model)
@@ -123,13 +123,15 @@ def undo_fast(model: Any) -> None:
     tensors = _tensors(model)
     for name, master in state.masters.items():
         tensors[name].data = master
+    embed = _first(model)
     for hooks in (
-        model._forward_pre_hooks,
+        embed._forward_pre_hooks,
         model._state_dict_hooks,
         model._load_state_dict_pre_hooks,
     ):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in _HOOKS]:
             del hooks[key]
+            embed._forward_pre_hooks_with_kwargs.pop(key, None)
     parameters = dict(model.named_parameters())
     for name in state.frozen:
         parameters[name].requires_grad_(True)
@@ -191,7 +193,7 @@ def _compute_in(model: nn.Module, dtype: torch.dtype, state: Fast) -> None:
         if tensor.is_floating_point() and tensor.dtype is not dtype:
             state.masters[name] = tensor.data
             tensor.data = tensor.data.to(dtype)
-    model.register_forward_pre_hook(_cast_images)
+    _first(model).register_forward_pre_hook(_cast_images, with_kwargs=True)
     model._register_state_dict_hook(_give_masters)
     model.register_load_state_dict_pre_hook(_take_masters)
 
@@ -200,9 +202,21 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _cast_images(model: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    images, *rest = args
-    return (images.to(model._fast.dtype), *rest)
+def _first(model: Any) -> Any:
+    """What is given the images, whichever method of the model is called."""
+    return getattr(model, "patch_embed", None) or getattr(model, "embeds", None) or model
+
+
+def _cast_images(
+    module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in named.items()}
 
 
 def _give_masters(model: Any, found: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -111,20 +111,14 @@ def save(
             f"{problems}. save_checkpoint writes its weights alone"
         )
     count = arguments.get("num_classes", getattr(inner, "num_classes", None))
-    held = getattr(inner, "pretrained_cfg", {})
-    if classes is None:
-        known = held.get("label_names")
-        classes = known if known is not None and len(known) == count else None
-    elif len(classes) != count:
-        raise ValueError(f"classes: expected {count} names, as many as logits, got {len(classes)}")
-    preprocessing = _preprocessing(inner, dict(data_config or {}))
+    names = class_names(inner, classes, count)
     metadata = {
         "format": "pt",  # which transformers and accelerate ask for
         "architecture": json.dumps(architecture),
         "arguments": text,
         CONVERSION: json.dumps(conversion),
-        "classes": json.dumps(None if classes is None else list(classes)),
-        "data_config": json.dumps(preprocessing),
+        "classes": json.dumps(names),
+        "data_config": json.dumps(preprocessing(inner, data_config or {})),
         CONFIG: json.dumps(dict(config or {})),
     }
     write_safetensors(path, tensors, metadata)
@@ -243,12 +237,30 @@ def _architecture(model: Any, arguments: dict[str, Any]) -> tuple[str, dict[str,
     return name, arguments
 
 
-def _preprocessing(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The preprocessing of a model at its present size, with what is given."""
+def class_names(model: Any, given: Sequence[str] | None, count: int | None) -> list[str] | None:
+    """Names of a model's classes: those given, else those it came with; None where nobody knows.
+
+    Raises:
+        ValueError: other than `count` names are given.
+    """
+    if given is None:
+        known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        return list(known) if known is not None and len(known) == count else None
+    if len(given) != count:
+        raise ValueError(f"classes: expected {count} names, as many as logits, got {len(given)}")
+    return list(given)
+
+
+def preprocessing(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preprocessing of a model at its present size, with what is given.
+
+    Raises:
+        ValueError: something is given that is no part of it.
+    """
     if unknown := sorted(set(given) - set(_OF_PREPROCESSING)):
         raise ValueError(f"data_config: expected some of {_OF_PREPROCESSING}, got {unknown}")
     resolve = getattr(timm.data, "resolve_input_data_config", None)  # since timm 1.0.31
-    found = (resolve or timm.data.resolve_model_data_config)(model, given)
+    found = (resolve or timm.data.resolve_model_data_config)(model, dict(given))
     return {name: found[name] for name in _OF_PREPROCESSING}
 
 

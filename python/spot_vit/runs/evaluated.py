@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import load_checkpoint
 
@@ -91,6 +92,26 @@ def load_evaluated(source: str, settings: EvaluationSettings, name: str | None) 
         resized(model, source, settings.img_size)
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return Evaluated(source, model.eval(), _label(model), None if names is None else list(names))
+
+
+def untrained(name: str, side: int | None = None, **arguments: Any) -> Any:
+    """A model of timm with random weights, the same ones each time, in eval mode.
+
+    Args:
+        name: timm's, which it knows.
+        side: of the image, pixels; the model's by default.
+        **arguments: of `timm.create_model`.
+
+    Raises:
+        UserError: it cannot be built, or not for this size.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = timm.create_model(name, pretrained=False, **arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{name} cannot be built: {error}") from error
+    return resized(model, name, side).eval()
 
 
 def _weights_of(path: Path, name: str, settings: EvaluationSettings) -> Any:

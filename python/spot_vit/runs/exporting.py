@@ -16,7 +16,7 @@ from spot_vit.export.formats import ENDINGS
 from spot_vit.export.make import check_target, export_model
 from spot_vit.export.opened import Exported, open_exported
 from spot_vit.models.convert import set_keep
-from spot_vit.runs.evaluated import load_evaluated, resized
+from spot_vit.runs.evaluated import load_evaluated, untrained
 from spot_vit.utils.errors import UserError
 
 
@@ -101,9 +101,7 @@ def _model(settings: ExportSettings) -> Any:
             f"no_pretrained takes a model of timm, which knows no {name!r}"
             f"{near_names(name, timm.list_models())}"
         )
-    size = given.pop("img_size", None)
-    model = timm.create_model(name, **given).eval()
-    return resized(model, name, size)
+    return untrained(name, given.pop("img_size", None), **given, **settings.model_kwargs)
 
 
 def _set_budget(model: Any, settings: ExportSettings) -> None:

@@ -16,12 +16,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from spot_vit.utils.machine import Clock, contention, wait_for_quiet
 
+T = TypeVar("T")
 Side = Callable[[int], Any]
 TURN = 25  # calls of one side before the next has its turn: enough to fill the caches its own way
 TURN_SECONDS = 0.5  # a turn of slow calls is shorter: clocks drift within seconds
@@ -230,23 +231,40 @@ def _measure_cuda(
     }, _gpu_shared()
 
 
+def until_quiet(
+    measure: Callable[[], tuple[T, str | None]], patience: float
+) -> tuple[T, str | None, int]:
+    """Measures, again while the machine is contended and patience lasts.
+
+    Args:
+        measure: gives what was measured, and why it cannot be compared, or None.
+        patience: seconds to wait for a quiet machine; what waiting takes, and more attempts.
+
+    Returns:
+        What `measure` gave last, and the number of attempts.
+    """
+    attempts = 0
+    while True:
+        patience = wait_for_quiet(patience)
+        attempts += 1
+        found, reason = measure()
+        if reason is None or patience == 0:
+            return found, reason, attempts
+
+
 def measure(
     case: Case, device: str, seconds: float = 1.0, patience: float = 10.0
 ) -> dict[str, Any]:
     """Times a case, again while the machine is contended and patience lasts; then without ratio."""
     sides = {"spot": case.ours, **case.others}
-    attempts = 0
-    while True:
-        patience = wait_for_quiet(patience)
-        attempts += 1
-        with torch.no_grad():
-            if device == "cpu":
-                times, reason = _measure_cpu(sides, seconds)
-            else:
-                sets = input_sets(case.bytes_per_round, device)
-                times, reason = _measure_cuda(sides, seconds, sets)
-        if reason is None or patience == 0:
-            break
+
+    @torch.no_grad()
+    def once() -> tuple[dict[str, Any], str | None]:
+        if device == "cpu":
+            return _measure_cpu(sides, seconds)
+        return _measure_cuda(sides, seconds, input_sets(case.bytes_per_round, device))
+
+    times, reason, attempts = until_quiet(once, patience)
     rows = []
     for other in case.others:
         ratio = times[other]["median_ms"] / times["spot"]["median_ms"] if reason is None else None
