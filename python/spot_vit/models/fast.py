@@ -18,9 +18,9 @@ from spot_vit.nn.packed import (
     missing_int8,
     pack_linear,
     unpack_linear,
-    untouched,
 )
 from spot_vit.nn.predictor import Predictor
+from spot_vit.nn.watch import untouched
 from spot_vit.utils.modes import unwrap
 
 M = TypeVar("M", bound=nn.Module)

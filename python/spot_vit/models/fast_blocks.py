@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from timm.layers import Attention, DropPath, LayerScale, Mlp
 from timm.layers.activations import GELU, GELUTanh
 from timm.models.deit import VisionTransformerDistilled
@@ -22,9 +23,11 @@ from spot_vit.models.adapters.vit import (
     SpotVisionTransformer,
     SpotVisionTransformerDistilled,
 )
-from spot_vit.nn.attention import AttentionRequest, attend
-from spot_vit.nn.packed import PackedLinear, counted, untouched
+from spot_vit.models.fast_plan import BlockPlan
+from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
+from spot_vit.nn.packed import PackedLinear, Product
 from spot_vit.nn.positional import PositionTables
+from spot_vit.nn.watch import untouched
 
 
 class FastMlp(Mlp):
@@ -32,18 +35,16 @@ class FastMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C]."""
-        return self.drop2(self.fc2(self.hidden(x))) if self.fusable else super().forward(x)
+        fc1: Any = self.fc1
+        packed = type(fc1) is PackedLinear and self.gelu is not None
+        if not (packed and untouched(fc1, self.act, self.drop1)):
+            return super().forward(x)
+        return self.drop2(self.fc2(self.norm(fc1.fused(x, gelu=self.gelu))))
 
     @property
-    def fusable(self) -> bool:
-        """Whether GELU can be part of the product now."""
-        packed = type(self.fc1) is PackedLinear and type(self.fc2) is PackedLinear
-        return packed and untouched(self.fc1, self.act, self.drop1)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """[..., C] to what the second product takes."""
-        fc1: Any = self.fc1
-        return self.norm(fc1.fused(x, gelu=gelu_of(self.act)))
+    def gelu(self) -> str | None:
+        """Approximation of the activation, which is GELU; None where it no longer is."""
+        return gelu_of(self.act)
 
 
 class _Attention(nn.Module):
@@ -70,13 +71,19 @@ class _Attention(nn.Module):
         """Whether `values` may take the place of the parts in front of the projection."""
         return type(self.qkv) is PackedLinear and untouched(self.qkv)
 
-    def values(self: Any, x: Tensor, request: AttentionRequest | None) -> Tensor:
-        """What the projection takes: [B, N, H * D], or [B, P, H * D] as `request.queries` says."""
+    def values(
+        self: Any, x: Tensor, request: AttentionRequest | None, qkv: Product | None = None
+    ) -> Tensor:
+        """What the projection takes: [B, N, H * D], or [B, P, H * D] as `request.queries` says.
+
+        `qkv` is what to call in place of the layer.
+        """
         batch, tokens = x.shape[:2]
         heads, width = self.num_heads, self.head_dim
         queries = None if request is None else request.queries
         if queries is None:
-            q, k, v = self.qkv(x).view(batch, tokens, 3, heads, width).unbind(2)
+            packed = (qkv or self.qkv)(x).view(batch, tokens, 3, heads, width)
+            q, k, v = packed.unbind(2)
             out = self._map(self.q_norm(q), self.k_norm(k), v, request)
         else:
             x_first, inner = x[:, :queries].contiguous(), heads * width
@@ -126,30 +133,25 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class _Block(nn.Module):
-    """A pre-norm block in four products, each with what follows it; scales are in the weights."""
+    """A pre-norm block that follows its plan where it has one."""
 
-    def _attend(self: Any, x: Tensor, request: AttentionRequest | None, **arguments: Any) -> Tensor:
-        attn, h = self.attn, self.norm1(x)
-        if request is not None and request.queries is not None:
-            if attn.alone(request):
-                x = x[:, : request.queries].contiguous()
-            else:
-                request.queries = None
-        parts = attn, attn.proj, attn.proj_drop, self.ls1, self.drop_path1
-        packed = attn.fusable and type(attn.proj) is PackedLinear
-        if packed and untouched(*parts) and not counted():
-            scale = getattr(self.ls1, "gamma", None)
-            return attn.proj.fused(attn.values(h, request), scale=scale, residual=x)
-        asked = {} if request is None else {"request": request}
-        return x + self.drop_path1(self.ls1(attn(h, **asked)))
+    def _planned(self: Any, x: Tensor) -> BlockPlan | None:
+        """The plan of this block where it can be followed; made anew after a change."""
+        if torch.compiler.is_compiling():
+            return None
+        plan = self.__dict__.get("_plan")
+        if plan is None or not plan.watch.unchanged():
+            plan = self.__dict__["_plan"] = BlockPlan(self)
+        return plan if plan.serves(x) else None
 
-    def _mix(self: Any, x: Tensor) -> Tensor:
-        mlp, h = self.mlp, self.norm2(x)
-        packed = type(mlp) is FastMlp and mlp.fusable and not counted()
-        if packed and untouched(mlp, mlp.fc2, mlp.drop2, self.ls2, self.drop_path2):
-            scale = getattr(self.ls2, "gamma", None)
-            return mlp.fc2.fused(mlp.hidden(h), scale=scale, residual=x)
-        return x + self.drop_path2(self.ls2(mlp(h)))
+    def _prefix(self: Any, x: Tensor, request: AttentionRequest) -> Tensor:
+        """The block for the first tokens alone, by its modules."""
+        y = self.attn(self.norm1(x), request=request)
+        x = x[:, : request.queries] + self.drop_path1(self.ls1(y))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
 
 class FastBlock(_Block, Block):
@@ -165,19 +167,40 @@ class FastBlock(_Block, Block):
         """[B, N, C] to [B, N, C], or to the first `queries` of it."""
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask, is_causal)
-        request = None
+        plan, request = self._planned(x), None
         if queries is not None:
             request = AttentionRequest(0, False, PositionTables(), queries=queries)
-        return self._mix(self._attend(x, request))[:, :queries]
+        if plan is not None:
+            return plan.mix(plan.attend(x, request))
+        if request is None:
+            return super().forward(x)
+        if isinstance(self.attn, FastAttention):
+            return self._prefix(x, request)
+        return super().forward(x)[:, :queries]
 
 
 class FastSpotBlock(_Block, SpotBlock):
     """A converted block in a fast model."""
 
     def _dense(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
-        if args or arguments:
-            return super()._dense(x, *args, **arguments)
-        return self._mix(self._attend(x, None))
+        plan = None if args or arguments else self._planned(x)
+        if plan is not None:
+            return plan.mix(plan.attend(x, None))
+        return super()._dense(x, *args, **arguments)
+
+    def _sparse(
+        self, x: Tensor, request: AttentionRequest, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        queries, plan = request.queries, self._planned(x)
+        if queries is not None and not self.attn.alone(request):
+            request.queries = None
+        if plan is not None:
+            x, kept = cut_inside(plan.attend(x, request), request)
+            return plan.mix(x), kept
+        if request.queries is not None:
+            return self._prefix(x, request), None
+        x, kept = super()._sparse(x, request, **arguments)
+        return x[:, :queries], kept
 
 
 class _Model(nn.Module):

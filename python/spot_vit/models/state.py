@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -47,13 +48,10 @@ class TokenState:
 
     def copy(self) -> TokenState:
         """A state that goes on from here, and leaves this one as it is."""
-        return dataclasses.replace(
-            self,
-            history=self.history.copy(),
-            masks=[*self.masks],
-            logp=[*self.logp],
-            index=[*self.index],
-        )
+        new = copy.copy(self)
+        new.history = self.history.copy()
+        new.masks, new.logp, new.index = [*self.masks], [*self.logp], [*self.index]
+        return new
 
     @property
     def front(self) -> int:

@@ -120,9 +120,7 @@ class BlockAdapter(nn.Module):
         if step.plain(state):
             x, kept = self._dense(state.x, *args, **arguments), None
         else:
-            x = self._attend(state.x, request, **arguments)
-            x, kept = cut_inside(x, request)
-            x = self._mix(x)
+            x, kept = self._sparse(state.x, request, **arguments)
         state.x = x
         step.finish(state, request, kept)
         return x
@@ -130,6 +128,13 @@ class BlockAdapter(nn.Module):
     def _dense(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
         """The whole block, as the library it came from wrote it."""
         return super().forward(x, *args, **arguments)
+
+    def _sparse(
+        self, x: Tensor, request: AttentionRequest, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both halves of the block, and the positions that a cut between them kept."""
+        x, kept = cut_inside(self._attend(x, request, **arguments), request)
+        return self._mix(x), kept
 
     def _warn(self) -> None:
         warnings.warn(

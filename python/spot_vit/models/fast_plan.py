@@ -1,0 +1,78 @@
+"""A block of a fast ViT as the few calls that it comes to, as long as nobody changes its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm
+from torch import Tensor, nn
+
+from spot_vit.nn.attention import AttentionRequest
+from spot_vit.nn.packed import PackedLinear, serves
+from spot_vit.nn.watch import Watch
+
+_BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+_ATTENTION = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
+_MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+
+class BlockPlan:
+    """What a fast block does, looked up once: its norms and packed products.
+
+    Asking every module in every pass whether its product may be fused takes longer than small
+    products do; a plan asks once a block whether anything changed.
+
+    Args:
+        block: a block of `fast_blocks`; it has a plan where its attention and MLP are from there.
+
+    Attributes:
+        watch: of everything that went into the plan, also where there is none.
+    """
+
+    def __init__(self, block: Any) -> None:
+        attn, mlp = block.attn, block.mlp
+        self.watch = Watch({block: _BLOCK, attn: _ATTENTION, mlp: _MLP})
+        fast = hasattr(attn, "values") and hasattr(mlp, "gelu") and self.watch.untouched
+        self._ready = fast and all(map(_packed, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)))
+        if not self._ready:
+            return
+        weight = attn.qkv.weight
+        self._block, self._attn = block, attn
+        self._dtype, self._differentiated = weight.dtype, self.watch.differentiated
+        self._norm1, self._norm2 = _norm(block.norm1), _norm(block.norm2)
+        self._mlp_norm = None if type(mlp.norm) is nn.Identity else mlp.norm
+        self._qkv, self._fc1 = attn.qkv.product(), mlp.fc1.product(mlp.gelu)
+        self._proj = attn.proj.product(scale=getattr(block.ls1, "gamma", None))
+        self._fc2 = mlp.fc2.product(scale=getattr(block.ls2, "gamma", None))
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether the plan may be followed for x, as long as it is that of the block."""
+        ready = self._ready and not self._block.training
+        return ready and serves(x, self._dtype, self._differentiated)
+
+    def attend(self, x: Tensor, request: AttentionRequest | None) -> Tensor:
+        """X [B, N, C] plus the attention branch; the first P tokens where the request says so."""
+        attn, h = self._attn, self._norm1(x)
+        if request is None or request.queries is None:
+            return self._proj(attn.values(h, request, self._qkv), x)
+        return self._proj(attn.values(h, request), x[:, : request.queries].contiguous())
+
+    def mix(self, x: Tensor) -> Tensor:
+        """X [B, N, C] plus the MLP branch."""
+        hidden = self._fc1(self._norm2(x))
+        return self._fc2(hidden if self._mlp_norm is None else self._mlp_norm(hidden), x)
+
+
+def _packed(layer: Any) -> bool:
+    return type(layer) is PackedLinear and layer.kind != "plain" and layer.weight.is_cpu
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """The module, or for layer normalisation what it calls."""
+    kinds = (nn.LayerNorm, LayerNorm)
+    if type(module) not in kinds or getattr(module, "_fast_norm", False):
+        return module
+    shape, weight, bias = module.normalized_shape, module.weight, module.bias
+    return lambda x: torch.layer_norm(x, shape, weight, bias, module.eps, False)

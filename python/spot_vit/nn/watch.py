@@ -1,0 +1,82 @@
+"""Whether modules are what they were: what was prepared from them once is right as long as so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def untouched(*modules: nn.Module | None) -> bool:
+    """Whether nobody hooks or replaces what these modules do, so that they may be fused."""
+    for module in modules:
+        if module is None:
+            continue
+        own = module.__dict__
+        if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+            return False
+    return True
+
+
+def tensor_state(tensor: Tensor | None) -> tuple[int, int] | None:
+    """What changes whenever the values of a parameter may have changed."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+class Watch:
+    """Notices that children of some modules were replaced, hooked or given other weights.
+
+    Asking costs a few microseconds for a block of a ViT, so it can be asked in every pass.
+
+    Args:
+        places: names of children by parent; a child may be missing.
+
+    Attributes:
+        untouched: whether nobody hooked or replaced what the modules do, as `untouched` has it.
+        differentiated: whether a gradient by one of their parameters may be asked for.
+    """
+
+    def __init__(self, places: dict[nn.Module, tuple[str, ...]]) -> None:
+        self._places = [
+            (parent._modules, name, parent._modules.get(name), type(parent._modules.get(name)))
+            for parent, names in places.items()
+            for name in names
+        ]
+        found = {child for _, _, child, _ in self._places if child is not None} | set(places)
+        self._own = [module.__dict__ for module in found]
+        self._hooks = [own[hooks] for own in self._own for hooks in _HOOKS]
+        self._hooked, self._replaced = self._count()
+        self.untouched = not (self._hooked or self._replaced)
+        self._parameters: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        for module in found:
+            for name, value in module._parameters.items():
+                if value is not None:
+                    self._parameters.append((module._parameters, name, value, value.data_ptr()))
+                    if not value.is_inference():
+                        self._versions.append((value, value._version))
+        self.differentiated = any(value.requires_grad for _, _, value, _ in self._parameters)
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was when the watch was made."""
+        for children, name, child, kind in self._places:
+            if children.get(name) is not child or type(child) is not kind:
+                return False
+        for parameters, name, value, place in self._parameters:
+            if parameters.get(name) is not value or value.data_ptr() != place:
+                return False
+        for value, version in self._versions:
+            if value._version != version:
+                return False
+        return self._count() == (self._hooked, self._replaced)
+
+    def _count(self) -> tuple[int, int]:
+        """Hooks on the modules, and modules with a forward method of their own."""
+        hooks = sum(map(len, self._hooks)) if any(self._hooks) else 0
+        return hooks, len([own for own in self._own if "forward" in own])
