@@ -35,6 +35,25 @@ def tensor(name: str, value: object, rank: int | None = None) -> None:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {list(value.shape)}")
 
 
+def alike(*values: Any) -> bool:
+    """Whether these are plain tensors of one shape, floating dtype and device: nothing to refuse.
+
+    Most calls are right, and this costs a tenth of asking one by one.
+    """
+    first = values[0]
+    if type(first) is not Tensor or first.is_nested or first.layout is not torch.strided:
+        return False
+    shape, kind, place = first.shape, first.dtype, first.device
+    if kind not in FLOATING:
+        return False
+    for value in values[1:]:
+        if type(value) is not Tensor or value.dtype is not kind or value.is_nested:
+            return False
+        if value.layout is not torch.strided or value.shape != shape or value.device != place:
+            return False
+    return True
+
+
 def dtype(name: str, value: Tensor, expected: torch.dtype | tuple[torch.dtype, ...]) -> None:
     """`value` has one of the expected dtypes."""
     allowed = expected if isinstance(expected, tuple) else (expected,)
@@ -68,13 +87,17 @@ def traced(value: object) -> bool:
 
 def flag(name: str, value: object) -> None:
     """`value` is a bool."""
+    if value is True or value is False:
+        return
     numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
-    if not (isinstance(value, bool | torch.SymBool) or numpys or traced(value)):
+    if not (isinstance(value, torch.SymBool) or numpys or traced(value)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def number(name: str, value: object) -> None:
     """`value` is a plain number."""
+    if type(value) is float:
+        return
     plain = isinstance(value, Real | torch.SymInt | torch.SymFloat)
     if not (plain or traced(value)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
@@ -123,10 +146,11 @@ def asked(name: str, value: object, wanted: bool) -> None:
 
 def count(name: str, value: object, low: int, high: Any = None, meaning: str = "") -> None:
     """`value` is an int in [low, high], where the bounds are known."""
-    if isinstance(value, torch.SymInt) or traced(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are some
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if type(value) is not int:
+        if isinstance(value, torch.SymInt) or traced(value):
+            return
+        if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are some
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     bounded = isinstance(high, int)
     if not low <= int(value) <= (high if bounded else _INT64_MAX):
         wanted = f"between {low} and {high}{meaning}" if bounded else f"an int64 of at least {low}"

@@ -170,7 +170,8 @@ def map_statistics(p: Tensor, kept: Tensor, num_prefix: int, class_token: bool) 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, num_prefix: int, class_token: bool) -> None:
     """Checks the operands that every attention op has."""
-    for name, value in (("q", q), ("k", k), ("v", v)):
+    named = () if _check.alike(q, k, v) and q.dim() == 4 else (("q", q), ("k", k), ("v", v))
+    for name, value in named:
         _check.tensor(name, value, 4)
         _check.dtype(name, value, _check.FLOATING)
         _check.same_dtype(name, value, "q", q)

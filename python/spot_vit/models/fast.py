@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spot_vit.models.fast_blocks import FAST, SLOW, takes
+from spot_vit.nn.fast_relevance import FastTokenRelevance
 from spot_vit.nn.packed import (
     PACKED,
     PackedLinear,
@@ -89,8 +90,9 @@ def fast(model: M, dtype: torch.dtype | None = None) -> M:
             parameter.requires_grad_(False)
     if dtype is not None and dtype.is_floating_point:
         _compute_in(model, dtype, state)
-    kind = "int8" if dtype is torch.int8 else _fastest(model)
-    _swap_classes(model)
+    kind = _fastest(model)
+    _swap_classes(model, kind)
+    kind = "int8" if dtype is torch.int8 else kind
     for layer in list(_linear_layers(model)):
         pack_linear(layer, kind)
         state.packed += kind != "plain"
@@ -120,6 +122,8 @@ def undo_fast(model: Any) -> None:
             unpack_linear(module)
         elif type(module) in SLOW:
             module.__class__ = SLOW[type(module)]
+            for name in ("_plan", "kind"):
+                module.__dict__.pop(name, None)
     tensors = _tensors(model)
     for name, master in state.masters.items():
         tensors[name].data = master
@@ -163,15 +167,17 @@ def _fastest(model: nn.Module) -> str:
     return fastest(parameter.dtype, torch.get_num_threads())[0]
 
 
-def _swap_classes(model: nn.Module) -> None:
+def _swap_classes(model: nn.Module, who: str) -> None:
     for module in model.modules():
         kind = FAST.get(type(module))
         if kind is not None and takes(module):
             module.__class__ = kind
+            if isinstance(module, FastTokenRelevance):
+                module.kind = who
 
 
 def _linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
-    """The plain linear layers of a model; predictors read theirs in an operator of their own."""
+    """The plain linear layers of a model; predictors multiply by theirs in their own way."""
     for child in module.children():
         if isinstance(child, Predictor):
             continue

@@ -25,8 +25,10 @@ from spot_vit.models.adapters.vit import (
 )
 from spot_vit.models.fast_plan import BlockPlan
 from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
+from spot_vit.nn.fast_relevance import FastTokenRelevance
 from spot_vit.nn.packed import PackedLinear, Product
 from spot_vit.nn.positional import PositionTables
+from spot_vit.nn.relevance import TokenRelevance
 from spot_vit.nn.watch import untouched
 
 
@@ -191,8 +193,9 @@ class FastSpotBlock(_Block, SpotBlock):
     def _sparse(
         self, x: Tensor, request: AttentionRequest, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
+        attn: Any = self.attn
         queries, plan = request.queries, self._planned(x)
-        if queries is not None and not self.attn.alone(request):
+        if queries is not None and not attn.alone(request):
             request.queries = None
         if plan is not None:
             x, kept = cut_inside(plan.attend(x, request), request)
@@ -272,6 +275,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     SpotBlock: FastSpotBlock,
     SpotVisionTransformer: FastSpotVisionTransformer,
     SpotVisionTransformerDistilled: FastSpotVisionTransformerDistilled,
+    TokenRelevance: FastTokenRelevance,
     VisionTransformer: FastVisionTransformer,
     VisionTransformerDistilled: FastVisionTransformerDistilled,
 }

@@ -50,7 +50,7 @@ class TokenRelevance(Predictor):
         Returns:
             [B, N, 2] float32 (float64) log-probabilities, index 0 = keep.
         """
-        if not plain_layer(self.norm, self.remap, self.fc1, self.fc2, self.fc3):
+        if not self.plain:
             return self._by_layers(tokens, features, keep)
         like = self.fc1.weight if self.norm is None else tokens
         return token_relevance(
@@ -69,6 +69,11 @@ class TokenRelevance(Predictor):
             self.fc3.bias,
             eps=1e-5 if self.norm is None else self.norm.eps,
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether reading the weights of its layers is the same as calling them."""
+        return plain_layer(self.norm, self.remap, self.fc1, self.fc2, self.fc3)
 
     def _by_layers(self, tokens: Tensor, features: Tensor | None, keep: Tensor | None) -> Tensor:
         """The same, by calling the layers one by one."""

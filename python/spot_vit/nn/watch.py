@@ -38,7 +38,7 @@ class Watch:
         places: names of children by parent; a child may be missing.
 
     Attributes:
-        untouched: whether nobody hooked or replaced what the modules do, as `untouched` has it.
+        untouched: whether nobody hooked or replaced what the children do, as `untouched` has it.
         differentiated: whether a gradient by one of their parameters may be asked for.
     """
 
@@ -48,7 +48,7 @@ class Watch:
             for parent, names in places.items()
             for name in names
         ]
-        found = {child for _, _, child, _ in self._places if child is not None} | set(places)
+        found = {child for _, _, child, _ in self._places if child is not None}
         self._own = [module.__dict__ for module in found]
         self._hooks = [own[hooks] for own in self._own for hooks in _HOOKS]
         self._hooked, self._replaced = self._count()
@@ -77,6 +77,6 @@ class Watch:
         return self._count() == (self._hooked, self._replaced)
 
     def _count(self) -> tuple[int, int]:
-        """Hooks on the modules, and modules with a forward method of their own."""
+        """Hooks on the children, and children with a forward method of their own."""
         hooks = sum(map(len, self._hooks)) if any(self._hooks) else 0
         return hooks, len([own for own in self._own if "forward" in own])
