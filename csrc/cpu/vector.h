@@ -132,13 +132,30 @@ inline Vec<Acc<T>> load_lanes(const T* p, int64_t count, Acc<T> fill = 0) {
     for (int l = 0; l < kLanes<A>; ++l) wide[l] = l < count ? load(p[l]) : fill;
   return vec_load(wide);
 }
+// What `store` (numeric.h) does to a number, for all lanes; the compiler makes branches of a loop.
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+inline HalfWords narrow_lanes(Vec<float> v, BFloat16*) {
+  const Words u = bit_cast<Words>(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? Words{} + 0x7fc0u : rounded, HalfWords);
+}
+inline HalfWords narrow_lanes(Vec<float> v, Half*) {
+  const Words u = bit_cast<Words>(v), magnitude = u & 0x7fffffffu;
+  const Words small = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Words half = magnitude < 0x38800000u ? small : normal;
+  half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? Words{} + 0x7e00u : half;
+  return __builtin_convertvector(half | ((u >> 16) & 0x8000u), HalfWords);
+}
 template <typename T>
 inline void store_lanes(T* p, int64_t count, Vec<Acc<T>> v) {
-  using A = Acc<T>;
-  if (std::is_same_v<T, A> && count == kLanes<A>) return vec_store(reinterpret_cast<A*>(p), v);
-  T narrow[kLanes<A>];
-  for (int l = 0; l < kLanes<A>; ++l) narrow[l] = store<T>(v[l]);
-  std::memcpy(p, narrow, static_cast<std::size_t>(count) * sizeof(T));
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    std::memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+  } else {
+    const HalfWords narrow = narrow_lanes(v, p);
+    std::memcpy(p, &narrow, static_cast<std::size_t>(count) * sizeof(T));
+  }
 }
 
 // ---- exponentials ------------------------------------------------------------------------------

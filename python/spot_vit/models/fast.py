@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spot_vit.models.fast_blocks import FAST, SLOW, takes
 from spot_vit.nn.fast_relevance import FastTokenRelevance
@@ -20,8 +19,9 @@ from spot_vit.nn.packed import (
     pack_linear,
     unpack_linear,
 )
+from spot_vit.nn.packed_patches import PackedPatches
 from spot_vit.nn.predictor import Predictor
-from spot_vit.nn.watch import untouched
+from spot_vit.nn.watch import untouched, whole
 from spot_vit.utils.modes import unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -172,7 +172,7 @@ def _swap_classes(model: nn.Module, who: str) -> None:
         kind = FAST.get(type(module))
         if kind is not None and takes(module):
             module.__class__ = kind
-            if isinstance(module, FastTokenRelevance):
+            if isinstance(module, FastTokenRelevance | PackedPatches):
                 module.kind = who
 
 
@@ -182,9 +182,7 @@ def _linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
         if isinstance(child, Predictor):
             continue
         if type(child) is nn.Linear:
-            tensors = [child.weight, *([] if child.bias is None else [child.bias])]
-            special = any(is_traceable_wrapper_subclass(tensor) for tensor in tensors)
-            if untouched(child) and not special and child.weight.is_floating_point():
+            if untouched(child) and whole(child):
                 yield child
         else:
             yield from _linear_layers(child)

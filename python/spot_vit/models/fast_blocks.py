@@ -27,9 +27,10 @@ from spot_vit.models.fast_plan import BlockPlan
 from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
 from spot_vit.nn.fast_relevance import FastTokenRelevance
 from spot_vit.nn.packed import PackedLinear, Product
+from spot_vit.nn.packed_patches import PackedPatches, makes_patches
 from spot_vit.nn.positional import PositionTables
 from spot_vit.nn.relevance import TokenRelevance
-from spot_vit.nn.watch import untouched
+from spot_vit.nn.watch import untouched, whole
 
 
 class FastMlp(Mlp):
@@ -276,6 +277,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     SpotVisionTransformer: FastSpotVisionTransformer,
     SpotVisionTransformerDistilled: FastSpotVisionTransformerDistilled,
     TokenRelevance: FastTokenRelevance,
+    nn.Conv2d: PackedPatches,
     VisionTransformer: FastVisionTransformer,
     VisionTransformerDistilled: FastVisionTransformerDistilled,
 }
@@ -288,6 +290,8 @@ def takes(module: Any) -> bool:
     """Whether a module of a class in `FAST` is as the fast class expects it."""
     if "forward" in module.__dict__:  # something put its own there (offloading)
         return False
+    if isinstance(module, nn.Conv2d):
+        return makes_patches(module) and untouched(module) and whole(module)
     if isinstance(module, Mlp):
         linear = type(module.fc1) is nn.Linear and type(module.fc2) is nn.Linear
         return linear and gelu_of(module.act) is not None

@@ -25,7 +25,7 @@ class FastTokenRelevance(TokenRelevance):
         """Log-probabilities [B, N, 2] of keeping and of dropping, as the base class gives them."""
         plan = None if keep is not None or self.kind == "plain" else self._planned()
         like = tokens if features is None or self.norm is not None else features
-        if plan is None or not serves(like, torch.float32, plan.watch.differentiated):
+        if plan is None or not serves(like, plan.dtype, plan.watch.differentiated):
             return super().forward(tokens, features, keep)
         return plan.run(tokens, features)
 
@@ -47,9 +47,8 @@ class _Plan:
 
     def __init__(self, module: FastTokenRelevance) -> None:
         self.watch = Watch({module: _LAYERS})
-        weights = [layer.weight for layer in (module.fc1, module.fc2, module.fc3)]
-        floats = all(weight.is_cpu and weight.dtype is torch.float32 for weight in weights)
-        self.ready = floats and self.watch.untouched and module.plain
+        self.dtype = module.fc1.weight.dtype
+        self.ready = module.fc1.weight.is_cpu and self.watch.untouched and module.plain
         if not self.ready:
             return
         kind, self._norm = module.kind, module.norm
@@ -61,10 +60,11 @@ class _Plan:
             self._fc3 = product_of(kind, module.fc3.weight, module.fc3.bias)
 
     def run(self, tokens: Tensor, features: Tensor | None) -> Tensor:
-        parts = [] if features is None else [features]
+        parts = [] if features is None else [features.to(self.dtype)]
         if self._norm is not None:
             norm = self._norm
             x = torch.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
             local, shared = self._remap(x).chunk(2, dim=-1)
             parts = [local, shared.mean(dim=1, keepdim=True).expand_as(local), *parts]
-        return self._fc3(self._fc2(self._fc1(torch.cat(parts, dim=-1)))).log_softmax(dim=-1)
+        logits = self._fc3(self._fc2(self._fc1(torch.cat(parts, dim=-1))))
+        return logits.float().log_softmax(dim=-1)

@@ -241,7 +241,7 @@ def _quantised(weight: Tensor, bias: Tensor | None) -> Any:
 def candidates(dtype: torch.dtype) -> list[str]:
     """Who can multiply by a packed weight of a dtype here, besides torch's own layers."""
     found = []
-    if dtype is torch.float32 and _library.error is None:
+    if dtype in PACKED and _library.error is None:
         found.append("own")
     ops = ("_linear_pointwise", "_reorder_linear_weight")
     onednn = torch.backends.mkldnn.is_available()

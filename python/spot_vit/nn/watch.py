@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -20,6 +21,14 @@ def untouched(*modules: nn.Module | None) -> bool:
         if "forward" in own or any(own[hooks] for hooks in _HOOKS):
             return False
     return True
+
+
+def whole(module: nn.Module) -> bool:
+    """Whether the parameters of a layer are plain floats: not quantised, sharded or the like."""
+    return all(
+        parameter.is_floating_point() and not is_traceable_wrapper_subclass(parameter)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def tensor_state(tensor: Tensor | None) -> tuple[int, int] | None:
