@@ -20,6 +20,7 @@ from spot_ext.compact import compact_tokens_reference
 
 STATISTICS = 6
 SCALINGS = ("n", "log1p", "raw")
+_OPTIONS = [bool, int, int, bool]  # types of mean_heads, latest and moments
 
 # ---- public function -----------------------------------------------------------------------------
 
@@ -60,13 +61,17 @@ def token_evidence(
             of range. On CUDA the row of such a token is NaN, unless SPOT_CHECK=1.
         RuntimeError: a gradient is asked for.
     """
-    if _check.eager():
-        _check_public(stats, latest)
-    first, end = latest
-    args = (stats, counts, followed, cuts, scaling, mean_heads, first, end, moments)
-    if _check.eager():
+    if type(latest) is not tuple or len(latest) != 2:
+        _check_pair(latest)
+    args = (stats, counts, followed, cuts, scaling, mean_heads, *latest, moments)
+    if _check.eager() and not _plain(*args):
         _check_evidence(*args)
-    return _definitions.run("token_evidence", _evidence, stats[0], args)
+    try:
+        return _definitions.run("token_evidence", _defined, stats[0], args)
+    except (RuntimeError, ValueError):
+        if _check.eager():
+            _check_evidence(*args)  # the same in the words and types of the other functions
+        raise
 
 
 # ---- reference: the definition -------------------------------------------------------------------
@@ -116,6 +121,13 @@ def _evidence(
     return torch.cat([part.flatten(2) for part in parts], dim=-1).to(stats[0].dtype)
 
 
+def _defined(*args: Any, **options: Any) -> Tensor:
+    """The definition, of arguments that no kernel has checked."""
+    if _check.eager():
+        _check_evidence(*args)
+    return _evidence(*args, **options)
+
+
 def _scaled(x: Tensor, count: int, scaling: str) -> Tensor:
     """Statistics of a block that ran over `count` patch tokens, in float32 or float64."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -130,11 +142,20 @@ def _scaled(x: Tensor, count: int, scaling: str) -> Tensor:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_public(stats: Any, latest: Any) -> None:
-    """What must be known before arguments are taken apart."""
-    _check_list("stats", stats)
-    if not stats:
-        raise ValueError("stats must hold the statistics of at least one block, got none")
+def _plain(stats: Any, counts: Any, followed: Any, cuts: Any, scaling: Any, *options: Any) -> bool:
+    """Whether types are right, so that the kernel can check the rest: a tenth of the time."""
+    lists = type(stats) is type(cuts) is type(counts) is type(followed) is list
+    return (
+        lists
+        and len(stats) > 0
+        and {*map(type, stats), *map(type, cuts)} == {Tensor}
+        and {*map(type, counts), *map(type, followed)} == {int}
+        and type(scaling) is str
+        and [*map(type, options)] == _OPTIONS
+    )
+
+
+def _check_pair(latest: object) -> None:
     if not isinstance(latest, tuple | list) or len(latest) != 2:
         raise TypeError(f"latest must be a pair of ints, (first, end), got {latest!r}")
 
@@ -152,14 +173,16 @@ def _check_evidence(
     counts: Sequence[int],
     followed: Sequence[int],
     cuts: Sequence[Tensor],
-    scaling: str,
-    mean_heads: bool,
-    first: int,
-    last: int,
-    moments: bool,
+    scaling: str = "log1p",
+    mean_heads: bool = False,
+    first: int = 0,
+    last: int = STATISTICS,
+    moments: bool = True,
 ) -> Any:
     """Refuses what the op refuses; the tokens that are left behind the last cut."""
-    _check_public(stats, (first, last))
+    _check_list("stats", stats)
+    if not stats:
+        raise ValueError("stats must hold the statistics of at least one block, got none")
     _check_list("counts", counts, len(stats))
     _check_list("followed", followed, len(stats))
     _check_list("cuts", cuts)
@@ -234,7 +257,7 @@ def _(
 @_register.cuda("token_evidence")
 def _(*args: Any) -> Tensor:
     """The definition, with the kernel for the cuts: a row out of range is NaN."""
-    return _evidence(*args, compact=torch.ops.spot.compact_tokens)
+    return _defined(*args, compact=torch.ops.spot.compact_tokens)
 
 
 # ---- autograd: for inference alone ---------------------------------------------------------------

@@ -225,14 +225,11 @@ inline Vec<float> vec_log1p(Vec<float> x) {
   const Bits<float> e = near_one & static_cast<int32_t>(0xff800000u);
   const Vec<float> shrink = bit_cast<Vec<float>>(0x3f800000 - e);  // 2^-e
   const Vec<float> m = x * shrink + (shrink - 1.0f);
-  Vec<float> p = splat(0x1.645ep-4f);
-  p = p * m - 0x1.2432cp-3f;
-  p = p * m + 0x1.317476p-3f;
-  p = p * m - 0x1.538248p-3f;
-  p = p * m + 0x1.98d7fp-3f;
-  p = p * m - 0x1.000382p-2f;
-  p = p * m + 0x1.5556d8p-2f;
-  p = m * m * (p * m - 0.5f) + m;
+  const Vec<float> m2 = m * m;  // not one chain of products, each of which would be waited for
+  const Vec<float> low = (m * 0x1.5556d8p-2f - 0.5f) + m2 * (m * 0x1.98d7fp-3f - 0x1.000382p-2f);
+  const Vec<float> high =
+      (m * 0x1.317476p-3f - 0x1.538248p-3f) + m2 * (m * 0x1.645ep-4f - 0x1.2432cp-3f);
+  const Vec<float> p = m2 * (low + m2 * m2 * high) + m;
   return __builtin_convertvector(e, Vec<float>) * 0x1.62e43p-24f + p;
 }
 inline Vec<double> vec_log1p(Vec<double> x) {
