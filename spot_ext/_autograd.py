@@ -81,7 +81,8 @@ def _gathered(flat: list[Any], lengths: dict[int, int]) -> list[Any]:
     """The arguments again."""
     if not lengths:
         return flat
-    args, at = [], 0
+    args: list[Any] = []
+    at = 0
     while at < len(flat) or len(args) in lengths:
         length = lengths.get(len(args))
         args.append(flat[at] if length is None else flat[at : at + length])

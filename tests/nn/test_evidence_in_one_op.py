@@ -38,7 +38,7 @@ def _drive(history: EvidenceHistory, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("scaling", "heads"), itertools.product(("n", "log1p", "raw"), ("concat", "mean"))
+    ("scaling", "heads"), [*itertools.product(("n", "log1p", "raw"), ("concat", "mean"))]
 )
 @pytest.mark.parametrize(
     "features",

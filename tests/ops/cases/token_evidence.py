@@ -127,12 +127,13 @@ def _errors() -> tuple[Bad, ...]:
 
     def second(label: str, value: Callable[[Any], Any], raises: Any, *words: str,
                **more: Any) -> Bad:  # fmt: skip
-        return bad(f"stats {label}", lambda d: {"stats": [t(2, 6, 2, 6, device=d), value(d)]},
+        return bad(f"stats[1] {label}", lambda d: {"stats": [t(2, 6, 2, 6, device=d), value(d)]},
                    raises, words, **more)  # fmt: skip
 
     def cut(label: str, value: Callable[[Any], Any], raises: Any, *words: str,
             **more: Any) -> Bad:  # fmt: skip
-        return bad(f"cuts {label}", lambda d: {"cuts": [ints(d, [0, 2, 4], [1, 2, 3]), value(d)]},
+        first = [0, 2, 4], [1, 2, 3]
+        return bad(f"cuts[1] {label}", lambda d: {"cuts": [ints(d, *first), value(d)]},
                    raises, words, **more)  # fmt: skip
 
     def plain(label: str, raises: Any, *words: str, more: Any = None, **changes: Any) -> Bad:

@@ -115,7 +115,9 @@ def test_vmap_equals_a_loop(op: Op, device: torch.device) -> None:
     args = op.samples[1].args(device, torch.float64)
     stacked = tree_map_only(Tensor, lambda v: torch.stack([v, v.flip(0), v]), args)
     places = tuple(0 if tensors(a) else None for a in args)
-    actual = tensors(torch.vmap(op.call, in_dims=places)(*stacked))
+    # torch has no loop for ops that take lists of tensors; their functions have definitions.
+    call = op.public if op.public and any(isinstance(a, list) for a in args) else op.call
+    actual = tensors(torch.vmap(call, in_dims=places)(*stacked))
     for item in range(3):
         expected = op.call(*tree_map_only(Tensor, lambda v, i=item: v[i], stacked))
         assert_close([out[item] for out in actual], tensors(expected))
