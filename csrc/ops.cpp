@@ -105,4 +105,12 @@ STABLE_TORCH_LIBRARY(spot, m) {
   m.def(
       "packed_linear(Tensor input, Tensor packed, SymInt out_features, Tensor? bias=None, "
       "Tensor? residual=None, str activation='none') -> Tensor");
+
+  // stats: L of [B, P+N, H, 6], of whose rows the last `counts` are patch tokens; followed: how
+  // many cuts came before each; cuts: K of [B, kept] int64, each among those left before
+  // -> [B, M, F]: columns [latest_first, latest_last) of the last block, then mean and variance
+  m.def(
+      "token_evidence(Tensor[] stats, SymInt[] counts, int[] followed, Tensor[] cuts, "
+      "str scaling='log1p', bool mean_heads=False, int latest_first=0, int latest_last=6, "
+      "bool moments=True) -> Tensor");
 }

@@ -1,4 +1,4 @@
-"""SPOT's operators: compaction, relevance, attention (statistics, sparse), packed linear layers.
+"""SPOT's operators: compaction, relevance, evidence, attention (with statistics, sparse), linear.
 
 Importing this package registers `torch.ops.spot.*`, for CPU and CUDA, with autograd. Functions take
 and return torch tensors; each module holds one slice: public functions, `*_reference` definitions
@@ -41,6 +41,7 @@ from spot_ext.sparse_attention import (  # noqa: E402
     sparse_attention,
     sparse_attention_reference,
 )
+from spot_ext.token_evidence import token_evidence, token_evidence_reference  # noqa: E402
 
 __all__ = [
     "__version__",
@@ -66,6 +67,8 @@ __all__ = [
     "select_tokens_reference",
     "sparse_attention",
     "sparse_attention_reference",
+    "token_evidence",
+    "token_evidence_reference",
     "token_relevance",
     "token_relevance_reference",
 ]

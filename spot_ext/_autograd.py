@@ -28,12 +28,19 @@ def kernel(
     """The kernel of `op`, called with the set of dispatch keys and the arguments given.
 
     `setup(ctx, inputs, output)` saves what `formula(ctx, *grads)` needs; `inputs` and
-    `ctx.needs_input_grad` have a place for every argument, omitted ones included.
+    `ctx.needs_input_grad` have a place for every argument, omitted ones included. In the latter,
+    and in what `formula` returns, a list of tensors has a place for each of them.
     """
     defaults = tuple(argument.default_value for argument in op._schema.arguments)
+    lists = tuple(
+        place
+        for place, argument in enumerate(op._schema.arguments)
+        if str(argument.type) == "List[Tensor]"
+    )
 
     def forward(ctx: Any, *given: Any) -> Any:
-        *args, keys = given
+        *flat, lengths, keys = given
+        args = _gathered(flat, lengths)
         with _levels_below() if _transforms() else nullcontext(), _below_autograd():
             output = op.redispatch(keys & _BELOW, *args)
         if setup is not None:
@@ -41,7 +48,7 @@ def kernel(
         return output
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *formula(ctx, *grads), None
+        return *formula(ctx, *grads), None, None
 
     name = f"GeneratedBackwardFor_{op._namespace}_{op._opname}_{op._overloadname}"
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -49,17 +56,38 @@ def kernel(
 
     def call(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            _refuse_tangents(op, args)
+            _refuse_tangents(op, _spread(args, lists)[0])
         if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
             with _below_autograd():
                 return op.redispatch(keys & _BELOW, *args)
-        args += defaults[len(args) :]
+        flat, lengths = _spread(args + defaults[len(args) :], lists)
         if _transforms():
             with enable_single_level_autograd_function():
-                return function.apply(*args, keys)
-        return function.apply(*args, keys)
+                return function.apply(*flat, lengths, keys)
+        return function.apply(*flat, lengths, keys)
 
     return call
+
+
+def _spread(args: tuple[Any, ...], lists: tuple[int, ...]) -> tuple[tuple[Any, ...], Any]:
+    """Arguments with those at `lists` laid open, where autograd sees tensors; and their lengths."""
+    if not lists:
+        return args, {}
+    flat = [item for i, value in enumerate(args) for item in (value if i in lists else (value,))]
+    return tuple(flat), {i: len(args[i]) for i in lists}
+
+
+def _gathered(flat: list[Any], lengths: dict[int, int]) -> list[Any]:
+    """The arguments again."""
+    if not lengths:
+        return flat
+    args: list[Any] = []
+    at = 0
+    while at < len(flat) or len(args) in lengths:
+        length = lengths.get(len(args))
+        args.append(flat[at] if length is None else flat[at : at + length])
+        at += 1 if length is None else length
+    return args
 
 
 @contextmanager

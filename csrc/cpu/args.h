@@ -207,4 +207,32 @@ struct PackedLinearArgs {
   void* out;  // [rows, out], dense
 };
 
+enum EvidenceScaling : int { kRawScaling = 0, kScaleByCount, kLogScaling };
+
+// What attention_stats said of a block: its patch tokens [B, count, H, 6], last two dense.
+struct EvidenceBlock {
+  const void* stats;
+  int64_t batch, token;  // strides in elements
+  int64_t count;
+  int64_t followed;  // cuts before the block
+};
+
+struct EvidenceCut {
+  const int64_t* index;  // [B, kept], any strides
+  int64_t batch, token;
+  int64_t chosen;  // positions are below
+};
+
+struct EvidenceArgs {
+  const EvidenceBlock* blocks;  // oldest first
+  int64_t num_blocks;
+  const EvidenceCut* cuts;
+  int64_t num_cuts;
+  int64_t num_tokens, num_heads;  // of the result; of the statistics
+  EvidenceScaling scaling;
+  bool mean_heads, moments;
+  int64_t first, last;  // columns of the newest block
+  void* out;            // [B, num_tokens, F], dense
+};
+
 }  // namespace spot

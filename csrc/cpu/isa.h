@@ -36,6 +36,8 @@ struct KernelTable {
   // Panels [begin, end); of all blocks of rows, counted together.
   void (*pack_linear[4])(const PackLinearArgs&, int64_t begin, int64_t end);
   void (*packed_linear[4])(const PackedLinearArgs&, int64_t begin, int64_t end);
+  // Rows [begin, end) of all images; false when a position is out of range.
+  bool (*token_evidence[4])(const EvidenceArgs&, int64_t begin, int64_t end);
   // Spans [begin, end) of all images.
   void (*normalize[4])(const NormArgs&, int64_t begin, int64_t end);
   void (*normalize_backward[4])(const NormArgs&, int64_t begin, int64_t end);

@@ -9,6 +9,7 @@
 #include "relevance.h"
 #include "sparse_attention.h"
 #include "sparse_attention_backward.h"
+#include "token_evidence.h"
 
 #define SPOT_JOIN_(a, b) a##b
 #define SPOT_JOIN(a, b) SPOT_JOIN_(a, b)
@@ -34,6 +35,7 @@ const KernelTable SPOT_JOIN(kernels_, SPOT_ISA) = {
     SPOT_PER_DTYPE(connectivity),
     SPOT_PER_DTYPE(pack_linear),
     SPOT_PER_DTYPE(packed_linear),
+    SPOT_PER_DTYPE(token_evidence),
     SPOT_PER_DTYPE(normalize),
     SPOT_PER_DTYPE(normalize_backward),
     SPOT_PER_DTYPE(remap),

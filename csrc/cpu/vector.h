@@ -231,6 +231,31 @@ inline Vec<A> gelu(Vec<A> x) {
   return x * normal(x).below;
 }
 
+// ---- logarithms ---------------------------------------------------------------------------------
+
+// log(1 + x) for -1 < x < kLog1pEnd; NaN stays NaN. float32: with 1 + x near 2^e, log(1 + m) and
+// e log 2, where m = x 2^-e + (2^-e - 1) is rounded once; error at most 2 units in the last place.
+template <typename A>
+constexpr A kLog1pEnd = static_cast<A>(0x1p+120);
+inline Vec<float> vec_log1p(Vec<float> x) {
+  const Bits<float> near_one = bit_cast<Bits<float>>(x + 1.0f) - 0x3f3504f3;  // sqrt(1 / 2)
+  const Bits<float> e = near_one & static_cast<int32_t>(0xff800000u);
+  const Vec<float> shrink = bit_cast<Vec<float>>(0x3f800000 - e);  // 2^-e
+  const Vec<float> m = x * shrink + (shrink - 1.0f);
+  const Vec<float> m2 = m * m;  // not one chain of products, each of which would be waited for
+  const Vec<float> low = (m * 0x1.5556d8p-2f - 0.5f) + m2 * (m * 0x1.98d7fp-3f - 0x1.000382p-2f);
+  const Vec<float> high =
+      (m * 0x1.317476p-3f - 0x1.538248p-3f) + m2 * (m * 0x1.645ep-4f - 0x1.2432cp-3f);
+  const Vec<float> p = m2 * (low + m2 * m2 * high) + m;
+  return __builtin_convertvector(e, Vec<float>) * 0x1.62e43p-24f + p;
+}
+inline Vec<double> vec_log1p(Vec<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_log1p(x[l]);
+  return x;
+}
+inline float exact_log1p(float x) { return __builtin_log1pf(x); }
+inline double exact_log1p(double x) { return __builtin_log1p(x); }
+
 // Not std::log: its float overload is an inline function, which the ISAs would share.
 inline float natural_log(float x) { return __builtin_logf(x); }
 inline double natural_log(double x) { return __builtin_log(x); }

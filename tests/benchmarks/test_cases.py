@@ -13,6 +13,7 @@ from benchmarks import (
     relevance,
     sparse_attention,
     sparsifiner,
+    token_evidence,
 )
 
 
@@ -44,6 +45,15 @@ def test_sides_of_a_layer_do_the_same(name: str) -> None:
         plain = layer.plain()(block)
         torch.testing.assert_close(layer.ours()(block), plain, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.fused()(block), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", range(len(token_evidence.TOKENS)))
+def test_sides_of_a_decision_do_the_same(number: int) -> None:
+    decision = token_evidence.Decision(2, number, "cpu")
+    for step in (0, 1, 6):
+        made = decision.ours()(step)
+        assert made.shape == (2, token_evidence.TOKENS[number], 6 * 18)
+        torch.testing.assert_close(made, decision.defined()(step), rtol=1e-5, atol=1e-6)
 
 
 def test_sparse_sides_do_the_same() -> None:

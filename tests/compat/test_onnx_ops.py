@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops.cases import OPS, each_sample
 from ops.cases.base import Op, Sample
-from support.arguments import tensors
+from support.arguments import refilled, tensors
 from support.comparison import assert_close
 from torch import Tensor
 
@@ -27,10 +27,9 @@ class _Call(torch.nn.Module):
         self.op, self.args = op, args
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(values)
-        filled = (next(rest) if isinstance(a, Tensor) else a for a in self.args)
         assert self.op.public is not None
-        return tuple(out for out in tensors(self.op.public(*filled)) if out.numel())
+        outputs = tensors(self.op.public(*refilled(self.args, values)))
+        return tuple(out for out in outputs if out.numel())
 
 
 def _few() -> list[Any]:

@@ -170,7 +170,7 @@ def test_functionalize_leaves_the_kernel(op: Op) -> None:
 
 def _stacked(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     stacked = tree_map_only(Tensor, lambda t: torch.stack([t, t.flip(0)]), args)
-    return stacked, tuple(0 if isinstance(a, Tensor) else None for a in args)
+    return stacked, tuple(0 if tensors(a) else None for a in args)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.public], ids=lambda op: op.name)

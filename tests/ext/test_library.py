@@ -39,6 +39,7 @@ CALLS = {
     "packed_linear": "s.packed_linear(torch.rand(2, 3), torch.rand(1, 3, 32), 5)",
     "sparse_attention": "s.sparse_attention(*[torch.rand(2, 6, 2, 4)] * 3, "
     "torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6))",
+    "token_evidence": "s.token_evidence([torch.rand(2, 6, 2, 6)], [5], [0], [index])",
     "token_relevance": "s.token_relevance(None, torch.rand(2, 5, 3), *[None] * 5, "
     "*map(torch.rand, [(4, 3), 4, (3, 4), 3, (2, 3), 2]))",
 }

@@ -34,6 +34,8 @@ PUBLIC = {
     "select_tokens_reference",
     "sparse_attention",
     "sparse_attention_reference",
+    "token_evidence",
+    "token_evidence_reference",
     "token_relevance",
     "token_relevance_reference",
 }

@@ -1,7 +1,8 @@
-"""Argument lists of ops: their tensors, in another dtype, copied, asking for gradients."""
+"""Arguments of ops: their tensors, those in lists too, replaced, in another dtype, copied."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,21 @@ def tensors(value: Any) -> list[Tensor]:
     """The tensors of a result or an argument list, in order."""
     if isinstance(value, Tensor):
         return [value]
-    return [item for item in value if isinstance(item, Tensor)]
+    if not isinstance(value, list | tuple):
+        return []
+    return [item for part in value for item in tensors(part)]
+
+
+def refilled(args: tuple[Any, ...], values: Iterable[Tensor]) -> tuple[Any, ...]:
+    """The arguments with other tensors, in order."""
+    rest = iter(values)
+    return tuple(_refilled(value, rest) for value in args)
+
+
+def _refilled(value: Any, rest: Iterator[Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_refilled(item, rest) for item in value]
+    return next(rest) if isinstance(value, Tensor) else value
 
 
 def to_dtype(args: Any, dtype: torch.dtype) -> Any:
@@ -44,6 +59,6 @@ def with_grad(args: tuple[Any, ...], places: tuple[int, ...]) -> tuple[Any, ...]
     """Leaf copies of the arguments; the floating ones at `places` ask for a gradient."""
     fresh = list(clone(args))
     for place in places:
-        if place < len(fresh) and isinstance(fresh[place], Tensor):
-            fresh[place].requires_grad_(fresh[place].is_floating_point())
+        for value in tensors(fresh[place : place + 1]):
+            value.requires_grad_(value.is_floating_point())
     return tuple(fresh)

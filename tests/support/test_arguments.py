@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from support.arguments import clone, tensors, to_dtype, with_grad
+from support.arguments import clone, refilled, tensors, to_dtype, with_grad
 from support.data import random
 from support.gradients import cotangents, gradients
 
@@ -35,3 +35,14 @@ def test_gradients_of_what_is_not_used_are_none() -> None:
     assert first is not None and second is None
     _, (third,) = gradients(lambda a: a.detach(), (x,))
     assert third is None
+
+
+def test_lists_of_tensors() -> None:
+    x, y, z = (random(name, (2, 3), torch.float32) for name in "xyz")
+    args = ([x, y], [3, 4], [], z, "log1p")
+    assert all(one is other for one, other in zip(tensors(args), (x, y, z), strict=True))
+    fresh = with_grad(args, (0,))
+    assert fresh[0][0].requires_grad and fresh[0][1].requires_grad and not fresh[3].requires_grad
+    turned = refilled(args, (z, x, y))
+    assert turned[0][0] is z and turned[0][1] is x and turned[3] is y
+    assert (*turned[1:3], turned[4]) == ([3, 4], [], "log1p")

@@ -269,7 +269,8 @@ def test_the_page_has_the_most_of_each_op() -> None:
 
 def test_sample_has_every_op_with_a_kernel() -> None:
     """Backward ops too; and each of them calls what its file registers."""
-    assert sorted(set(SLICES) - {"packed_linear"}) == cuda_ops()  # whose definition runs there
+    defined = {"packed_linear", "token_evidence"}  # whose definitions run there
+    assert sorted(set(SLICES) - defined) == cuda_ops()
     for name in cuda_ops():
         ops = SLICES[name]
         kernels = (ROOT / f"csrc/cuda/{name}.cu").read_text()

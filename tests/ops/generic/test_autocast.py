@@ -25,10 +25,12 @@ def _cast_by_hand(op: Op, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[An
         "predict_connectivity": tuple(range(8)),
         "sparse_attention": (0, 1, 2),
         "packed_linear": (0, 1, 3, 4),
-    }.get(op.name, ())
-    assert places or op.exact or op.name.endswith("_backward")
+        "token_evidence": (),  # float32 statistics of any attention
+    }
+    assert op.name in places or op.exact or op.name.endswith("_backward")
     return tuple(
-        a.to(dtype) if i in places and isinstance(a, Tensor) else a for i, a in enumerate(args)
+        a.to(dtype) if i in places.get(op.name, ()) and isinstance(a, Tensor) else a
+        for i, a in enumerate(args)
     )
 
 

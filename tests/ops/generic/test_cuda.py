@@ -12,6 +12,7 @@ from support.comparison import assert_close, assert_same_bits
 from support.data import FLOATING, generator
 from support.gradients import gradients
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 KERNELS = list(OPS.values())
 
@@ -27,10 +28,11 @@ def test_side_streams(op: Op, gpu: torch.device) -> None:
         results = []
         for stream in streams:
             with torch.cuda.stream(stream):
-                late = [torch.zeros_like(a) if isinstance(a, Tensor) and a.is_floating_point()
-                        else a for a in args]  # fmt: skip
+                late = tree_map_only(
+                    Tensor, lambda v: torch.zeros_like(v) if v.is_floating_point() else v, args
+                )
                 torch.cuda._sleep(2_000_000)
-                for copy, value in zip(late, args, strict=True):
+                for copy, value in zip(tensors(late), tensors(args), strict=True):
                     if copy is not value:
                         copy.copy_(value)
                 results.append(tensors(op.call(*late)))
@@ -43,7 +45,7 @@ def test_side_streams(op: Op, gpu: torch.device) -> None:
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_graph_capture(op: Op, gpu: torch.device) -> None:
     args = op.samples[0].args(gpu, torch.float32)
-    static = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    static = tree_map_only(Tensor, torch.clone, args)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -53,8 +55,8 @@ def test_graph_capture(op: Op, gpu: torch.device) -> None:
     with torch.cuda.graph(graph):
         captured = tensors(op.call(*static))
     for step in range(100):
-        for copy, value in zip(static, args, strict=True):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+        for copy, value in zip(tensors(static), tensors(args), strict=True):
+            if value.is_floating_point() and value.numel():
                 noise = torch.rand(value.shape, generator=generator(f"{step}"))
                 copy.copy_((value + noise.to(value)) if copy.dim() != 2 else value)
         graph.replay()

@@ -15,7 +15,7 @@ import torch
 from ops.cases import OPS, each_sample
 from ops.cases.base import Op, Sample
 from ops.generic.calls import dtype_name
-from support.arguments import tensors, with_grad
+from support.arguments import refilled, tensors, with_grad
 from support.chosen import ops_held, ops_run
 from support.comparison import assert_close, assert_same_bits
 from support.data import generator, random
@@ -23,6 +23,7 @@ from support.gradients import gradients
 from torch import Tensor
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 import spot_ext
 from spot_ext import _definitions
@@ -40,8 +41,7 @@ def _of_tensors(op: Op, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ..
     """The public function of its tensor arguments alone, as tracers take it."""
 
     def call(*values: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(values)
-        return tuple(_call(op, tuple(next(rest) if isinstance(a, Tensor) else a for a in args)))
+        return tuple(_call(op, refilled(args, values)))
 
     return call
 
@@ -183,7 +183,7 @@ def test_checkpointing_repeats_the_definition() -> None:
 def test_errors_are_those_of_the_function(op: Op) -> None:
     args = op.samples[1].args("cpu", torch.float32)
     with spot_ext.definitions(), pytest.raises(TypeError, match="must be a tensor, got str"):
-        op.public(*("tokens" if isinstance(a, Tensor) else a for a in args))
+        op.public(*tree_map_only(Tensor, lambda value: "tokens", args))
 
 
 def test_meta_tensors_have_definitions_too() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ops.cases import OPS
-from support.arguments import tensors
+from support.arguments import refilled, tensors
 from support.comparison import assert_close
 from support.data import generator
 from torch import Tensor
@@ -115,8 +115,7 @@ class Everything(torch.nn.Module):
         rest = iter(values)
         outputs = []
         for name, args in self.calls.items():
-            filled = [next(rest) if isinstance(a, Tensor) else a for a in args]
-            outputs += tensors(OPS[name].call(*filled))
+            outputs += tensors(OPS[name].call(*refilled(args, rest)))
         return tuple(out.clone() for out in outputs)
 
 

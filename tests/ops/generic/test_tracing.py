@@ -9,7 +9,7 @@ import torch
 from ops.cases import OPS, each_sample
 from ops.cases.base import Op, Sample
 from ops.generic.calls import large, outcome
-from support.arguments import tensors, with_grad
+from support.arguments import refilled, tensors, with_grad
 from support.comparison import assert_close
 from support.data import FLOATING
 from torch import Tensor
@@ -87,7 +87,7 @@ def test_dynamic_sizes_compile_at_most_twice(op: Op) -> None:
     for batch in (3, 4, 5, 6, 7, 8):
         args = large(op)
         args = tuple(
-            a[:batch].contiguous() if isinstance(a, Tensor) and i not in op.weights else a
+            a if i in op.weights else tree_map_only(Tensor, lambda v: v[:batch].contiguous(), a)  # noqa: B023
             for i, a in enumerate(args)
         )
         assert_close(compiled(*args), op.call(*args), 1e-5)
@@ -107,8 +107,7 @@ def test_public_functions_compile_and_export(op: Op) -> None:
 
     class Call(torch.nn.Module):
         def forward(self, *values: Tensor) -> Any:
-            rest = iter(values)
-            return op.public(*(next(rest) if isinstance(a, Tensor) else a for a in args))
+            return op.public(*refilled(args, values))
 
     exported = torch.export.export(Call(), tuple(tensors(args)))
     assert_close(tensors(exported.module()(*tensors(args))), expected)
