@@ -6,6 +6,9 @@ moments across layers; window, head layout and scaling are our choice, see SpotC
 
 from __future__ import annotations
 
+import copy
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,11 +37,26 @@ def scale_statistics(stats: Tensor, count: Tensor | int, scaling: str) -> Tensor
     return scaled.log1p() if scaling == "log1p" else scaled
 
 
+class _Seen(NamedTuple):
+    """Statistics of a block.
+
+    Attributes:
+        stats: [B, N, H, 6]; as the block gave them, or scaled with the cuts followed.
+        count: patch tokens they ran over, for those that are not scaled yet.
+        cuts: how many cuts they have followed.
+    """
+
+    stats: Tensor
+    count: int | None
+    cuts: int
+
+
 class EvidenceHistory:
     """Running evidence of one forward pass; local to it, so checkpointing and threads are safe.
 
-    Memory: one tensor [B, N, H, 6] for every block of the window, less than one activation. Cuts
-    are followed when the next decision asks, so none are after the last.
+    In inference a decision makes its evidence in one operator. Elsewhere statistics are scaled as
+    they come, and cuts are followed when the next decision asks, so none are after the last.
+    Memory: one tensor [B, N, H, 6] for every block of the window, less than one activation.
     """
 
     def __init__(self, config: SpotConfig) -> None:
@@ -46,29 +64,25 @@ class EvidenceHistory:
         wants_moments = "moments" in config.evidence
         window = config.history if isinstance(config.history, int) else None
         self._length = window if wants_moments else 1
-        self._window: list[Tensor] = []
-        self._followed: list[int] = []  # cuts that each of the window has followed
+        self._window: list[_Seen] = []
         self._cuts: list[Tensor] = []
 
     def copy(self) -> EvidenceHistory:
         """A history that goes on from here, and leaves this one as it is."""
-        new = EvidenceHistory(self.config)
-        new._window, new._followed = [*self._window], [*self._followed]
-        new._cuts = [*self._cuts]
+        new = copy.copy(self)
+        new._window, new._cuts = [*self._window], [*self._cuts]
         return new
 
     def update(self, stats: Tensor, count: Tensor | int) -> None:
         """Adds a block's statistics [B, N, H, 6], which ran over `count` tokens."""
-        config = self.config
-        x = scale_statistics(
-            stats.detach() if config.detach_stats else stats, count, config.scaling
-        )
-        if config.heads == "mean":
-            x = x.mean(dim=2, keepdim=True)
-        self._window.append(x)
-        self._followed.append(len(self._cuts))
+        stats = stats.detach() if self.config.detach_stats else stats
+        gradient = stats.requires_grad and torch.is_grad_enabled()
+        if isinstance(count, int) and not gradient and not torch.compiler.is_compiling():
+            self._window.append(_Seen(stats, count, len(self._cuts)))
+        else:
+            self._window.append(_Seen(self._scaled(stats, count), None, len(self._cuts)))
         if self._length is not None:
-            del self._window[: -self._length], self._followed[: -self._length]
+            del self._window[: -self._length]
 
     def features(self) -> Tensor | None:
         """[B, N, F] evidence for a decision, or None when the config asks for none."""
@@ -76,12 +90,24 @@ class EvidenceHistory:
         if not config.uses_statistics:
             return None
         assert len(self._window) > 0, "a decision with statistics needs a block before it"
-        self._follow()
         first = 0 if "cls" in config.evidence else 2
         last = 6 if "rowcol" in config.evidence else 2
-        parts = [] if first == last else [self._window[-1][..., first:last]]
-        if "moments" in config.evidence:
-            window = torch.stack(self._window)
+        moments = "moments" in config.evidence
+        if all(seen.count is not None for seen in self._window):
+            return spot_ext.token_evidence(
+                [seen.stats for seen in self._window],
+                [seen.count for seen in self._window],
+                [seen.cuts for seen in self._window],
+                self._cuts,
+                scaling=config.scaling,
+                mean_heads=config.heads == "mean",
+                latest=(first, last),
+                moments=moments,
+            )
+        self._window = [self._settled(seen) for seen in self._window]
+        parts = [] if first == last else [self._window[-1].stats[..., first:last]]
+        if moments:
+            window = torch.stack([seen.stats for seen in self._window])
             # Two passes: a sum of squares would lose digits, variances are tiny beside the squares.
             # Not torch.var_mean, which is slow along the first dimension.
             mean = window.mean(dim=0)
@@ -93,10 +119,15 @@ class EvidenceHistory:
         if index is not None:
             self._cuts.append(index)
         if self.config.history == "since_last":
-            self._window, self._followed = [], []
+            self._window = []
 
-    def _follow(self) -> None:
-        for i, followed in enumerate(self._followed):
-            for index in self._cuts[followed:]:
-                self._window[i] = spot_ext.compact_tokens(self._window[i], index, num_prefix=0)
-            self._followed[i] = len(self._cuts)
+    def _scaled(self, stats: Tensor, count: Tensor | int) -> Tensor:
+        x = scale_statistics(stats, count, self.config.scaling)
+        return x.mean(dim=2, keepdim=True) if self.config.heads == "mean" else x
+
+    def _settled(self, seen: _Seen) -> _Seen:
+        """The same, scaled and with all cuts followed."""
+        x = seen.stats if seen.count is None else self._scaled(seen.stats, seen.count)
+        for index in self._cuts[seen.cuts :]:
+            x = spot_ext.compact_tokens(x, index, num_prefix=0)
+        return _Seen(x, None, len(self._cuts))
