@@ -14,7 +14,7 @@ def tensors(value: Any) -> list[Tensor]:
     """The tensors of a result or an argument list, in order."""
     if isinstance(value, Tensor):
         return [value]
-    if not isinstance(value, list | tuple):
+    if isinstance(value, str) or not isinstance(value, Iterable):
         return []
     return [item for part in value for item in tensors(part)]
 
