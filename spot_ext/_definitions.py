@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as _transforms
+from torch._C import _AutoDispatchBelowAutograd as _below_autograd
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
@@ -77,8 +78,14 @@ def run(
     """
     if _chosen(like):
         return _define(op, reference, like.device.type, args, names)
+    kernel = getattr(torch.ops.spot, op)
     try:
-        return getattr(torch.ops.spot, op)(*args)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return kernel(*args)
+        if torch.is_inference_mode_enabled():
+            return kernel(*args)
+        with _below_autograd():  # no gradient is wanted, and the call is quicker in it
+            return kernel(*args)
     except RuntimeError as cause:
         first = str(cause).split("\n", 1)[0]
         if first.startswith("spot::"):

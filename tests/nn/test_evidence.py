@@ -74,7 +74,7 @@ def test_history_follows_the_kept_tokens():
         state, direct = EvidenceHistory(config), EvidenceHistory(config)
         for stats in _layers(3):
             state.update(stats, 7)
-            direct.update(stats.gather(1, index[:, :, None, None].expand(-1, -1, 2, 6)), 7)
+            direct.update(stats.gather(1, index[:, :, None, None].expand(-1, -1, 2, 6)), 3)
         state.decided(index)
         torch.testing.assert_close(state.features(), direct.features())
 

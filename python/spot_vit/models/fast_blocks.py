@@ -26,7 +26,7 @@ from spot_vit.models.adapters.vit import (
 from spot_vit.models.fast_plan import BlockPlan
 from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
 from spot_vit.nn.fast_relevance import FastTokenRelevance
-from spot_vit.nn.packed import PackedLinear, Product
+from spot_vit.nn.packed import PackedLinear, Product, untracked
 from spot_vit.nn.packed_patches import PackedPatches, makes_patches
 from spot_vit.nn.positional import PositionTables
 from spot_vit.nn.relevance import TokenRelevance
@@ -79,7 +79,7 @@ class _Attention(nn.Module):
     ) -> Tensor:
         """What the projection takes: [B, N, H * D], or [B, P, H * D] as `request.queries` says.
 
-        `qkv` is what to call in place of the layer.
+        `qkv` is what to call in place of the layer; nobody watches the modules then.
         """
         batch, tokens = x.shape[:2]
         heads, width = self.num_heads, self.head_dim
@@ -87,7 +87,11 @@ class _Attention(nn.Module):
         if queries is None:
             packed = (qkv or self.qkv)(x).view(batch, tokens, 3, heads, width)
             q, k, v = packed.unbind(2)
-            out = self._map(self.q_norm(q), self.k_norm(k), v, request)
+            if qkv is None or type(self.q_norm) is not nn.Identity:
+                q = self.q_norm(q)
+            if qkv is None or type(self.k_norm) is not nn.Identity:
+                k = self.k_norm(k)
+            out = self._map(q, k, v, request)
         else:
             x_first, inner = x[:, :queries].contiguous(), heads * width
             q = self.qkv.fused(x_first, rows=(0, inner)).view(batch, queries, heads, width)
@@ -95,7 +99,8 @@ class _Attention(nn.Module):
             k, v = both.view(batch, tokens, 2, heads, width).unbind(2)
             plain = AttentionRequest(0, False, PositionTables())
             out = attend(self.q_norm(q), self.k_norm(k), v, plain, self.scale)
-        out = self.norm(out)
+        if qkv is None or type(self.norm) is not nn.Identity:
+            out = self.norm(out)
         if self.gate is None:
             return out
         return out * self.gate(x if queries is None else x[:, :queries]).sigmoid()
@@ -174,7 +179,8 @@ class FastBlock(_Block, Block):
         if queries is not None:
             request = AttentionRequest(0, False, PositionTables(), queries=queries)
         if plan is not None:
-            return plan.mix(plan.attend(x, request))
+            with untracked():
+                return plan.mix(plan.attend(x, request))
         if request is None:
             return super().forward(x)
         if isinstance(self.attn, FastAttention):
@@ -188,7 +194,8 @@ class FastSpotBlock(_Block, SpotBlock):
     def _dense(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
         plan = None if args or arguments else self._planned(x)
         if plan is not None:
-            return plan.mix(plan.attend(x, None))
+            with untracked():
+                return plan.mix(plan.attend(x, None))
         return super()._dense(x, *args, **arguments)
 
     def _sparse(
@@ -199,8 +206,9 @@ class FastSpotBlock(_Block, SpotBlock):
         if queries is not None and not attn.alone(request):
             request.queries = None
         if plan is not None:
-            x, kept = cut_inside(plan.attend(x, request), request)
-            return plan.mix(x), kept
+            with untracked():
+                x, kept = cut_inside(plan.attend(x, request), request)
+                return plan.mix(x), kept
         if request.queries is not None:
             return self._prefix(x, request), None
         x, kept = super()._sparse(x, request, **arguments)
@@ -243,6 +251,8 @@ def unseen(*modules: nn.Module) -> bool:
     """Whether nobody but a counter of ours sees what these modules and those inside give."""
     for module in modules:
         for part in module.modules():
+            if not (part._forward_pre_hooks or part._forward_hooks):
+                continue
             hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
             if any(not getattr(hook, "counts_only", False) for hook in hooks):
                 return False

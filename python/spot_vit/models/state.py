@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ import spot_ext
 from spot_vit.nn.decide import mask_of
 from spot_vit.nn.evidence import EvidenceHistory
 from spot_vit.nn.positional import PositionTables
+from spot_vit.utils.twin import twin
 
 FILLS = ("last", "nearest", "zero")
 """What may stand on the full grid where a token was dropped."""
@@ -48,7 +48,7 @@ class TokenState:
 
     def copy(self) -> TokenState:
         """A state that goes on from here, and leaves this one as it is."""
-        new = copy.copy(self)
+        new = twin(self)
         new.history = self.history.copy()
         new.masks, new.logp, new.index = [*self.masks], [*self.logp], [*self.index]
         return new

@@ -6,7 +6,6 @@ moments across layers; window, head layout and scaling are our choice, see SpotC
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import spot_ext
 from spot_vit.config.spot import SpotConfig
+from spot_vit.utils.twin import twin
 
 _IS_VARIANCE = (False, False, False, True, False, True)  # of the six statistics
 
@@ -42,12 +42,12 @@ class _Seen(NamedTuple):
 
     Attributes:
         stats: [B, N, H, 6]; as the block gave them, or scaled with the cuts followed.
-        count: patch tokens they ran over, for those that are not scaled yet.
+        tokens: patch tokens they ran over, for those that are not scaled yet.
         cuts: how many cuts they have followed.
     """
 
     stats: Tensor
-    count: int | None
+    tokens: int | None
     cuts: int
 
 
@@ -69,7 +69,7 @@ class EvidenceHistory:
 
     def copy(self) -> EvidenceHistory:
         """A history that goes on from here, and leaves this one as it is."""
-        new = copy.copy(self)
+        new = twin(self)
         new._window, new._cuts = [*self._window], [*self._cuts]
         return new
 
@@ -93,10 +93,11 @@ class EvidenceHistory:
         first = 0 if "cls" in config.evidence else 2
         last = 6 if "rowcol" in config.evidence else 2
         moments = "moments" in config.evidence
-        if all(seen.count is not None for seen in self._window):
+        counts = [seen.tokens for seen in self._window if seen.tokens is not None]
+        if len(counts) == len(self._window):
             return spot_ext.token_evidence(
                 [seen.stats for seen in self._window],
-                [seen.count for seen in self._window],
+                counts,
                 [seen.cuts for seen in self._window],
                 self._cuts,
                 scaling=config.scaling,
@@ -127,7 +128,7 @@ class EvidenceHistory:
 
     def _settled(self, seen: _Seen) -> _Seen:
         """The same, scaled and with all cuts followed."""
-        x = seen.stats if seen.count is None else self._scaled(seen.stats, seen.count)
+        x = seen.stats if seen.tokens is None else self._scaled(seen.stats, seen.tokens)
         for index in self._cuts[seen.cuts :]:
             x = spot_ext.compact_tokens(x, index, num_prefix=0)
         return _Seen(x, None, len(self._cuts))

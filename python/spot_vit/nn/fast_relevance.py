@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spot_vit.nn.packed import product_of, serves
+from spot_vit.nn.packed import product_of, serves, untracked
 from spot_vit.nn.relevance import TokenRelevance
 from spot_vit.nn.watch import Watch
 
@@ -27,7 +27,8 @@ class FastTokenRelevance(TokenRelevance):
         like = tokens if features is None or self.norm is not None else features
         if plan is None or not serves(like, plan.dtype, plan.watch.differentiated):
             return super().forward(tokens, features, keep)
-        return plan.run(tokens, features)
+        with untracked():
+            return plan.run(tokens, features)
 
     def _planned(self) -> _Plan | None:
         """The plan of this module, made anew after a change; None where there can be none."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,8 @@ class PackedLinear(nn.Linear):
         here = self.kind != "plain" and weight.is_cpu
         if not (here and serves(x, weight.dtype, weight.requires_grad)):
             return self._plain(x, gelu, scale, residual, rows)
-        return self.product(gelu, scale, rows)(x, residual)
+        with untracked():
+            return self.product(gelu, scale, rows)(x, residual)
 
     def product(
         self,
@@ -142,6 +144,13 @@ def unpack_linear(layer: PackedLinear) -> nn.Linear:
     del layer.kind
     layer.__class__ = nn.Linear  # type: ignore[assignment]
     return layer
+
+
+def untracked() -> AbstractContextManager[Any]:
+    """Context of operators without a gradient, where none is wanted: calls are quicker in it."""
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def serves(x: Tensor, dtype: torch.dtype, differentiated: bool) -> bool:

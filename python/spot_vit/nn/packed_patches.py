@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spot_vit.nn.packed import Product, product_of, serves
+from spot_vit.nn.packed import Product, product_of, serves, untracked
 from spot_vit.nn.watch import tensor_state
 
 
@@ -29,14 +29,18 @@ class PackedPatches(nn.Conv2d):
         here = self.kind != "plain" and weight.is_cpu and input.dim() == 4
         if not (here and serves(input, weight.dtype, weight.requires_grad)):
             return super().forward(input)
-        batch, _, height, width = input.shape
-        down, across = self.kernel_size
+        (height, width), (down, across) = input.shape[2:], self.kernel_size
         rows, columns = height // down, width // across
         if not rows * columns:
             return super().forward(input)
+        with untracked():
+            return self._patches(input, rows, columns)
+
+    def _patches(self, input: Tensor, rows: int, columns: int) -> Tensor:
+        down, across = self.kernel_size
         cropped = input[:, :, : rows * down, : columns * across]
         windows = cropped.unflatten(3, (columns, across)).unflatten(2, (rows, down))
-        patches = windows.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        patches = windows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return self._product()(patches).transpose(1, 2).unflatten(2, (rows, columns))
 
     def _product(self) -> Product:
