@@ -150,6 +150,24 @@ def test_hooks_see_what_they_saw(variant: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, msg=name)
 
 
+def test_a_hook_on_a_norm_costs_no_more_than_its_call() -> None:
+    model, pictures = small()
+    spot_vit.fast(model)
+    expected = model(pictures)
+    block, seen = model.blocks[0], []
+    for moved in (block.norm1, block.norm2):
+        handle = moved.register_forward_hook(lambda module, args, out: seen.append(module))
+        assert torch.equal(model(pictures), expected)
+        assert block._plan.serves(pictures) and seen == [moved]
+        handle.remove()
+        seen.clear()
+    handle = block.mlp.act.register_forward_hook(lambda module, args, out: seen.append(module))
+    model(pictures)
+    assert not block._plan.serves(pictures) and seen == [block.mlp.act]
+    handle.remove()
+    assert torch.equal(model(pictures), expected) and block._plan.serves(pictures)
+
+
 def test_what_replaces_a_layer_is_called() -> None:
     model, pictures = small()
     spot_vit.fast(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spot_vit.nn.attention import AttentionRequest
 from spot_vit.nn.packed import PackedLinear, serves
-from spot_vit.nn.watch import Watch
+from spot_vit.nn.watch import Watch, untouched
 
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _ATTENTION = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
@@ -33,7 +33,8 @@ class BlockPlan:
 
     def __init__(self, block: Any) -> None:
         attn, mlp = block.attn, block.mlp
-        self.watch = Watch({block: _BLOCK, attn: _ATTENTION, mlp: _MLP})
+        places = {block: _BLOCK, attn: _ATTENTION, mlp: _MLP}
+        self.watch = Watch(places, called=(block.norm1, block.norm2))
         fast = hasattr(attn, "values") and hasattr(mlp, "gelu") and self.watch.untouched
         self._ready = fast and all(map(_packed, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)))
         if not self._ready:
@@ -70,9 +71,9 @@ def _packed(layer: Any) -> bool:
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    """The module, or for layer normalisation what it calls."""
-    kinds = (nn.LayerNorm, LayerNorm)
-    if type(module) not in kinds or getattr(module, "_fast_norm", False):
+    """The module, or for layer normalisation that nobody watches what it calls."""
+    plain = type(module) in (nn.LayerNorm, LayerNorm) and untouched(module)
+    if not plain or getattr(module, "_fast_norm", False):
         return module
     shape, weight, bias = module.normalized_shape, module.weight, module.bias
     return lambda x: torch.layer_norm(x, shape, weight, bias, module.eps, False)

@@ -45,13 +45,16 @@ class Watch:
 
     Args:
         places: names of children by parent; a child may be missing.
+        called: children that are called as modules, and so may be hooked.
 
     Attributes:
         untouched: whether nobody hooked or replaced what the children do, as `untouched` has it.
         differentiated: whether a gradient by one of their parameters may be asked for.
     """
 
-    def __init__(self, places: dict[nn.Module, tuple[str, ...]]) -> None:
+    def __init__(
+        self, places: dict[nn.Module, tuple[str, ...]], called: tuple[nn.Module, ...] = ()
+    ) -> None:
         self._places = [
             (parent._modules, name, parent._modules.get(name), type(parent._modules.get(name)))
             for parent, names in places.items()
@@ -60,8 +63,8 @@ class Watch:
         found = {child for _, _, child, _ in self._places if child is not None}
         self._own = [module.__dict__ for module in found]
         self._hooks = [own[hooks] for own in self._own for hooks in _HOOKS]
-        self._hooked, self._replaced = self._count()
-        self.untouched = not (self._hooked or self._replaced)
+        self._touched = self._touches()
+        self.untouched = untouched(*(child for child in found if child not in called))
         self._parameters: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._versions: list[tuple[Tensor, int]] = []
         for module in found:
@@ -83,9 +86,9 @@ class Watch:
         for value, version in self._versions:
             if value._version != version:
                 return False
-        return self._count() == (self._hooked, self._replaced)
+        return self._touches() == self._touched
 
-    def _count(self) -> tuple[int, int]:
-        """Hooks on the children, and children with a forward method of their own."""
-        hooks = sum(map(len, self._hooks)) if any(self._hooks) else 0
-        return hooks, len([own for own in self._own if "forward" in own])
+    def _touches(self) -> tuple[Any, Any]:
+        """Numbers of hooks on the children, and which have a forward method of their own."""
+        hooks = [*map(len, self._hooks)] if any(self._hooks) else None
+        return hooks, [place for place, own in enumerate(self._own) if "forward" in own]
