@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {  # a file imports from its own package or from a lower rank
     "utils": 1, "config": 1, "data": 2, "nn": 2, "measure": 3, "models": 4, "evaluation": 4,
-    "training": 5, "export": 5, "runs": 6, "bench": 7, "demos": 7, "cli": 8,
+    "training": 5, "export": 5, "runs": 6, "bench": 7, "demos": 7,
+    "report": 8, "cli": 9,
 }  # fmt: skip
 TREES = {"spot_vit": ROOT / "python", "spot_ext": ROOT, "benchmarks": ROOT, "tools": ROOT}
 

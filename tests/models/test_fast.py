@@ -168,6 +168,24 @@ def test_a_hook_on_a_norm_costs_no_more_than_its_call() -> None:
     assert torch.equal(model(pictures), expected) and block._plan.serves(pictures)
 
 
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_maps_and_operands_are_those_of_the_model(conversion: str) -> None:
+    model = converted(conversion=conversion)
+    pictures = images(model)
+    expected = spot_vit.attention_maps(model, pictures)
+    before = spot_vit.fast(model)(pictures)
+    classes = [type(module) for module in model.modules()]
+    found = spot_vit.attention_maps(model, pictures)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.position, theirs.position)
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), spot_vit.record_operands(model) as operands:
+        model(pictures)
+    assert len(operands) == len(model.blocks)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(pictures), before)
+
+
 def test_what_replaces_a_layer_is_called() -> None:
     model, pictures = small()
     spot_vit.fast(model)

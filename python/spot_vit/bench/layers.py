@@ -26,7 +26,9 @@ Part = tuple[str, str]
 ROUNDS, WARMUP = 15, 3
 
 
-def layer_times(models: Mapping[str, Any], images: Tensor) -> dict[str, list[dict[str, Any]]]:
+def layer_times(
+    models: Mapping[str, Any], images: Tensor, rounds: int = ROUNDS
+) -> dict[str, list[dict[str, Any]]]:
     """Times the parts of models that take turns, on a CPU.
 
     Hooks in front of the parts note the time; what is between two of them belongs to the first.
@@ -35,6 +37,7 @@ def layer_times(models: Mapping[str, Any], images: Tensor) -> dict[str, list[dic
     Args:
         models: by name; timm's column ViTs, converted or not, fast or not.
         images: [B, C, H, W].
+        rounds: timed passes of each model.
 
     Returns:
         For each model its parts in order: "layer", "part", "ms" (median of a batch), "share" (of
@@ -50,7 +53,7 @@ def layer_times(models: Mapping[str, Any], images: Tensor) -> dict[str, list[dic
         take_turns(sides, "cpu", rounds=1, warmup=WARMUP)
         for watch in watches.values():
             watch.seconds.clear()
-        take_turns(sides, "cpu", rounds=ROUNDS, warmup=0)
+        take_turns(sides, "cpu", rounds=rounds, warmup=0)
     found = {}
     for name, model in models.items():
         macs = _macs(count_flops(model, size))

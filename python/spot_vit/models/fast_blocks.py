@@ -201,9 +201,8 @@ class FastSpotBlock(_Block, SpotBlock):
     def _sparse(
         self, x: Tensor, request: AttentionRequest, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
-        attn: Any = self.attn
-        queries, plan = request.queries, self._planned(x)
-        if queries is not None and not attn.alone(request):
+        attn, queries, plan = self.attn, request.queries, self._planned(x)
+        if not (isinstance(attn, FastSpotAttention) and attn.alone(request)):
             request.queries = None
         if plan is not None:
             with untracked():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spot_vit.models.adapters.find import attention_adapters
+from spot_vit.models.fast_blocks import SLOW
 from spot_vit.nn.operands import (
     Attended,
     AttentionMap,
@@ -35,7 +36,7 @@ def record_operands(model: Any) -> Iterator[dict[int, Operands]]:
     Args:
         model: a timm model of a supported class, converted or not, wrapped or not.
     """
-    with _watched(model, operands_of) as operands:
+    with watched(model, operands_of) as operands:
         yield operands
 
 
@@ -55,14 +56,22 @@ def attention_maps(model: Any, images: Tensor) -> list[AttentionMap]:
         A map for each block, float32 (float64 for float64).
     """
     inner = unwrap(model)
-    with _watched(inner, map_of) as maps:
+    with watched(inner, map_of) as maps:
         inner(images)
     return [maps[b] for b in sorted(maps)]
 
 
 @contextmanager
-def _watched(model: Any, take: Callable[[Attended], T]) -> Iterator[dict[int, T]]:
-    """A context that gives what is taken of each block's attention; a second run overwrites."""
+def watched(
+    model: Any, take: Callable[[Attended], T], wanted: Sequence[int] | None = None
+) -> Iterator[dict[int, T]]:
+    """A context that gives what is taken of each block's attention; a second run overwrites.
+
+    Args:
+        model: as for `record_operands`.
+        take: makes of what attention was given whatever is kept.
+        wanted: blocks to watch, by index; all by default.
+    """
     model = unwrap(model)
     taken: dict[int, T] = {}
 
@@ -71,9 +80,14 @@ def _watched(model: Any, take: Callable[[Attended], T]) -> Iterator[dict[int, T]
 
     modules = [attention_of(block) for block in blocks_of(model)]
     classes = [type(module) for module in modules]
-    adapters = attention_adapters(model)
     try:
+        for module in modules:  # as they are in a model that is not fast
+            module.__class__ = SLOW.get(type(module), type(module))
+        adapters = attention_adapters(model)
         for b, (module, entry) in enumerate(zip(modules, adapters, strict=True)):
+            if wanted is not None and b not in wanted:
+                module.__class__ = classes[b]
+                continue
             module.__class__ = entry.adapter
             module.recorder = Recorder(prefix_of(model), partial(note, b))
         yield taken

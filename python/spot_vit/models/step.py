@@ -55,6 +55,10 @@ class BlockStep:
         masks: whether decisions mask tokens (training) instead of removing them.
         noise: scale of the noise of training decisions.
         queries: how many of the first tokens the block need give; None for all.
+
+    Attributes:
+        after: the state that the block leaves.
+        asked: what was asked of its attention, with the answers; None before it ran.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class BlockStep:
         self.need_stats, self.class_token = need_stats, class_token
         self.masks, self.noise, self.queries = masks, noise, queries
         self.after = before
+        self.asked: AttentionRequest | None = None
 
     def start(self, x: Tensor) -> TokenState:
         """A state of its own for this run, of the tokens x [B, P+n, C] that the block was given."""
@@ -160,6 +165,7 @@ class BlockStep:
     def finish(self, state: TokenState, request: AttentionRequest, kept: Tensor | None) -> None:
         """Notes what the block did: its statistics, and the positions that its cut kept."""
         stage, cut = self.stage, request.cut
+        self.asked = request
         if cut is not None:
             assert kept is not None
             state.was_cut(state.x, kept, cut.fuse)

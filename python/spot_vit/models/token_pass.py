@@ -41,6 +41,7 @@ class TokenPass:
             (`spot_vit.fast`) computes no others there.
 
     Attributes:
+        step: what the last block was asked and did; None where it ran as timm wrote it.
         state: what is known of the tokens; `state.index`, `state.masks` and `state.logp` are those
             of `SpotOutput`.
     """
@@ -62,6 +63,7 @@ class TokenPass:
         refuse_symbols(image)
         self.model, self.dense = model, dense
         self.ratios, self.prefix_alone = ratios, prefix_alone
+        self.step: BlockStep | None = None
         self.blocks: list[Any] = list(model.blocks)[:stop]
         x, tables = model._tokens(image)
         self.shape = model._grid(*image.shape[-2:])
@@ -138,15 +140,17 @@ class TokenPass:
             state.note_dropped()
         queries = self._queries(b)
         plain = stage is None and b not in self._with_statistics and state.plain
+        self.step = None
         if plain and queries is None:
             state.x = self._call(self.blocks[b], state.x, **state.tables.arguments(b))
             return self.tokens
 
-        def run(x: Tensor) -> tuple[Tensor, TokenState]:
+        def run(x: Tensor) -> tuple[Tensor, BlockStep]:
             step = self._step(state, b, queries)
-            return self.blocks[b](x, step=step), step.after
+            return self.blocks[b](x, step=step), step
 
-        x, self.state = self._call(run, state.x)
+        x, self.step = self._call(run, state.x)
+        self.state = self.step.after
         self.state.x = x
         self.state.remember()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

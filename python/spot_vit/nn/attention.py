@@ -49,6 +49,7 @@ class AttentionRequest:
         queries: how many of the first tokens need an output; None for all. Fast blocks alone are
             asked this, and only where nothing else is asked.
         stats: the answer: [B, P+N, H, 6] statistics, or None.
+        score: the answer of a cut that decides by itself: [B, N] what patches were ranked by.
     """
 
     num_prefix: int
@@ -62,6 +63,7 @@ class AttentionRequest:
     position: Tensor | None = None
     queries: int | None = None
     stats: Tensor | None = None
+    score: Tensor | None = None
 
     @property
     def removed(self) -> bool:
@@ -249,7 +251,7 @@ def cut_inside(x: Tensor, request: AttentionRequest) -> tuple[Tensor, Tensor | N
     if cut is None:
         return x, None
     assert request.stats is not None
-    score = request.stats[:, request.num_prefix :, :, 0].mean(dim=2)
+    request.score = score = request.stats[:, request.num_prefix :, :, 0].mean(dim=2)
     index = cut.kept
     if index is None:
         index = spot_ext.select_tokens(score, cut.num_keep)

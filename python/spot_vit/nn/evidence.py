@@ -37,6 +37,21 @@ def scale_statistics(stats: Tensor, count: Tensor | int, scaling: str) -> Tensor
     return scaled.log1p() if scaling == "log1p" else scaled
 
 
+def columns_of(config: SpotConfig, heads: int) -> dict[str, list[int]]:
+    """Columns of the evidence [B, N, F] of each group that is among them, by its name."""
+    width = 1 if config.heads == "mean" else heads
+    latest = ["cls"] * 2 * ("cls" in config.evidence)
+    latest += ["rowcol"] * 4 * ("rowcol" in config.evidence)
+    found: dict[str, list[int]] = {}
+    for head in range(width):
+        for column, group in enumerate(latest):
+            found.setdefault(group, []).append(head * len(latest) + column)
+    if "moments" in config.evidence:
+        first = width * len(latest)
+        found["moments"] = list(range(first, first + 12 * width))
+    return found
+
+
 class _Seen(NamedTuple):
     """Statistics of a block.
 
