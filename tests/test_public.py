@@ -27,6 +27,7 @@ PUBLIC = {
     "SpotOutput",
     "Teacher",
     "TokenPass",
+    "Trace",
     "UnsupportedModelError",
     "UserError",
     "__version__",
@@ -67,6 +68,7 @@ PUBLIC = {
     "spot_loss",
     "start_from_regions",
     "supported",
+    "trace",
     "train",
     "train_connectivity",
 }

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from spot_vit.models.token_pass import TokenPass
     from spot_vit.nn.exit_lens import ExitLens
     from spot_vit.nn.operands import AttentionMap
+    from spot_vit.report.record import Trace
+    from spot_vit.report.tracing import trace
     from spot_vit.runs.train import train
     from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
     from spot_vit.training.connectivity_init import start_from_regions
@@ -83,6 +85,7 @@ _HOME = {
     "SpotOutput": "spot_vit.models.loop",
     "Teacher": "spot_vit.training.losses",
     "TokenPass": "spot_vit.models.token_pass",
+    "Trace": "spot_vit.report.record",
     "UnsupportedModelError": "spot_vit.models.adapters.find",
     "UserError": "spot_vit.utils.errors",
     "__version__": "spot_ext",
@@ -123,6 +126,7 @@ _HOME = {
     "spot_loss": "spot_vit.training.losses",
     "start_from_regions": "spot_vit.training.connectivity_init",
     "supported": "spot_vit.models.convert",
+    "trace": "spot_vit.report.tracing",
     "train": "spot_vit.runs.train",
     "train_connectivity": "spot_vit.training.sparsifiner",
 }
@@ -145,6 +149,7 @@ __all__ = [
     "SpotOutput",
     "Teacher",
     "TokenPass",
+    "Trace",
     "UnsupportedModelError",
     "UserError",
     "__version__",
@@ -185,6 +190,7 @@ __all__ = [
     "spot_loss",
     "start_from_regions",
     "supported",
+    "trace",
     "train",
     "train_connectivity",
 ]
