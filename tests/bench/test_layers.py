@@ -11,6 +11,7 @@ from spot_vit.bench import layers as module
 from spot_vit.bench.layers import layer_times
 from spot_vit.measure.flops import count_flops
 from spot_vit.models.fast import fast
+from spot_vit.models.fast_plan import BlockPlan
 from spot_vit.utils.errors import UserError
 from support.exported import small
 from support.models import build
@@ -62,15 +63,22 @@ def test_other_blocks(variant: str) -> None:
     assert names(found)[1:-1] == [f"blocks.{b} {p}" for b in (0, 1) for p in ("attention", "mlp")]
 
 
-def test_hooks_leave_a_fast_model_fused() -> None:
-    """Its last block computes no patch tokens while it is watched, as when nobody looks."""
+def test_hooks_leave_a_fast_model_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks follow their plans while they are watched, and the last computes no patch tokens."""
     model = fast(small("spot"))
     seen: list[tuple[int, ...]] = []
-    mix = model.blocks[-1]._mix
-    model.blocks[-1]._mix = lambda x: (seen.append(tuple(x.shape)), mix(x))[1]
+    mix = BlockPlan.mix
+
+    def noted(plan: BlockPlan, x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return mix(plan, x)
+
+    monkeypatch.setattr(BlockPlan, "mix", noted)
     with torch.inference_mode():
         layer_times({"model": model}, IMAGES)
-    assert {shape[1] for shape in seen} == {1}  # the class token, counted and timed
+    depth = len(model.blocks)
+    assert len(seen) % depth == 0 and len(seen) >= 2 * depth
+    assert {shape[1] for shape in seen[depth - 1 :: depth]} == {1}  # the class token
 
 
 def test_time_is_that_of_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
