@@ -9,30 +9,9 @@ import numpy as np
 from markupsafe import Markup
 
 from spot_vit.report.record import Array, LayerCost, Trace
-
-VIRIDIS = (
-    "#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58",
-    "#b5de2b", "#fde725",
-)  # fmt: skip
-"""Ten colours of equal steps, which the colour-blind can tell apart, and greys too."""
+from spot_vit.report.stages import stage_title, viridis
 
 BINS = 32
-
-
-def viridis(share: float) -> str:
-    """Colour of a share between 0 and 1."""
-    place = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
-    low = min(int(place), len(VIRIDIS) - 2)
-    ends = [
-        [int(VIRIDIS[k][at : at + 2], 16) for at in (1, 3, 5)] for k in (low, low + 1)
-    ]
-    mixed = [round(a + (b - a) * (place - low)) for a, b in zip(*ends, strict=True)]
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def stage_colours(count: int) -> list[str]:
-    """A colour for each stage: the later, the lighter."""
-    return [viridis(0.14 + 0.68 * k / max(count - 1, 1)) for k in range(count)]
 
 
 def keep_map(share: Array, title: str) -> Markup:
@@ -62,8 +41,7 @@ def mean_keep(trace: Trace) -> list[tuple[str, Array]]:
         for image in trace.images:
             positions = image.stages[k].position[image.stages[k].kept]
             count[positions[positions < rows * columns]] += 1
-        place = f"{'in' if stage.inside else 'before'} block {stage.block}"
-        found.append((place, (count / len(trace.images)).reshape(rows, columns)))
+        found.append((stage_title(stage), (count / len(trace.images)).reshape(rows, columns)))
     return found
 
 
@@ -197,10 +175,12 @@ def accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Markup:
                 inside.append(
                     Markup('<path class="error" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x, top, foot)
                 )
+            told = f"{title}: keep {row['keep']:g}, {row['top1']:.2f} %"
             inside.append(
-                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4"><title>{}: keep {:g}, {:.2f} %</title>'
-                       "</circle>").format(x, y, title, row["keep"], row["top1"])
-            )  # fmt: skip
+                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>').format(
+                    x, y, told
+                )
+            )
         group = Markup('<g class="series series-{}">{}</g>')
         marks.append(group.format(k % 4, Markup("").join(inside)))
     marks.append(_text(width, height - 1, "share of patches kept", "end"))

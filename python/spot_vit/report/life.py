@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from spot_vit.report.charts import VIRIDIS, stage_colours
 from spot_vit.report.encode import (
     LEVELS,
     attention_uri,
@@ -14,7 +13,8 @@ from spot_vit.report.encode import (
     rounded,
 )
 from spot_vit.report.record import BlockTrace, ImageTrace, ModelTrace, StageTrace
-from spot_vit.report.views import Titled, stage_title
+from spot_vit.report.stages import VIRIDIS, stage_colours, stage_title
+from spot_vit.report.views import Titled
 
 STATISTIC_TITLES = (
     "class token → patch",

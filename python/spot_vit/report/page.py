@@ -15,6 +15,7 @@ from spot_vit.report import charts, views
 from spot_vit.report.encode import picture_uri, script_json
 from spot_vit.report.life import image_data, models_data
 from spot_vit.report.record import Trace
+from spot_vit.report.stages import stage_colours, stage_title
 from spot_vit.report.views import Titled
 
 MOST = 4
@@ -114,14 +115,14 @@ def _life(number: int, traces: list[Titled]) -> Markup:
 def _legend(traces: list[Titled]) -> list[tuple[str, str]]:
     """Names and colours of stages, where all models have the same."""
     kinds = {
-        tuple(views.stage_title(stage) for stage in trace.images[0].stages)
+        tuple(stage_title(stage) for stage in trace.images[0].stages)
         for _, trace in traces
         if trace.images
     }
     if len(kinds) != 1:
         return []
     titles = kinds.pop()
-    return list(zip(titles, charts.stage_colours(len(titles)), strict=True))
+    return list(zip(titles, stage_colours(len(titles)), strict=True))
 
 
 def _set(title: str, trace: Trace) -> dict[str, Any]:

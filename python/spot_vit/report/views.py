@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from spot_vit.config.methods import METHODS
-from spot_vit.report.charts import stage_colours
 from spot_vit.report.encode import squares_path
 from spot_vit.report.record import Array, ImageTrace, LayerCost, ModelTrace, StageTrace, Trace
+from spot_vit.report.stages import stage_colours, stage_title
 
 Titled = tuple[str, Trace]
 
@@ -99,11 +98,6 @@ def class_name(model: ModelTrace, index: int) -> str:
     """Name of a class, or its number where it has none."""
     names = model.classes
     return names[index] if names is not None and index < len(names) else f"class {index}"
-
-
-def stage_title(stage: StageTrace) -> str:
-    """Where a decision was taken."""
-    return f"{'in' if stage.inside else 'before'} block {stage.block}"
 
 
 def cards(traces: Sequence[Titled]) -> list[Card]:
@@ -271,8 +265,3 @@ def config_rows(model: ModelTrace) -> list[tuple[str, str]]:
 def fact_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Facts as text; empty ones are left out."""
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-
-
-def no_break(text: str) -> Markup:
-    """Text whose numbers stay with their unit at the end of a line."""
-    return Markup("{}").format(text.replace(" %", "\u00a0%"))
