@@ -61,6 +61,7 @@ PUBLIC = {
     "save_kept",
     "set_grid",
     "set_keep",
+    "show",
     "sigmoid_distillation",
     "softmax_distillation",
     "sparsify",

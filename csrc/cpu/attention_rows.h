@@ -250,9 +250,8 @@ inline void pack_keys(const Head& head, const Rows<T>& keys, int64_t first, int6
 template <typename T>
 inline void store_row(const Acc<T>* from, int64_t n, T* out) {
   using A = Acc<T>;
-  for_vectors<A>(n, [&](int64_t i, auto count) {
-    store_lanes(out + i, count, load_lanes(from + i, count));
-  });
+  for_vectors<A>(
+      n, [&](int64_t i, auto count) { store_lanes(out + i, count, load_lanes(from + i, count)); });
 }
 
 template <typename T>

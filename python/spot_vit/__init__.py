@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from spot_vit.nn.exit_lens import ExitLens
     from spot_vit.nn.operands import AttentionMap
     from spot_vit.report.record import Trace
+    from spot_vit.report.show import show
     from spot_vit.report.tracing import trace
     from spot_vit.runs.train import train
     from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -119,6 +120,7 @@ _HOME = {
     "save_kept": "spot_vit.evaluation.pictures",
     "set_grid": "spot_vit.models.sparsifiner",
     "set_keep": "spot_vit.models.convert",
+    "show": "spot_vit.report.show",
     "sigmoid_distillation": "spot_vit.training.losses",
     "softmax_distillation": "spot_vit.training.losses",
     "sparsify": "spot_vit.models.convert",
@@ -183,6 +185,7 @@ __all__ = [
     "save_kept",
     "set_grid",
     "set_keep",
+    "show",
     "sigmoid_distillation",
     "softmax_distillation",
     "sparsify",

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from spot_vit.cli import bench, demo, eval, export, info, train
+from spot_vit.cli import bench, demo, eval, export, info, report, show, train
 from spot_vit.utils.threads import set_wait_policy
 
-COMMANDS = (train, eval, export, demo, bench, info)
+COMMANDS = (train, eval, report, show, export, demo, bench, info)
 """Modules with `add_parser(commands)`; importing them imports neither torch nor timm."""
 
 

@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from spot_vit.data.digits import DigitBatch
-from spot_vit.utils.files import atomic_write
+from spot_vit.evaluation.drawing import Kept, kept_figure, save_figure, shown
 from spot_vit.utils.modes import eval_mode
 
 
 @torch.inference_mode()
-def save_kept(path: str | os.PathLike[str], model: nn.Module, batch: DigitBatch) -> None:
-    """Draws every image of the batch beside what survives each stage; dropped patches are blue.
+def save_kept(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    images: Tensor | DigitBatch,
+    labels: Sequence[int] | None = None,
+) -> None:
+    """Draws every image beside what survives each stage; dropped patches are blue.
 
     Args:
-        path: the picture to write, e.g. ``kept.png``.
+        path: the picture to write, e.g. ``kept.png``; .svg and .pdf are written as such.
         model: a SPOT ViT.
-        batch: image [B, 1, H, W] and the rest, as ``ClutteredDigits.batch`` gives it.
+        images: [B, C, H, W] as the model takes them; or a batch of ``ClutteredDigits``, which has
+            labels.
+        labels: index of each image's class, if known.
+
+    Raises:
+        UserError: the file cannot be written, or has another ending.
     """
+    if isinstance(images, DigitBatch):
+        labels, images = images.label.tolist(), images.image
     with eval_mode(model):
-        output = model(batch.image, aux=True)
-    masks = [mask > 0.5 for mask in output.masks]
-    predictions = output.logits.argmax(dim=1).tolist()
-    panels, rows = 1 + len(masks), (len(predictions) + 1) // 2
-    figure = Figure(figsize=(3.0 * panels, 1.75 * rows + 0.5), layout="constrained")
-    # Two images a row, with a gap between them.
-    widths = [1.0] * panels + [0.15] + [1.0] * panels
-    grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
-    for axis in grid.flat:
-        axis.set_axis_off()
-    axes = np.delete(grid, panels, axis=1).reshape(-1, panels)
-    for i, (row, predicted) in enumerate(zip(axes, predictions, strict=False)):
-        image, label = batch.image[i, 0].clamp(0, 1), int(batch.label[i])
-        row[0].imshow(_survivors(image, torch.ones_like(masks[0][i])))
-        verdict, colour = ("right", "black") if predicted == label else ("wrong", "red")
-        row[0].set_title(f"{label}, read as {predicted}: {verdict}", fontsize=9, color=colour)
-        for stage, mask in enumerate(masks):
-            row[stage + 1].imshow(_survivors(image, mask[i]))
-            kept = f"{int(mask[i].sum())} of {mask.shape[1]}"
-            row[stage + 1].set_title(f"stage {stage + 1}: {kept}", fontsize=9)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        output: Any = model(images, aux=True)
+    rows, columns = _grid(model, images, output.masks[0].shape[1])
+    stages = [(mask > 0.5).view(-1, rows, columns).cpu().numpy() for mask in output.masks]
+    found = []
+    for i, picture in enumerate(shown(model, images)):
+        said = int(output.logits[i].argmax())
+        wrong = labels is not None and said != labels[i]
+        title = f"read as {said}"
+        if labels is not None:
+            title = f"{labels[i]}, {title}: {'wrong' if wrong else 'right'}"
+        found.append(Kept(picture, [stage[i] for stage in stages], title, wrong))
+    save_figure(kept_figure(found, beside=2), path)
 
 
-def _survivors(image: Tensor, mask: Tensor) -> np.ndarray:
-    """Paints dropped patches of image [H, W] over: float32 [H, W, 3]; mask is bool [N]."""
-    side = int(mask.numel() ** 0.5)
-    zoom = image.shape[0] // side
-    kept = mask.reshape(side, side).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-    dropped = torch.tensor([0.36, 0.55, 0.78])
-    return torch.where(kept[..., None], image[..., None], dropped).numpy()
+def _grid(model: Any, images: Tensor, patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches; nearest to the image's shape where the model is silent."""
+    if hasattr(model, "_grid"):
+        rows, columns = model._grid(*images.shape[-2:])
+        return int(rows), int(columns)
+    height, width = images.shape[-2:]
+    rows = round((patches * height / width) ** 0.5)
+    return rows, patches // rows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spot_vit.config.conversion import conversion_of
+from spot_vit.evaluation.drawing import shown
 from spot_vit.models.recording import watched
 from spot_vit.models.saved import class_names
 from spot_vit.models.sparsifiner import dense_attention
@@ -183,7 +184,7 @@ class _Chunk:
 
     def images(self) -> Iterator[ImageTrace]:
         """The traces, with names and labels left open."""
-        for i, picture in enumerate(_shown(self.model, self.pictures)):
+        for i, picture in enumerate(shown(self.model, self.pictures)):
             yield ImageTrace(
                 "", None, picture, _array(self.logits[i]), _array(self.dense[i]),
                 [_stage_of(stage, i) for stage in self.stages], list(self._blocks(i)),
@@ -253,21 +254,6 @@ def _stage_of(stage: dict[str, Any], i: int) -> StageTrace:
 def _array(x: Tensor, kind: Any = np.float32) -> np.ndarray:
     x = x.detach().cpu()
     return (x.float() if x.is_floating_point() else x).numpy().astype(kind)
-
-
-def _shown(model: Any, images: Tensor) -> list[np.ndarray]:
-    """Pictures uint8 [H, W, 3] of what the model is given."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels = images.shape[1]
-    mean, spread = (
-        torch.tensor(config.get(name) or (default,) * channels, device=images.device).float()
-        for name, default in (("mean", 0.0), ("std", 1.0))
-    )
-    pictures = images.float() * spread[:channels, None, None] + mean[:channels, None, None]
-    if channels != 3:
-        pictures = pictures[:, :1].expand(-1, 3, -1, -1)
-    scaled = (255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1)
-    return list(scaled.cpu().numpy())
 
 
 def _attention_of(model: Any) -> Any:

@@ -1,0 +1,71 @@
+"""`show`: what a model keeps of a few photos, as one picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spot_vit.evaluation.drawing import Kept, kept_figure, save_figure
+from spot_vit.report.photos import read_photos
+from spot_vit.report.record import ImageTrace, ModelTrace, Trace
+from spot_vit.report.tracing import trace
+from spot_vit.utils.modes import unwrap
+
+
+def show(
+    model: Any,
+    photos: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+    path: str | os.PathLike[str] = "kept.png",
+) -> Trace:
+    """Draws what each stage of a sparse model keeps of photos, and what it says of them.
+
+    Args:
+        model: converted by `sparsify`.
+        photos: files, folders or PIL images, of any size and kind.
+        path: of the picture to write: .png, .svg or .pdf.
+
+    Returns:
+        The trace that was drawn.
+
+    Raises:
+        UserError: a photo cannot be read, or the picture cannot be written.
+        TypeError: the model is not converted.
+    """
+    if isinstance(photos, str | Path | Image.Image):
+        photos = [photos]
+    inside = unwrap(model)
+    read = read_photos(inside, photos)
+    device = next(inside.parameters())
+    found = trace(model, read.images.to(device), None, read.names, attention=())
+    save_figure(kept_figure([kept_of(one, found.model) for one in found.images]), path)
+    return found
+
+
+def kept_of(one: ImageTrace, model: ModelTrace) -> Kept:
+    """What the stages of a trace keep of an image, for a figure."""
+    rows, columns = model.grid
+    stages = []
+    for stage in one.stages:
+        kept = np.zeros(rows * columns, dtype=bool)
+        position = stage.position[stage.kept]
+        kept[position[position < rows * columns]] = True
+        stages.append(kept.reshape(rows, columns))
+    said = said_of(one.logits, model.classes)
+    dense = said_of(one.dense_logits, model.classes)
+    title = f"{one.name}\n{said}"
+    if said.rpartition(" ")[0] != dense.rpartition(" ")[0]:
+        title += f"\n(dense: {dense})"
+    return Kept(one.picture, stages, title)
+
+
+def said_of(logits: np.ndarray, classes: Sequence[str] | None) -> str:
+    """The class that logits name, with its share: "tabby 63 %"."""
+    share = np.exp(logits - logits.max())
+    best = int(share.argmax())
+    name = f"class {best}" if classes is None else classes[best]
+    return f"{name} {share[best] / share.sum():.0%}"
