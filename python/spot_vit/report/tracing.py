@@ -47,8 +47,8 @@ def trace(
         images: float [B, C, H, W], as the model takes them, on its device.
         labels: index of each image's class, if known.
         names: of the images; numbers by default.
-        attention: blocks whose attention maps are kept, by index; "stages" for those that decide,
-            or follow a decision in front of them, and the last; "all".
+        attention: blocks whose attention maps are kept, by index; "stages" for the last that sees
+            what each decision removes, and the last of all; "all".
         rounds: passes of one image by which layers are timed, dense and sparse; 0 for none.
 
     Raises:
@@ -265,11 +265,12 @@ def _blocks_with_maps(model: Any, attention: Sequence[int] | str) -> list[int]:
     if isinstance(attention, str):
         if attention not in ("stages", "all"):
             raise ValueError(f"attention: expected 'stages', 'all' or indices, got {attention!r}")
-        deciding = [
-            b for b, block in enumerate(blocks) if getattr(block, "stage", None) is not None
-        ]
-        every = range(len(blocks))
-        return list(every) if attention == "all" else sorted({*deciding, len(blocks) - 1})
+        if attention == "all":
+            return list(range(len(blocks)))
+        # The last block that sees what a decision removes: the one in front of it, or around it.
+        inside = hasattr(model, "spot_config") and model.spot_config.cuts_inside
+        at = [b for b, block in enumerate(blocks) if getattr(block, "stage", None) is not None]
+        return sorted({b if inside else max(b - 1, 0) for b in at} | {len(blocks) - 1})
     wanted = sorted({int(b) for b in attention})
     if wanted and not 0 <= wanted[0] <= wanted[-1] < len(blocks):
         raise ValueError(f"attention: the model has blocks 0 to {len(blocks) - 1}, got {wanted}")
