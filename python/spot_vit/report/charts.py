@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,8 +64,6 @@ def layer_chart(
         unit: of it.
     """
     pairs = [(layer, full) for layer, full in zip(sparse, dense, strict=True)]
-    if field == "tokens":
-        pairs = [pair for pair in pairs if pair[1].tokens]
     values = [[getattr(layer, field) for layer in pair] for pair in pairs]
     if not values or any(one is None for pair in values for one in pair):
         return None
@@ -77,11 +76,11 @@ def layer_chart(
         name = layer.name.removeprefix("blocks.")
         marks.append(_text(30, y + 12, name, "end"))
         for side, kind, top, height in ((1, "dense", y + 1, 15), (0, "sparse", y + 4, 9)):
-            width = max(pair[side] * scale, 0.5)
+            width = max(pair[side] * scale, 0.5 * adds)
             bar = '<rect class="{}" x="{:.1f}" y="{}" width="{:.1f}" height="{}" rx="1.5"/>'
             marks.append(Markup(bar).format(kind, 36 + at[side] * scale, top, width, height))
             at[side] += pair[side] * adds
-        shown = f"{pair[0]:.0f}" if field == "tokens" else ""
+        shown = f"{pair[0]:.0f}" if pair[0] and not adds else ""
         marks.append(_text(36 + pair[0] * scale - 4, y + 12, shown, "end", "inside"))
     foot = 18 * len(pairs) + 14
     if adds:
@@ -89,7 +88,8 @@ def layer_chart(
         told = f"{sums[0]:.{digits}f} of {sums[1]:.{digits}f} {unit}"
         marks.append(_text(36 + sums[0] * scale, foot, told, "end", "sum"))
     else:
-        told = f"{values[-1][0]:.0f} of {values[-1][1]:.0f} {unit} in the last block"
+        last = max(k for k, pair in enumerate(values) if pair[1])
+        told = f"{values[last][0]:.0f} of {values[last][1]:.0f} {unit} in the last block"
     return _svg(256, foot + 6, f"{unit} by layer: {told}", Markup("").join(marks), "layers")
 
 
@@ -125,11 +125,11 @@ def score_chart(trace: Trace, k: int) -> Markup | None:
     told = "no cut"
     if cuts:
         x = 300 * (min(max(float(np.mean(cuts)), low), high) - low) / (high - low)
-        told = f"mean cut {np.mean(cuts):.3g}"
+        told = f"mean cut {_number(float(np.mean(cuts)))}"
         marks.append(Markup('<path class="mean cut" d="M{:.1f} 2v98"/>').format(x))
         anchor = "start" if x < 150 else "end"
         marks.append(_text(x + (5 if x < 150 else -5), 12, told, anchor))
-    marks += [_text(0, 113, f"{low:.3g}", "start"), _text(300, 113, f"{high:.3g}", "end")]
+    marks += [_text(0, 113, _number(low), "start"), _text(300, 113, _number(high), "end")]
     title = f"{int(kept.sum())} of {len(kept)} scores are kept; {told}"
     return _svg(300, 118, title, Markup("").join(marks), "scores")
 
@@ -158,13 +158,12 @@ def accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Markup:
         return 10 + (height - 40) * (high - top1) / (high - low)
 
     marks = []
-    for level in np.linspace(low, high, 5)[1:-1]:
+    for level in _levels(low, high):
         marks.append(Markup('<path class="rule" d="M46 {:.1f}H{}"/>').format(y_of(level), width))
-        marks.append(_text(40, y_of(level) + 4, f"{level:.1f}", "end"))
+        marks.append(_text(40, y_of(level) + 4, f"{level:g}", "end"))
     for keep in sorted(set(keeps)):
         marks.append(_text(x_of(keep), height - 14, f"{keep:.2g}", "middle"))
-    titles = list(dict.fromkeys(str(row["title"]) for row in rows))
-    for k, title in enumerate(titles):
+    for k, title in enumerate(titles_of(rows)):
         line = sorted((row for row in rows if str(row["title"]) == title), key=lambda r: r["keep"])
         places = [(x_of(row["keep"]), y_of(row["top1"])) for row in line]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
@@ -185,6 +184,24 @@ def accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Markup:
         marks.append(group.format(k % 4, Markup("").join(inside)))
     marks.append(_text(width, height - 1, "share of patches kept", "end"))
     return _svg(width, height + 2, "Accuracy against keep", Markup("").join(marks), "accuracy")
+
+
+def titles_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Titles of rows, each once."""
+    return list(dict.fromkeys(str(row["title"]) for row in rows))
+
+
+def _levels(low: float, high: float) -> list[float]:
+    """A few round numbers between two."""
+    step = 10.0 ** math.floor(math.log10(high - low))
+    while (high - low) / step < 3:
+        step /= 2
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _number(value: float) -> str:
+    """A number of three digits, with a real minus."""
+    return f"{value:.3g}".replace("-", "\u2212")
 
 
 def _svg(width: float, height: float, title: str, inside: Markup, kind: str) -> Markup:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from spot_vit.report.record import Array
 
-LEVELS = 31
-"""Largest value of an attention map's pixel: 32 levels, after a square root."""
+LEVELS = 27
+"""Largest value of an attention map's pixel: 28 levels, after a square root."""
 
 SMALL = 96 * 96  # pixels up to which a picture is stored without loss
 QUALITY = 80  # of larger ones

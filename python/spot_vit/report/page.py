@@ -57,7 +57,8 @@ def render(
         notes=list(dict.fromkeys(note for _, trace in traces for note in trace.notes)),
         model=traces[0][1].model.name,
         groups=[
-            (name, [card for card in found if card.group == group])
+            (name + (views.SOME[mode] if group != "same" else ""),
+             [card for card in found if card.group == group])
             for group, name in views.GROUPS.items()
         ],
         labelled=any(card.label is not None for card in found),
@@ -72,6 +73,7 @@ def render(
         sets=[_set(title, trace) for title, trace in traces],
         accuracy=charts.accuracy_chart(accuracy) if accuracy else None,
         accuracy_rows=accuracy or [],
+        accuracy_titles=charts.titles_of(accuracy or []),
         facts=views.fact_rows(traces[0][1].facts),
         configs=[(title, views.config_rows(trace.model)) for title, trace in traces],
         command=command,

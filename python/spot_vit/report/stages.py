@@ -22,7 +22,7 @@ def viridis(share: float) -> str:
 
 def stage_colours(count: int) -> list[str]:
     """A colour for each stage: the later, the lighter."""
-    return [viridis(0.14 + 0.68 * k / max(count - 1, 1)) for k in range(count)]
+    return [viridis(0.12 + 0.62 * k / max(count - 1, 1)) for k in range(count)]
 
 
 def stage_title(stage: StageTrace) -> str:

@@ -23,6 +23,9 @@ GROUPS = {
 }
 """Of images, in the page's order."""
 
+SOME = {"one": "", "budgets": ", at some budget", "models": ", in some model"}
+"""What a group's name goes on with, by `mode`, where something changed."""
+
 
 @dataclasses.dataclass
 class Answer:
@@ -158,7 +161,7 @@ def _tiles(model: ModelTrace, image: ImageTrace) -> list[Tile]:
         left = [*left, (squares_path(mask.reshape(rows, columns)), colour)]
         stay = int((stage.kept & patch).sum())
         note = _fused_note(int((~patch).sum()), int((stage.kept & ~patch).sum()))
-        count = f"{stay} of {total} left"
+        count = f"{stay} of {total} stay"
         tiles.append(Tile(stage_title(stage), count, left, _fused(stage, total, columns), note))
     return tiles
 

@@ -322,7 +322,7 @@ function statistics(model, data, blocks, patch) {
     const line = (pick) => points.map((one, k) => `${k ? "L" : "M"}${x(one.block).toFixed(1)} ${y(pick(one.values[s])).toFixed(1)}`).join("");
     const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
     const end = points[points.length - 1], means = points.map((one) => mean(one.values[s]));
-    const svg = make("svg", { viewBox: "0 0 160 72", role: "img", "aria-label":
+    const svg = make("svg", { viewBox: "0 -4 160 77", role: "img", "aria-label":
         `${title}, mean over heads: ${points.map((one, k) => `block ${one.block} ${short(means[k])}`).join(", ")}` },
       make("path", { class: "rule", d: "M4 58.5H156" }),
       data.stages.map((stage) => make("line", { class: "tick", x1: x(stage.block), x2: x(stage.block), y1: 8, y2: 58, "stroke-dasharray": "2 2" })),
@@ -330,7 +330,7 @@ function statistics(model, data, blocks, patch) {
       make("path", { class: "mean-line", d: line(mean) }),
       make("circle", { class: "mean-dot", cx: x(end.block), cy: y(means[means.length - 1]), r: 2.8 }),
       make("text", { x: 4, y: 70 }, "0"), make("text", { x: 156, y: 70, "text-anchor": "end" }, `block ${last}`),
-      make("text", { x: 156, y: 7, "text-anchor": "end" }, short(most)));
+      make("text", { x: 156, y: 6, "text-anchor": "end" }, short(most)));
     return make("figure", {}, make("figcaption", {}, title), svg);
   }));
 }
@@ -407,16 +407,16 @@ function attentionMap(card, trace, model, block, map, patch, view) {
     : block.position[k - block.front] >= rows * columns ? "fused token" : placeText(...where(k - block.front)) + (k === me ? ", itself" : "") }));
   const top = tokens.map((token, k) => ({ ...token, k })).sort((a, b) => b.value - a.value)
     .filter((token, place) => token.k < block.front || place < 6).slice(0, 7);
-  const percent = (value) => `${short(Number((100 * value).toPrecision(2)))} %`;
+  const percent = (value) => `≈ ${short(Number((100 * value).toPrecision(2)))} %`;
   const says = make("div", { class: "says" }, make("ul", {}, top.map((token) =>
     make("li", {}, make("span", {}, token.text), make("span", {}, percent(token.value))))));
   if (block.named) {
     const mean = (list) => heads.reduce((sum, h) => sum + list[h], 0) / heads.length;
     says.append(make("p", {}, `A patch sees ${short(mean(block.named))} of ${block.position.length} patches here (outlined), which hold ${short(mean(block.held))} % of its dense attention on average.`));
   }
-  says.append(make("p", { class: "scale" }, make("span", {}, "0"), make("i"), make("span", {}, percent(most))));
   svg.setAttribute("aria-label", `${view.incoming ? "Who attends to it" : "What it attends to"}, most: ${top.slice(0, 3).map((token) => `${token.text} ${percent(token.value)}`).join("; ")}`);
-  return [svg, says];
+  const scale = make("p", { class: "scale" }, ["0", make("i"), percent(most), "(square root)"].map((part) => typeof part === "string" ? make("span", {}, part) : part));
+  return [make("div", {}, svg, scale), says];
 }
 
 // ---- filter and budgets ----
