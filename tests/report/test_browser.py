@@ -258,9 +258,11 @@ def test_body_never_scrolls_sideways(browser: Any, tmp_path: Path, options: dict
     opened.end()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("mode", ["one", "budgets", "models"])
-def test_axe_finds_no_serious_fault(browser: Any, tmp_path: Path, scheme: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "scheme"),
+    [("one", "light"), ("one", "dark"), ("budgets", "light"), ("models", "light")],
+)
+def test_axe_finds_no_serious_fault(browser: Any, tmp_path: Path, mode: str, scheme: str) -> None:
     package = pytest.importorskip("axe_core_python", reason="the page: no axe-core here")
     script = (Path(package.__file__).parent / "axe.min.js").read_text()
     traces = [(f"model {k}", random_trace(fuses=True, sparse=True, seed=k)) for k in (1, 2)]

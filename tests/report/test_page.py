@@ -157,6 +157,17 @@ def test_model_that_loses_no_patch() -> None:
     assert page.count('role="grid"') == 3 and "none leaves" in page
 
 
+def test_numbers_that_are_not_finite_and_no_images() -> None:
+    trace = random_trace()
+    trace.images[0].stages[0].score[2] = np.nan
+    trace.images[0].stages[1].score[:] = np.inf
+    trace.images[0].stages[1].cut = np.inf
+    trace.images[0].logits[0] = np.nan
+    assert render([("a", trace)]).count("<article") == 3
+    trace.images.clear()
+    assert "<article" not in render([("a", trace)])
+
+
 def test_size_of_a_usual_report() -> None:
     """16 photographs at 224 px, as a small DeiT sees them."""
     trace = random_trace(images=16, grid=(14, 14), heads=6, classes=[f"c{i}" for i in range(1000)])

@@ -99,13 +99,17 @@ def layer_chart(
 def score_chart(trace: Trace, k: int) -> Markup | None:
     """Scores of one stage over all images: those that stayed on those that left, and the cuts.
 
-    None where nothing scored the tokens.
+    None where nothing scored the tokens. Scores that are not finite are left out.
     """
     stages = [image.stages[k] for image in trace.images]
     if any(stage.score is None for stage in stages):
         return None
     scores = [stage.score for stage in stages if stage.score is not None]
     every, kept = np.concatenate(scores), np.concatenate([stage.kept for stage in stages])
+    finite = np.isfinite(every)
+    every, kept = every[finite], kept[finite]
+    if not len(every):
+        return None
     low, high = (float(x) for x in np.quantile(every, [0.002, 0.998]))
     high = max(high, low + 1e-9)
     edges = np.linspace(low, high, BINS + 1)
@@ -118,7 +122,7 @@ def score_chart(trace: Trace, k: int) -> Markup | None:
         for kind, top, height in (("stayed", 90 - stay, stay), ("left", 90 - stay - gone, gone)):
             if height:
                 marks.append(Markup(bar).format(kind, i * step + 0.5, top, step - 1, height))
-    cuts = [stage.cut for stage in stages if stage.cut is not None]
+    cuts = [stage.cut for stage in stages if stage.cut is not None and math.isfinite(stage.cut)]
     for cut in cuts:
         x = 300 * (min(max(cut, low), high) - low) / (high - low)
         marks.append(Markup('<path class="cut" d="M{:.1f} 92v8"/>').format(x))
