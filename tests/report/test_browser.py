@@ -111,7 +111,7 @@ def leaves_at(trace: Any, number: int, k: int) -> tuple[int, int]:
     """A patch that leaves at a stage, or stays to the end behind the last."""
     stages = trace.images[number].stages
     gone = stages[k].position[~stages[k].kept] if k < len(stages) else None
-    patch = stages[-1].position[stages[-1].kept][0] if gone is None else gone[0]
+    patch = stages[-1].position[stages[-1].kept][-1] if gone is None else gone[-1]
     return divmod(int(patch), trace.model.grid[1])
 
 
@@ -145,6 +145,7 @@ def test_keyboard_reaches_every_patch(browser: Any, tmp_path: Path) -> None:
     grid = first.locator("svg.stage").nth(1)
     assert grid.evaluate("e => e === document.activeElement")
     r, c = leaves_at(trace, number, 2)
+    assert r and c  # so that steps count
     for key, times in (("ArrowUp", 2), ("ArrowDown", r), ("ArrowRight", c)):
         for _ in range(times):
             page.keyboard.press(key)
