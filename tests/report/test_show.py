@@ -82,6 +82,14 @@ def test_a_figure_shows_what_the_trace_says(name: str) -> None:
     assert len(figure.axes) == 2 * (2 * (1 + len(one.stages)) + 2)
 
 
+def test_of_many_photos_some_are_drawn(tmp_path: Path) -> None:
+    for k in range(30):
+        photo(tmp_path / f"{k:02}.png")
+    found = spot_vit.show(model_of("random"), tmp_path, tmp_path / "kept.png")
+    names = [one.name for one in found.images]
+    assert len(names) == 24 == len(set(names)) and names[0] == "00.png" and names[-1] == "28.png"
+
+
 def test_endings_and_what_cannot_be_read(tmp_path: Path) -> None:
     figure = kept_figure([Kept(np.zeros((8, 8, 3), np.uint8), [np.ones((2, 2), bool)])])
     for ending in ("png", "svg", "pdf"):

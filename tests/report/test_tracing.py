@@ -228,6 +228,7 @@ def test_names_labels_and_pictures(tmp_path: Any) -> None:
     names = ["<script>alert(1)</script>", 'a "quoted"\u202e name', "x" * 10_000]
     found = trace(model, x, [0, 6, 2], names)
     assert [one.name for one in found.images] == names
+    assert {"date", "processor", "torch", "spot"} <= set(found.facts)
     assert [one.label for one in found.images] == [0, 6, 2]
     picture = found.images[0].picture
     assert picture.shape == (SIZE, SIZE, 3) and picture.dtype == np.uint8

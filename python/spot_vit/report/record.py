@@ -36,7 +36,7 @@ class StageTrace:
     Attributes:
         block: at which it was taken.
         inside: between attention and MLP, not in front of the block.
-        position: int32 [n], grid positions of the patches that came to it, ascending.
+        position: int32 [n], grid positions of the patches that came to it.
         kept: bool [n], which of them stayed.
         score: float32 [n], what they were ranked by: log-odds of keeping, or attention of the class
             token; None where nothing scored them.
@@ -117,7 +117,7 @@ class LayerCost:
 
     Attributes:
         name: "stem", "blocks.0", ..., "head".
-        tokens: that its attention sees; 0 for stem and head.
+        tokens: that it sees, the prefix included; 0 for the stem.
         gmacs: billions of multiply-accumulates.
         ms: median time at batch 1; None where it was not measured.
     """

@@ -16,6 +16,9 @@ from spot_vit.report.record import ImageTrace, ModelTrace, Trace
 from spot_vit.report.tracing import trace
 from spot_vit.utils.modes import unwrap
 
+MOST = 24
+"""Photos of a figure; of more, so many evenly spread ones are drawn."""
+
 
 def show(
     model: Any,
@@ -26,7 +29,7 @@ def show(
 
     Args:
         model: converted by `sparsify`.
-        photos: files, folders or PIL images, of any size and kind.
+        photos: files, folders or PIL images, of any size and kind; of many, 24 are drawn.
         path: of the picture to write: .png, .svg or .pdf.
 
     Returns:
@@ -39,7 +42,7 @@ def show(
     if isinstance(photos, str | Path | Image.Image):
         photos = [photos]
     inside = unwrap(model)
-    read = read_photos(inside, photos)
+    read = read_photos(inside, photos, MOST)
     device = next(inside.parameters())
     found = trace(model, read.images.to(device), None, read.names, attention=())
     save_figure(kept_figure([kept_of(one, found.model) for one in found.images]), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,7 +79,8 @@ def trace(
                 one.label = None if labels is None else int(labels[at])
                 found.append(one)
         about = _about(inside, images, rounds)
-    return Trace(about, found, facts(images.device), notes)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Trace(about, found, {"date": now, **facts(images.device)}, notes)
 
 
 class _Chunk:
