@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device the ops have kernels for; tests that need a missing one are skipped, and say so."""
+    """Every device the ops have kernels for; what needs a missing one is skipped, and says so."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip(NO_GPU)
     return torch.device(request.param)
