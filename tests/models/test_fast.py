@@ -150,6 +150,24 @@ def test_hooks_see_what_they_saw(variant: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, msg=name)
 
 
+def test_hooks_may_ask_for_gradients_of_their_own() -> None:
+    model, pictures = small()
+    spot_vit.fast(model)
+    found: list[Tensor] = []
+
+    def probe(module: nn.Module, args: Any, out: Tensor) -> None:
+        with torch.enable_grad():
+            x = out.clone().requires_grad_(True)
+            found.append(torch.autograd.grad(x.square().sum(), x)[0] - 2 * x.detach())
+
+    names = ("blocks.0.norm1", "blocks.2.attn", "patch_embed.proj", "blocks.1.relevance")
+    for name in names:
+        model.get_submodule(name).register_forward_hook(probe)
+    with torch.no_grad():
+        model(pictures)
+    assert len(found) == len(names) and not any(gradient.any() for gradient in found)
+
+
 def test_a_hook_on_a_norm_costs_no_more_than_its_call() -> None:
     model, pictures = small()
     spot_vit.fast(model)

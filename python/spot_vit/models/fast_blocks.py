@@ -26,7 +26,7 @@ from spot_vit.models.adapters.vit import (
 from spot_vit.models.fast_plan import BlockPlan
 from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
 from spot_vit.nn.fast_relevance import FastTokenRelevance
-from spot_vit.nn.packed import PackedLinear, Product, untracked
+from spot_vit.nn.packed import PackedLinear, Product
 from spot_vit.nn.packed_patches import PackedPatches, makes_patches
 from spot_vit.nn.positional import PositionTables
 from spot_vit.nn.relevance import TokenRelevance
@@ -179,7 +179,7 @@ class FastBlock(_Block, Block):
         if queries is not None:
             request = AttentionRequest(0, False, PositionTables(), queries=queries)
         if plan is not None:
-            with untracked():
+            with plan.context():
                 return plan.mix(plan.attend(x, request))
         if request is None:
             return super().forward(x)
@@ -194,7 +194,7 @@ class FastSpotBlock(_Block, SpotBlock):
     def _dense(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
         plan = None if args or arguments else self._planned(x)
         if plan is not None:
-            with untracked():
+            with plan.context():
                 return plan.mix(plan.attend(x, None))
         return super()._dense(x, *args, **arguments)
 
@@ -205,7 +205,7 @@ class FastSpotBlock(_Block, SpotBlock):
         if not (isinstance(attn, FastSpotAttention) and attn.alone(request)):
             request.queries = None
         if plan is not None:
-            with untracked():
+            with plan.context():
                 x, kept = cut_inside(plan.attend(x, request), request)
                 return plan.mix(x), kept
         if request.queries is not None:

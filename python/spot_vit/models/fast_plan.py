@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from spot_vit.nn.attention import AttentionRequest
-from spot_vit.nn.packed import PackedLinear, serves
+from spot_vit.nn.packed import PackedLinear, serves, untracked
 from spot_vit.nn.watch import Watch, untouched
 
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -43,6 +44,14 @@ class BlockPlan:
         self._block, self._attn = block, attn
         self._dtype, self._differentiated = weight.dtype, self.watch.differentiated
         self._norm1, self._norm2 = _norm(block.norm1), _norm(block.norm2)
+        around = [attn.q_norm, attn.k_norm, attn.norm, mlp.norm]
+        self._calls = (
+            isinstance(self._norm1, nn.Module)
+            or isinstance(self._norm2, nn.Module)
+            or any(type(module) is not nn.Identity for module in around)
+            or attn.gate is not None
+            or getattr(attn, "sparse", False)
+        )
         self._mlp_norm = None if type(mlp.norm) is nn.Identity else mlp.norm
         self._qkv, self._fc1 = attn.qkv.product(), mlp.fc1.product(mlp.gelu)
         self._proj = attn.proj.product(scale=getattr(block.ls1, "gamma", None))
@@ -52,6 +61,10 @@ class BlockPlan:
         """Whether the plan may be followed for x, as long as it is that of the block."""
         ready = self._ready and not self._block.training
         return ready and serves(x, self._dtype, self._differentiated)
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Where to follow the plan: without autograd, unless modules are called, with hooks."""
+        return nullcontext() if self._calls else untracked()
 
     def attend(self, x: Tensor, request: AttentionRequest | None) -> Tensor:
         """X [B, N, C] plus the attention branch; the first P tokens where the request says so."""
