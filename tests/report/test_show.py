@@ -16,7 +16,8 @@ from spot_vit import UserError
 from spot_vit.cli.main import main
 from spot_vit.evaluation.drawing import DROPPED, Kept, kept_figure, painted, save_figure, shown
 from spot_vit.report.photos import read_photos
-from spot_vit.report.show import kept_of, said_of
+from spot_vit.report.show import kept_of
+from spot_vit.report.views import answer
 
 
 def photo(path: Path, size: tuple[int, int] = (90, 70), mode: str = "RGB") -> Path:
@@ -105,7 +106,8 @@ def test_endings_and_what_cannot_be_read(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             spot_vit.show(model, tmp_path / source, tmp_path / "kept.png")
-    assert said_of(np.array([0.0, 1.0]), ["a", "b"]) == "b 73%"
+    said = answer(spot_vit.trace(model, torch.randn(1, 3, 64, 64)).model, np.array([0.0, 1.0]))
+    assert (said.name, said.percent) == ("class 1", "73 %")
 
 
 def test_the_command_draws_and_says(

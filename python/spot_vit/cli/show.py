@@ -28,7 +28,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draws the picture and says what the model said; 2 where something named is wrong."""
     try:
-        from spot_vit.report.show import said_of, show
+        from spot_vit.report.show import show
+        from spot_vit.report.views import answer
         from spot_vit.runs.sparse import load_sparse
 
         model, note = load_sparse(arguments.model, arguments.keep)
@@ -43,10 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"spot show: {error}{hint}", file=sys.stderr)
         return 1
     for one in found.images:
-        said, dense = (
-            said_of(logits, found.model.classes) for logits in (one.logits, one.dense_logits)
+        said, dense = (answer(found.model, logits) for logits in (one.logits, one.dense_logits))
+        patches = found.model.grid[0] * found.model.grid[1]  # fused tokens have higher positions
+        kept = (int((stage.kept & (stage.position < patches)).sum()) for stage in one.stages)
+        counts = " -> ".join(map(str, kept))
+        print(
+            f"{one.name}: {said.name} {said.percent} (dense: {dense.name} {dense.percent}); "
+            f"patches kept: {counts}"
         )
-        counts = " -> ".join(str(int(stage.kept.sum())) for stage in one.stages)
-        print(f"{one.name}: {said} (dense: {dense}); patches kept: {counts}")
     print(f"written: {arguments.output}")
     return 0

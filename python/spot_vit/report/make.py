@@ -12,6 +12,7 @@ import torch
 from spot_vit.config.report import ReportSettings
 from spot_vit.evaluation.drawing import kept_figure, save_figure
 from spot_vit.models.convert import set_keep
+from spot_vit.models.saved import class_names
 from spot_vit.report.page import render
 from spot_vit.report.photos import Photos, read_digits, read_photos
 from spot_vit.report.record import Trace
@@ -78,7 +79,7 @@ def _traced(settings: ReportSettings, say: Callable[[str], Any]) -> list[Titled]
             one = trace(
                 model,
                 photos.images,
-                photos.labels(class_names_of(model)),
+                photos.labels(class_names(model, None, model.num_classes)),
                 photos.names,
                 rounds=settings.rounds,
             )
@@ -97,12 +98,6 @@ def _photos(model: Any, settings: ReportSettings) -> Photos:
     if settings.images == ("digits",):
         return read_digits(model, settings.num_samples)
     return read_photos(model, settings.images or (), settings.num_samples)
-
-
-def class_names_of(model: Any) -> list[str] | None:
-    """Names of a model's classes, where they are known."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    return None if names is None else list(names)
 
 
 # ---- several traces in files ---------------------------------------------------------------------

@@ -11,15 +11,13 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from spot_vit.config.report import MODELS
 from spot_vit.report import charts, views
 from spot_vit.report.encode import picture_uri, script_json
 from spot_vit.report.life import image_data, models_data
 from spot_vit.report.record import Trace
 from spot_vit.report.stages import stage_colours, stage_title
 from spot_vit.report.views import Titled
-
-MOST = 4
-"""Traces on a page."""
 
 
 def render(
@@ -82,8 +80,8 @@ def render(
 
 
 def _check(traces: list[Titled]) -> None:
-    if not 1 <= len(traces) <= MOST:
-        raise ValueError(f"traces: expected 1 to {MOST}, got {len(traces)}")
+    if not 1 <= len(traces) <= MODELS:
+        raise ValueError(f"traces: expected 1 to {MODELS}, got {len(traces)}")
     first = [image.name for image in traces[0][1].images]
     for title, trace in traces[1:]:
         if (names := [image.name for image in trace.images]) != first:

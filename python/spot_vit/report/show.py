@@ -14,6 +14,7 @@ from spot_vit.evaluation.drawing import Kept, kept_figure, save_figure
 from spot_vit.report.photos import read_photos
 from spot_vit.report.record import ImageTrace, ModelTrace, Trace
 from spot_vit.report.tracing import trace
+from spot_vit.report.views import answer
 from spot_vit.utils.modes import unwrap
 
 MOST = 24
@@ -58,17 +59,8 @@ def kept_of(one: ImageTrace, model: ModelTrace) -> Kept:
         position = stage.position[stage.kept]
         kept[position[position < rows * columns]] = True
         stages.append(kept.reshape(rows, columns))
-    said = said_of(one.logits, model.classes)
-    dense = said_of(one.dense_logits, model.classes)
-    title = f"{one.name}\n{said}"
-    if said.rpartition(" ")[0] != dense.rpartition(" ")[0]:
-        title += f"\n(dense: {dense})"
+    said, dense = answer(model, one.logits), answer(model, one.dense_logits)
+    title = f"{one.name}\n{said.name} {said.percent}"
+    if said.index != dense.index:
+        title += f"\n(dense: {dense.name} {dense.percent})"
     return Kept(one.picture, stages, title)
-
-
-def said_of(logits: np.ndarray, classes: Sequence[str] | None) -> str:
-    """The class that logits name, with its share: "tabby 63 %"."""
-    share = np.exp(logits - logits.max())
-    best = int(share.argmax())
-    name = f"class {best}" if classes is None else classes[best]
-    return f"{name} {share[best] / share.sum():.0%}"

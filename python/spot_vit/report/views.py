@@ -134,13 +134,14 @@ def _group(sides: Sequence[Side]) -> str:
 
 def _side(model: ModelTrace, image: ImageTrace, picture: int) -> Side:
     dense, sparse = (
-        _answer(model, logits, image.label) for logits in (image.dense_logits, image.logits)
+        answer(model, logits, image.label) for logits in (image.dense_logits, image.logits)
     )
     rows, columns = model.grid
     return Side(dense, sparse, _tiles(model, image), picture, rows, columns)
 
 
-def _answer(model: ModelTrace, logits: Array, label: int | None) -> Answer:
+def answer(model: ModelTrace, logits: Array, label: int | None = None) -> Answer:
+    """What logits [classes] say; right or wrong where there is a label."""
     shares = np.exp(logits.astype(np.float64) - logits.max())
     index = int(logits.argmax())
     percent = f"{100 * shares[index] / shares.sum():.0f} %"
