@@ -227,6 +227,37 @@ def test_what_replaces_a_layer_is_called() -> None:
         torch.testing.assert_close(changed(pictures), expected(pictures), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "path", ["mlp.act", "mlp.drop1", "mlp.drop2", "attn.proj_drop", "ls1", "ls2", "drop_path1"]
+)
+def test_what_replaces_a_part_without_weights_is_called(path: str) -> None:
+    model, pictures = small()
+    spot_vit.fast(model)
+    plain = model(pictures)
+    slow = spot_vit.restore(copy.deepcopy(model))
+    for other in (model, slow):
+        parent, _, name = path.rpartition(".")
+        setattr(other.blocks[2].get_submodule(parent), name, nn.Tanh())
+    assert not torch.allclose(model(pictures), plain)
+    torch.testing.assert_close(model(pictures), slow(pictures), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.2.norm1.weight", "blocks.0.mlp.fc2.bias", "patch_embed.proj.bias"]
+)
+def test_a_parameter_may_ask_for_its_gradient_later(name: str) -> None:
+    model, pictures = small()
+    slow = copy.deepcopy(model)
+    spot_vit.fast(model)
+    with torch.no_grad():
+        model(pictures)
+    found = []
+    for other in (model, slow):
+        parameter = other.get_parameter(name).requires_grad_(True)
+        found.append(torch.autograd.grad(other(pictures).square().sum(), parameter)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 def test_new_weights_are_packed_anew() -> None:
     model, pictures = small()
     other = converted()

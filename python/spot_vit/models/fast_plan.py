@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm
+from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
 from spot_vit.nn.attention import AttentionRequest
@@ -36,13 +36,14 @@ class BlockPlan:
         attn, mlp = block.attn, block.mlp
         places = {block: _BLOCK, attn: _ATTENTION, mlp: _MLP}
         self.watch = Watch(places, called=(block.norm1, block.norm2))
-        fast = hasattr(attn, "values") and hasattr(mlp, "gelu") and self.watch.untouched
+        fast = hasattr(attn, "values") and getattr(mlp, "gelu", None) is not None
+        fast = fast and self.watch.untouched and _known(block)
         self._ready = fast and all(map(_packed, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)))
         if not self._ready:
             return
         weight = attn.qkv.weight
         self._block, self._attn = block, attn
-        self._dtype, self._differentiated = weight.dtype, self.watch.differentiated
+        self._dtype = weight.dtype
         self._norm1, self._norm2 = _norm(block.norm1), _norm(block.norm2)
         around = [attn.q_norm, attn.k_norm, attn.norm, mlp.norm]
         self._calls = (
@@ -60,23 +61,34 @@ class BlockPlan:
     def serves(self, x: Tensor) -> bool:
         """Whether the plan may be followed for x, as long as it is that of the block."""
         ready = self._ready and not self._block.training
-        return ready and serves(x, self._dtype, self._differentiated)
+        return ready and serves(x, self._dtype, self.watch.differentiated)
 
     def context(self) -> AbstractContextManager[Any]:
         """Where to follow the plan: without autograd, unless modules are called, with hooks."""
         return nullcontext() if self._calls else untracked()
 
     def attend(self, x: Tensor, request: AttentionRequest | None) -> Tensor:
-        """X [B, N, C] plus the attention branch; the first P tokens where the request says so."""
+        """Tokens [B, N, C] plus the attention branch; the first P where the request says so."""
         attn, h = self._attn, self._norm1(x)
         if request is None or request.queries is None:
             return self._proj(attn.values(h, request, self._qkv), x)
         return self._proj(attn.values(h, request), x[:, : request.queries].contiguous())
 
     def mix(self, x: Tensor) -> Tensor:
-        """X [B, N, C] plus the MLP branch."""
+        """Tokens [B, N, C] plus the MLP branch."""
         hidden = self._fc1(self._norm2(x))
         return self._fc2(hidden if self._mlp_norm is None else self._mlp_norm(hidden), x)
+
+
+def _known(block: Any) -> bool:
+    """Whether what a plan leaves out does nothing, and scales are in the weights."""
+    nothing = (
+        block.drop_path1, block.drop_path2, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2
+    )  # fmt: skip
+    kinds = (nn.Identity, nn.Dropout, DropPath)
+    scales = (type(block.ls1), type(block.ls2))
+    known = all(kind in (nn.Identity, LayerScale) for kind in scales)
+    return known and all(type(module) in kinds for module in nothing)
 
 
 def _packed(layer: Any) -> bool:

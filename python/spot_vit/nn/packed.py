@@ -79,7 +79,7 @@ class PackedLinear(nn.Linear):
         weight = self._parameters["weight"]
         assert weight is not None
         here = self.kind != "plain" and weight.is_cpu
-        if not (here and serves(x, weight.dtype, weight.requires_grad)):
+        if not (here and serves(x, weight.dtype, asks_gradient(self))):
             return self._plain(x, gelu, scale, residual, rows)
         with untracked():
             return self.product(gelu, scale, rows)(x, residual)
@@ -144,6 +144,12 @@ def unpack_linear(layer: PackedLinear) -> nn.Linear:
     del layer.kind
     layer.__class__ = nn.Linear  # type: ignore[assignment]
     return layer
+
+
+def asks_gradient(layer: Any) -> bool:
+    """Whether weight or bias of a layer asks for a gradient."""
+    bias = layer._parameters["bias"]
+    return layer._parameters["weight"].requires_grad or (bias is not None and bias.requires_grad)
 
 
 def untracked() -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spot_vit.nn.packed import Product, product_of, serves, untracked
+from spot_vit.nn.packed import Product, asks_gradient, product_of, serves, untracked
 from spot_vit.nn.watch import tensor_state
 
 
@@ -27,7 +27,7 @@ class PackedPatches(nn.Conv2d):
         """[B, C, H, W] to [B, out, H // kernel, W // kernel]."""
         weight = self.weight
         here = self.kind != "plain" and weight.is_cpu and input.dim() == 4
-        if not (here and serves(input, weight.dtype, weight.requires_grad)):
+        if not (here and serves(input, weight.dtype, asks_gradient(self))):
             return super().forward(input)
         (height, width), (down, across) = input.shape[2:], self.kernel_size
         rows, columns = height // down, width // across

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -49,7 +50,6 @@ class Watch:
 
     Attributes:
         untouched: whether nobody hooked or replaced what the children do, as `untouched` has it.
-        differentiated: whether a gradient by one of their parameters may be asked for.
     """
 
     def __init__(
@@ -73,7 +73,11 @@ class Watch:
                     self._parameters.append((module._parameters, name, value, value.data_ptr()))
                     if not value.is_inference():
                         self._versions.append((value, value._version))
-        self.differentiated = any(value.requires_grad for _, _, value, _ in self._parameters)
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether a gradient by a parameter of the children may be asked for now."""
+        return torch.is_grad_enabled() and any(p.requires_grad for _, _, p, _ in self._parameters)
 
     def unchanged(self) -> bool:
         """Whether all is as it was when the watch was made."""
