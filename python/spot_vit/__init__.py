@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from spot_vit.models.token_pass import TokenPass
     from spot_vit.nn.exit_lens import ExitLens
     from spot_vit.nn.operands import AttentionMap
-    from spot_vit.report.record import Trace
     from spot_vit.report.show import show
+    from spot_vit.report.trace import Trace
     from spot_vit.report.tracing import trace
     from spot_vit.runs.train import train
     from spot_vit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -86,7 +86,7 @@ _HOME = {
     "SpotOutput": "spot_vit.models.loop",
     "Teacher": "spot_vit.training.losses",
     "TokenPass": "spot_vit.models.token_pass",
-    "Trace": "spot_vit.report.record",
+    "Trace": "spot_vit.report.trace",
     "UnsupportedModelError": "spot_vit.models.adapters.find",
     "UserError": "spot_vit.utils.errors",
     "__version__": "spot_ext",

@@ -188,11 +188,18 @@ def test_attention_of_a_patch(browser: Any, tmp_path: Path) -> None:
             seen = weights[block.front :]
             assert panel.locator(".named").count() == int((seen > 0).sum())
             text = panel.inner_text()
+            if incoming:
+                count = int((seen > 0).sum())
+                assert f"{count} of {len(seen)} patches here see it (outlined)." in text
+            else:
+                mine, mask = me - block.front, slice(None) if head < 0 else [head]
+                held = shown(100 * np.mean([float(f"{x:.3g}") for x in block.held[mine, mask]]))
+                named = shown(block.named[mine, mask].mean())
+                assert f"It sees {named} of {len(seen)} patches here" in text
+                assert f"hold {held} % of its dense attention" in text
             said = next(line for line in text.split("class token")[1].split("\n") if "%" in line)
             percent = float(said.replace("\u2248", "").replace("%", ""))
             assert percent == pytest.approx(100 * weights[0], rel=0.15, abs=0.5)
-    held = 100 * float(block.held[2])
-    assert f"hold {shown(float(f'{held:.3g}'))} % of its dense attention" in text
     opened.end()
 
 
@@ -301,4 +308,23 @@ def test_opens_at_once(browser: Any, tmp_path: Path) -> None:
         )
     assert 0 < min(times) < 1000
     opened.requests = opened.requests[:1]
+    opened.end()
+
+
+def test_a_notebook_shows_the_page_in_a_frame(browser: Any, tmp_path: Path) -> None:
+    trace = random_trace(images=2)
+    text = "<!doctype html><title>notebook</title>" + trace._repr_html_()
+    opened = Opened(browser, text, tmp_path)
+    frame = opened.page.frame_locator("iframe")
+    r, c = leaves_at(trace, 1, 3)
+    grid = frame.locator("#image-1 svg.stage").first
+    box = grid.bounding_box()
+    rows, columns = trace.model.grid
+    grid.click(
+        position={"x": (c + 0.5) / columns * box["width"], "y": (r + 0.5) / rows * box["height"]}
+    )
+    title = f"Life of patch (row {r + 1}, column {c + 1})"
+    assert title in frame.locator("#image-1 .life").inner_text()
+    frame.locator("#image-1 .attention svg").wait_for()  # its picture could be read
+    opened.requests = [url for url in opened.requests if url != "about:srcdoc"]
     opened.end()

@@ -22,7 +22,7 @@ from spot_vit.report.encode import (
     squares_path,
 )
 from spot_vit.report.page import render
-from spot_vit.report.record import Trace
+from spot_vit.report.trace import Trace
 from support.traces import AT, random_trace
 
 HOSTILE = [

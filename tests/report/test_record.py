@@ -13,8 +13,9 @@ import pytest
 from report.test_tracing import METHODS, model_of, pictures
 from spot_vit import UserError
 from spot_vit.report import record
-from spot_vit.report.record import Trace
+from spot_vit.report.trace import Trace
 from spot_vit.report.tracing import trace
+from support.traces import random_trace
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/report.md"
 
@@ -72,5 +73,14 @@ def test_the_page_documents_every_field() -> None:
         section = re.search(rf"^### `{kind}`\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
         assert section, kind
         documented = re.findall(r"^\| `(\w+)` \|", section[1], re.MULTILINE)
-        fields = dataclasses.fields(getattr(record, kind))
+        fields = dataclasses.fields(Trace if kind == "Trace" else getattr(record, kind))
         assert documented == [field.name for field in fields], kind
+
+
+def test_a_notebook_shows_the_first_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spot_vit.report.trace.IN_NOTEBOOK", 2)
+    short, long = random_trace(images=2)._repr_html_(), random_trace(images=3)._repr_html_()
+    assert "images; all of them" not in short
+    assert "The first 2 of 3 images; all of them" in long
+    assert long.count("&lt;article") == 2 and long.count("<iframe") == 1
+    assert "<script" not in long and 'sandbox="allow-scripts"' in long

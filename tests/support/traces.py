@@ -11,8 +11,8 @@ from spot_vit.report.record import (
     LayerCost,
     ModelTrace,
     StageTrace,
-    Trace,
 )
+from spot_vit.report.trace import Trace
 
 AT = (3, 6, 9)
 DEPTH = 12
@@ -119,8 +119,8 @@ def _stage(
     weight = np.where(kept, 0, draw.random(n)).astype(np.float32) if fuses else None
     effect = {name: draw.normal(size=n).astype(np.float32) for name in ("embed", "cls") if scores}
     return StageTrace(
-        b, False, position, kept, values if scores else None, rank if scores else None,
-        cut if scores else None, weight, effect,
+        b, False, position, kept, "log-odds" if scores else None, values if scores else None,
+        rank if scores else None, cut if scores else None, weight, effect,
         draw.integers(0, classes, n).astype(np.int32), draw.random(n).astype(np.float32),
     )  # fmt: skip
 
@@ -130,8 +130,8 @@ def _attend(draw: np.random.Generator, block: BlockTrace, heads: int, sparse: bo
     logits = 2 * draw.normal(size=(heads, n, n))
     if sparse:
         logits[:, :, 1:][draw.random((heads, n, n - 1)) < 0.5] = -np.inf
-        block.named = np.full(heads, (n - 1) // 2, np.int16)
-        block.held = draw.random(heads).astype(np.float32)
+        block.named = draw.integers(1, n, (n - 1, heads)).astype(np.int16)
+        block.held = draw.random((n - 1, heads)).astype(np.float16)
     weights = np.exp(logits - logits.max(axis=2, keepdims=True))
     block.attention = (weights / weights.sum(axis=2, keepdims=True)).astype(np.float16)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from spot_vit.report.record import Array, LayerCost, Trace
+from spot_vit.report.record import Array, LayerCost, TraceData
 from spot_vit.report.stages import stage_title, viridis
 
 BINS = 32
@@ -33,7 +33,7 @@ def keep_map(share: Array, title: str) -> Markup:
     return _svg(columns, rows, title, squares, "keep-map")
 
 
-def mean_keep(trace: Trace) -> list[tuple[str, Array]]:
+def mean_keep(trace: TraceData) -> list[tuple[str, Array]]:
     """Share of the images that keep each patch [rows, columns], by stage."""
     rows, columns = trace.model.grid
     found = []
@@ -96,7 +96,7 @@ def layer_chart(
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def score_chart(trace: Trace, k: int) -> Markup | None:
+def score_chart(trace: TraceData, k: int) -> Markup | None:
     """Scores of one stage over all images: those that stayed on those that left, and the cuts.
 
     None where nothing scored the tokens. Scores that are not finite are left out.

@@ -33,6 +33,9 @@ EVIDENCE_TITLES = {
     "moments": "moments",
 }
 
+SCORES = {"log-odds": "log-odds of staying", "attention": "attention of the class token"}
+"""What scores are, in words."""
+
 
 def models_data(traces: list[Titled], mode: str) -> dict[str, Any]:
     """What holds for all images: classes, grid, tokens, scales of colour."""
@@ -75,7 +78,7 @@ def _stage(stage: StageTrace, colour: str) -> dict[str, Any]:
         "colour": colour,
         "position": stage.position.tolist(),
         "kept": bits(stage.kept),
-        "scored": "log-odds of staying" if stage.effect else "attention of the class token",
+        "scored": SCORES.get(stage.scored or ""),
         "score": None if stage.score is None else rounded(stage.score),
         "rank": None if stage.rank is None else stage.rank.tolist(),
         "cut": round_one(stage.cut),
@@ -103,5 +106,5 @@ def _block(block: BlockTrace) -> dict[str, Any]:
         found["attention"] = {"picture": uri, "largest": largest}
     if block.named is not None and block.held is not None:
         found["named"] = block.named.tolist()
-        found["held"] = rounded(100 * block.held)
+        found["held"] = [rounded(100 * one) for one in block.held]
     return found

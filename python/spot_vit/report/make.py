@@ -15,8 +15,8 @@ from spot_vit.models.convert import set_keep
 from spot_vit.models.saved import class_names
 from spot_vit.report.page import render
 from spot_vit.report.photos import Photos, read_digits, read_photos
-from spot_vit.report.record import Trace
 from spot_vit.report.show import kept_of
+from spot_vit.report.trace import Trace
 from spot_vit.report.tracing import trace
 from spot_vit.runs.sparse import load_sparse
 from spot_vit.utils.errors import UserError

@@ -15,13 +15,13 @@ from spot_vit.config.report import MODELS
 from spot_vit.report import charts, views
 from spot_vit.report.encode import picture_uri, script_json
 from spot_vit.report.life import image_data, models_data
-from spot_vit.report.record import Trace
+from spot_vit.report.record import TraceData
 from spot_vit.report.stages import stage_colours, stage_title
 from spot_vit.report.views import Titled
 
 
 def render(
-    traces: Sequence[tuple[str, Trace]],
+    traces: Sequence[tuple[str, TraceData]],
     *,
     command: str | None = None,
     accuracy: Sequence[Mapping[str, Any]] | None = None,
@@ -125,7 +125,7 @@ def _legend(traces: list[Titled]) -> list[tuple[str, str]]:
     return list(zip(titles, stage_colours(len(titles)), strict=True))
 
 
-def _set(title: str, trace: Trace) -> dict[str, Any]:
+def _set(title: str, trace: TraceData) -> dict[str, Any]:
     """Charts of all images of a trace."""
     model = trace.model
     maps = charts.mean_keep(trace)

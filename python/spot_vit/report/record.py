@@ -11,12 +11,15 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEMA = 1
 """Of the files; a reader refuses others."""
@@ -38,8 +41,9 @@ class StageTrace:
         inside: between attention and MLP, not in front of the block.
         position: int32 [n], grid positions of the patches that came to it.
         kept: bool [n], which of them stayed.
-        score: float32 [n], what they were ranked by: log-odds of keeping, or attention of the class
-            token; None where nothing scored them.
+        scored: what a score is: "log-odds" of keeping, or "attention" of the class token; None
+            where nothing scored the patches.
+        score: float32 [n], what they were ranked by; None likewise.
         rank: int32 [n], 0 for the best; None likewise.
         cut: halfway between the worst score that was kept and the best that was dropped; None where
             none or all were dropped.
@@ -55,6 +59,7 @@ class StageTrace:
     inside: bool
     position: Array
     kept: Array
+    scored: str | None
     score: Array | None
     rank: Array | None
     cut: float | None
@@ -75,8 +80,8 @@ class BlockTrace:
         statistics: float32 [n, H, 6] in the order of `STATISTICS`; None where the block computes
             none.
         attention: float16 [H, front + n, front + n], rows of queries; None where not asked for.
-        named: int16 [H], keys that a patch sees on average; None without sparse attention.
-        held: float32 [H], how much of its dense attention these hold, on average over patches.
+        named: int16 [n, H], how many patches each patch sees; None without sparse attention.
+        held: float16 [n, H], how much of its dense attention these and the front hold.
     """
 
     block: int
@@ -156,8 +161,8 @@ class ModelTrace:
 
 
 @dataclasses.dataclass
-class Trace:
-    """What one pass did with some images; see `spot_vit.trace`.
+class TraceData:
+    """What one pass did with some images: `spot_vit.Trace`, which can also show itself, as data.
 
     Attributes:
         model: that was traced.
@@ -188,7 +193,7 @@ class Trace:
             temporary.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Trace:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads what `save` wrote.
 
         Raises:

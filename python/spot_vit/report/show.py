@@ -12,7 +12,8 @@ from PIL import Image
 
 from spot_vit.evaluation.drawing import Kept, kept_figure, save_figure
 from spot_vit.report.photos import read_photos
-from spot_vit.report.record import ImageTrace, ModelTrace, Trace
+from spot_vit.report.record import ImageTrace, ModelTrace
+from spot_vit.report.trace import Trace
 from spot_vit.report.tracing import trace
 from spot_vit.report.views import answer
 from spot_vit.utils.modes import unwrap

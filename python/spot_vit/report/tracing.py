@@ -19,7 +19,8 @@ from spot_vit.models.token_pass import TokenPass
 from spot_vit.nn.operands import Attended, map_of
 from spot_vit.report.costs import layer_costs
 from spot_vit.report.effects import Scoring, evidence_effects, watch_scorers
-from spot_vit.report.record import BlockTrace, ImageTrace, ModelTrace, StageTrace, Trace
+from spot_vit.report.record import BlockTrace, ImageTrace, ModelTrace, StageTrace
+from spot_vit.report.trace import Trace
 from spot_vit.utils.machine import facts
 from spot_vit.utils.modes import blocks_of, eval_mode, unwrap
 from spot_vit.utils.places import prefix_of
@@ -130,12 +131,12 @@ class _Chunk:
         config, position = self.model.spot_config, before.positions()
         index = step.after.index[-1]
         kept = (position[:, :, None] == index[:, None]).any(dim=2)
-        score, weight, effect = None, None, {}
+        scored, score, weight, effect = None, None, None, {}
         if scoring is not None:
-            score = scoring.log_odds
+            scored, score = "log-odds", scoring.log_odds
             effect = evidence_effects(scoring, config, self._heads())
         elif step.asked is not None and step.asked.score is not None:
-            score = step.asked.score
+            scored, score = "attention", step.asked.score
         if config.fuses and not bool(kept.all()):
             soft = torch.ones_like(kept, dtype=torch.float32)
             if scoring is not None:
@@ -146,7 +147,8 @@ class _Chunk:
         vote, share = self._votes(before.patches)
         return {
             "block": b, "inside": config.cuts_inside, "position": position, "kept": kept,
-            "score": score, "weight": weight, "effect": effect, "vote": vote, "share": share,
+            "scored": scored, "score": score, "weight": weight, "effect": effect, "vote": vote,
+            "share": share,
         }  # fmt: skip
 
     def _votes(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +206,7 @@ class _Chunk:
                 block.attention = _array(seen["weights"][i], np.float16)
                 if seen["named"] is not None:
                     block.named = _array(seen["named"][i], np.int16)
-                    block.held = _array(seen["held"][i])
+                    block.held = _array(seen["held"][i], np.float16)
             yield block
 
 
@@ -215,15 +217,15 @@ def _after(step: Any, before: Any) -> Tensor:
 
 
 def _looked_at(attended: Attended) -> dict[str, Any]:
-    """The map of a block; with sparse attention how many keys are seen and what they hold."""
+    """The map of a block; with sparse attention how many patches each sees and what that holds."""
     found = map_of(attended)
     front = found.weights.shape[-1] - found.position.shape[1]
     named, held = None, None
     if attended.connectivity is not None:
         dense = map_of(attended._replace(connectivity=None)).weights
         seen = found.weights[:, :, front:] > 0
-        named = seen.sum(dim=-1).float().mean(dim=-1).round()
-        held = (dense[:, :, front:] * seen).sum(dim=-1).mean(dim=-1)
+        named = seen[..., front:].sum(dim=-1).transpose(1, 2)
+        held = (dense[:, :, front:] * seen).sum(dim=-1).transpose(1, 2)
     return {"weights": found.weights, "position": found.position, "front": front, "named": named,
             "held": held}  # fmt: skip
 
@@ -243,6 +245,7 @@ def _stage_of(stage: dict[str, Any], i: int) -> StageTrace:
         stage["inside"],
         _array(stage["position"][i], np.int32),
         kept,
+        stage["scored"],
         score,
         rank,
         cut,

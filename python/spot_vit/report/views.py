@@ -10,10 +10,10 @@ import numpy as np
 
 from spot_vit.config.methods import METHODS
 from spot_vit.report.encode import squares_path
-from spot_vit.report.record import Array, ImageTrace, LayerCost, ModelTrace, StageTrace, Trace
+from spot_vit.report.record import Array, ImageTrace, LayerCost, ModelTrace, StageTrace, TraceData
 from spot_vit.report.stages import stage_colours, stage_title
 
-Titled = tuple[str, Trace]
+Titled = tuple[str, TraceData]
 
 GROUPS = {
     "lost": "Dense right, sparse wrong",
@@ -198,7 +198,7 @@ class Summary:
     figures: list[tuple[str, str, str]]
 
 
-def summary(title: str, trace: Trace) -> Summary:
+def summary(title: str, trace: TraceData) -> Summary:
     """What a trace says of its model as a whole."""
     model, figures = trace.model, []
     for name, unit, digits in (("gmacs", "GMACs", 2), ("ms", "ms", 1)):

@@ -400,6 +400,7 @@ function attentionMap(card, trace, model, block, map, patch, view) {
     svg.append(square("attended", r, c, { fill: viridis(Math.sqrt(value / most)) }));
     if (block.named && value > 0) outlines.push(square("named", r + 0.06, c + 0.06, { width: 0.88, height: 0.88 }));
   });
+  svg.addEventListener("click", (event) => choose(card, placeOf(trace, ...under(svg, event))));
   const [r, c] = [Math.floor(patch / columns), patch % columns];
   svg.append(...outlines, square("chosen-edge", r, c), square("chosen", r, c));
   const tokens = values.map((value, k) => ({ value, text: k < block.front
@@ -411,8 +412,10 @@ function attentionMap(card, trace, model, block, map, patch, view) {
   const says = make("div", { class: "says" }, make("ul", {}, top.map((token) =>
     make("li", {}, make("span", {}, token.text), make("span", {}, percent(token.value))))));
   if (block.named) {
-    const mean = (list) => heads.reduce((sum, h) => sum + list[h], 0) / heads.length;
-    says.append(make("p", {}, `A patch sees ${short(mean(block.named))} of ${block.position.length} patches here (outlined), which hold ${short(mean(block.held))} % of its dense attention on average.`));
+    const mean = (list) => short(heads.reduce((sum, h) => sum + list[h], 0) / heads.length);
+    const at = block.position.indexOf(patch), all = `${block.position.length} patches here`;
+    says.append(make("p", {}, view.incoming ? `${outlines.length} of ${all} see it (outlined).`
+      : `It sees ${mean(block.named[at])} of ${all}${heads.length > 1 ? " on average over heads" : ""} (all that some head sees are outlined); with the tokens in front these hold ${mean(block.held[at])} % of its dense attention.`));
   }
   svg.setAttribute("aria-label", `${view.incoming ? "Who attends to it" : "What it attends to"}, most: ${top.slice(0, 3).map((token) => `${token.text} ${percent(token.value)}`).join("; ")}`);
   const scale = make("p", { class: "scale" }, ["0", make("i"), percent(most), "(square root)"].map((part) => typeof part === "string" ? make("span", {}, part) : part));
