@@ -196,6 +196,24 @@ def test_dense_logits_and_costs_are_those_of_the_model_with_everything() -> None
         assert all(layer.ms > 0 for layer in found.model.layers + found.model.dense_layers)
 
 
+def test_costs_follow_the_budget_the_weights_and_the_size_of_a_model() -> None:
+    def same_as_counted(model: Any, x: torch.Tensor) -> float:
+        total = sum(layer.gmacs for layer in trace(model, x, attention=()).model.layers)
+        assert total == pytest.approx(spot_vit.count_flops(model, tuple(x.shape[1:])).total / 1e9)
+        return total
+
+    model, x = model_of("both"), pictures(1)
+    found = [same_as_counted(model, x), same_as_counted(spot_vit.set_keep(model, 0.4), x)]
+    with torch.no_grad():  # more of the basis is above its threshold
+        for name, parameter in model.named_parameters():
+            if "proj_back_n" in name:
+                parameter.mul_(30)
+    found.append(same_as_counted(model, x))
+    model.blocks[0].mlp = torch.nn.Identity()
+    found.append(same_as_counted(model, x))
+    assert len(set(found)) == 4
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_votes_are_the_head_on_a_patch_alone(pool: str) -> None:
     model, x = model_of("spot", pool=pool), pictures(1)

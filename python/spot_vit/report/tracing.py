@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from spot_vit.config.conversion import conversion_of
 from spot_vit.evaluation.drawing import shown
+from spot_vit.models.fast import is_fast
 from spot_vit.models.recording import watched
 from spot_vit.models.saved import class_names
 from spot_vit.models.sparsifiner import dense_attention
@@ -91,14 +93,22 @@ class _Chunk:
         self.model, self.pictures = model, images
         self.sparsified = hasattr(model, "spot_config")
         self.kept: list[Tensor] | None = None
+        self.undecided: tuple[int, Any] | None = (
+            None  # first block that decides, and the state there
+        )
         self.stages: list[dict[str, Any]] = []
         self.statistics: dict[int, dict[str, Any]] = {}
-        if self.sparsified:
-            self._run()
-        else:
-            self.logits = model(images)
+        # Watching makes fast blocks slow, whose bits are others: they get a pass of their own.
+        apart = is_fast(model)
+        watch: Any = nullcontext({}) if apart else watched(model, _looked_at, wanted)
+        with watch as self.maps:
+            if self.sparsified:
+                self._run()
+            else:
+                self.logits = model(images)
+        if apart:
+            self.maps = self._maps(wanted)
         self.dense = self._dense_logits()
-        self.maps = self._maps(wanted)
 
     # ---- the pass itself -------------------------------------------------------------------------
 
@@ -121,6 +131,7 @@ class _Chunk:
                         "statistics": step.asked.stats[:, front:],
                     }
                 if len(run.state.index) > decided:
+                    self.undecided = self.undecided or (b, before)
                     self.stages.append(self._stage(b, before, step, scorings.pop(b, None)))
         model._refuse_nothing_left(run.state)
         self.logits = model._head(model.norm(run.state.tokens), run.state.pooled())
@@ -165,17 +176,23 @@ class _Chunk:
     # ---- beside it -------------------------------------------------------------------------------
 
     def _dense_logits(self) -> Tensor:
-        """Logits where nothing is removed and all keys are seen."""
+        """Logits where nothing is removed and all keys are seen.
+
+        Up to the first decision that is the pass itself, unless its attention is sparse.
+        """
         model = self.model
         with dense_attention(model):
             if not self.sparsified:
                 return model(self.pictures)
-            return model(self.pictures, ratios=[(1, 1)] * len(model._spot_ratios))
+            run = TokenPass(model, self.pictures, dense=False, prefix_alone=model._prefix_alone(),
+                            ratios=[(1, 1)] * len(model._spot_ratios))  # fmt: skip
+            first = 0
+            if self.undecided is not None and not self.undecided[1].sparse:
+                first, run.state = self.undecided
+            return model._head(model.norm(run.run(range(first, len(run.blocks)))), None)
 
     def _maps(self, wanted: Sequence[int]) -> dict[int, Any]:
         """What attention of the wanted blocks did, given the same decisions."""
-        if not wanted:
-            return {}
         given: dict[str, Any] = {} if self.kept is None else {"kept": self.kept}
         with watched(self.model, _looked_at, wanted) as seen:
             self.model(self.pictures, **given)
