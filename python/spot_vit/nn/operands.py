@@ -84,24 +84,38 @@ def map_of(attended: Attended) -> AttentionMap:
 
     Costs the whole map in memory.
     """
-    q, k, request, scale, bias, connectivity = attended
+    return map_from(attended, logits_of(attended))
+
+
+@torch.no_grad()
+def logits_of(attended: Attended) -> Tensor:
+    """[B, H, n, n] scaled products of queries and keys, with their bias, of all pairs."""
+    q, k, bias = attended.q, attended.k, attended.bias
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = scale * (q.transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide))
-    if bias is not None:
-        logits = logits + bias
+    logits = attended.scale * (q.transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide))
+    return logits if bias is None else logits + bias
+
+
+@torch.no_grad()
+def map_from(attended: Attended, logits: Tensor) -> AttentionMap:
+    """`map_of` from what `logits_of` gave."""
+    q, k, request, scale, _, connectivity = attended
     num_tokens, front = q.shape[1], request.num_prefix
-    seen = torch.ones_like(logits, dtype=torch.bool)
+    seen: Tensor | None = None  # all
     as_zeros = False
     if connectivity is not None and names_keys(q, request, connectivity):
         seen = named_keys(named_index(q, k, request, connectivity), num_tokens)
         as_zeros = request.removed and connectivity.config.removed_as_zeros
     if request.keep is not None:
         kept = F.pad(request.keep > 0.5, (front, 0), value=True)[:, None, None]
-        seen = seen & (kept | torch.eye(num_tokens, dtype=torch.bool, device=q.device))
-    weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        visible = kept | torch.eye(num_tokens, dtype=torch.bool, device=q.device)
+        seen = visible if seen is None else seen & visible
+    if seen is not None:
+        logits = torch.where(seen, logits, float("-inf"))
+    weights = logits.softmax(dim=-1)
     if connectivity is not None and as_zeros:
         weights[:, :, :front] *= prefix_share(q, k, request, scale, connectivity)[..., None]
     position = request.position
     if position is None:
         position = torch.arange(num_tokens - front, device=q.device).expand(len(q), -1)
-    return AttentionMap(weights.masked_fill(~seen, 0), position)
+    return AttentionMap(weights if seen is None else torch.where(seen, weights, 0), position)

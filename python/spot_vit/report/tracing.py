@@ -18,7 +18,7 @@ from spot_vit.models.recording import watched
 from spot_vit.models.saved import class_names
 from spot_vit.models.sparsifiner import dense_attention
 from spot_vit.models.token_pass import TokenPass
-from spot_vit.nn.operands import Attended, map_of
+from spot_vit.nn.operands import Attended, logits_of, map_from
 from spot_vit.report.costs import layer_costs
 from spot_vit.report.effects import Scoring, evidence_effects, watch_scorers
 from spot_vit.report.record import BlockTrace, ImageTrace, ModelTrace, StageTrace
@@ -27,7 +27,7 @@ from spot_vit.utils.machine import facts
 from spot_vit.utils.modes import blocks_of, eval_mode, unwrap
 from spot_vit.utils.places import prefix_of
 
-CHUNK = 8  # images at a time: their maps are in memory together
+CHUNK = 16  # images at a time: their maps are in memory together
 
 
 def trace(
@@ -235,15 +235,16 @@ def _after(step: Any, before: Any) -> Tensor:
 
 def _looked_at(attended: Attended) -> dict[str, Any]:
     """The map of a block; with sparse attention how many patches each sees and what that holds."""
-    found = map_of(attended)
+    logits = logits_of(attended)
+    found = map_from(attended, logits)
     front = found.weights.shape[-1] - found.position.shape[1]
     named, held = None, None
     if attended.connectivity is not None:
-        dense = map_of(attended._replace(connectivity=None)).weights
+        dense = map_from(attended._replace(connectivity=None), logits).weights
         seen = found.weights[:, :, front:] > 0
-        named = seen[..., front:].sum(dim=-1).transpose(1, 2)
+        named = seen[..., front:].float().sum(dim=-1).transpose(1, 2)
         held = (dense[:, :, front:] * seen).sum(dim=-1).transpose(1, 2)
-    return {"weights": found.weights, "position": found.position, "front": front, "named": named,
+    return {"weights": found.weights.half(), "position": found.position, "front": front, "named": named,
             "held": held}  # fmt: skip
 
 
@@ -275,7 +276,9 @@ def _stage_of(stage: dict[str, Any], i: int) -> StageTrace:
 
 def _array(x: Tensor, kind: Any = np.float32) -> np.ndarray:
     x = x.detach().cpu()
-    return (x.float() if x.is_floating_point() else x).numpy().astype(kind)
+    if x.is_floating_point():
+        x = x.half() if kind is np.float16 else x.float()
+    return x.numpy().astype(kind, copy=False)
 
 
 def _attention_of(model: Any) -> Any:
