@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from spot_vit.report.charts import accuracy_chart
+from spot_vit.report.charts import accuracy_chart, keep_map, layer_chart, svg
 from spot_vit.report.encode import (
     LEVELS,
     attention_uri,
@@ -22,6 +22,7 @@ from spot_vit.report.encode import (
     squares_path,
 )
 from spot_vit.report.page import render
+from spot_vit.report.stages import viridis
 from spot_vit.report.trace import Trace
 from support.traces import AT, random_trace
 
@@ -180,6 +181,8 @@ def test_size_of_a_usual_report() -> None:
     assert 1e6 < size < 5e6
 
 
+ONE = {"title": "a", "keep": 0.5, "top1": 80.0}
+
 # ---- pictures and arrays -------------------------------------------------------------------------
 
 
@@ -234,6 +237,39 @@ def test_accuracy_chart_draws_errors_where_they_are() -> None:
         {"title": "<a>", "keep": 0.7, "top1": 82.0, "error": None},
         {"title": "b", "keep": 0.7, "top1": 81.0},
     ]
-    chart = accuracy_chart(rows)
+    chart = svg(accuracy_chart(rows))
     assert chart.count("<circle") == 3 and chart.count('class="error"') == 1
     assert chart.count('class="series') == 2 and "&lt;a&gt;" in chart and "<a>" not in chart
+
+
+def test_accuracy_chart_has_round_levels_and_labels_that_do_not_overlap() -> None:
+    def texts(keeps: list[float], low: float, high: float) -> list[str]:
+        tops = np.linspace(low, high, len(keeps))
+        rows = [{"title": "a", "keep": k, "top1": t} for k, t in zip(keeps, tops, strict=True)]
+        return re.findall(r"<text[^>]*>([^<]*)</text>", svg(accuracy_chart(rows)))
+
+    assert texts([0.5, 0.7, 0.9], 80.1, 80.85)[:-1] == [
+        "80", "80.2", "80.4", "80.6", "80.8", "81", "0.5", "0.7", "0.9",
+    ]  # fmt: skip
+    assert texts([0.3, 0.98, 0.99, 1.0], 60, 88)[-3:-1] == ["0.3", "1"]
+    (place,) = re.findall(r'cx="([\d.]+)"', svg(accuracy_chart([{**ONE, "keep": 0.7}])))
+    assert 180 < float(place) < 260
+
+
+def test_keep_map_and_layers_as_the_page_has_them() -> None:
+    share = np.random.default_rng(4).random((2, 3))
+    shown = svg(keep_map(share, "<title>"))
+    assert shown.startswith('<svg class="chart keep-map" viewBox="0 0 3 2" role="img"')
+    assert 'aria-label="&lt;title&gt;"' in shown
+    square = r'<rect x="(\d)" y="(\d)" width="1.02" height="1.02" fill="(#\w+)"/>'
+    assert re.findall(square, shown) == [
+        (str(c), str(r), viridis(share[r, c])) for r in range(2) for c in range(3)
+    ]
+    model = random_trace(grid=(14, 14), keep=0.25).model
+    tokens = svg(layer_chart(model.layers, model.dense_layers, "tokens", "tokens"))
+    told = re.findall(r'class="(inside|sum)" x="([\d.]+)" [^>]*anchor="(\w+)">(\d+)<', tokens)
+    assert [one[3] for one in told] == [str(layer.tokens) for layer in model.layers if layer.tokens]
+    assert {one[0]: one[2] for one in told} == {"inside": "end", "sum": "start"}
+    assert told[-1][0] == "sum"  # where the bar is shorter than its number
+    gmacs = svg(layer_chart(model.layers, model.dense_layers, "gmacs", "GMACs"))
+    assert float(re.search(r'class="sum" x="([\d.]+)"', gmacs)[1]) > 100

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spot_vit.config.report import ReportSettings
-from spot_vit.evaluation.drawing import kept_figure, save_figure
 from spot_vit.models.convert import set_keep
 from spot_vit.models.saved import class_names
+from spot_vit.report.figures import write_figures
 from spot_vit.report.page import render
 from spot_vit.report.photos import Photos, read_digits, read_photos
-from spot_vit.report.show import kept_of
 from spot_vit.report.trace import Trace
 from spot_vit.report.tracing import trace
+from spot_vit.runs.sides import BASELINE
 from spot_vit.runs.sparse import load_sparse
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.files import atomic_write
@@ -59,7 +59,7 @@ def make_report(
     if settings.trace is not None:
         written += write_traces(Path(settings.trace), found)
     if settings.figures is not None:
-        written += _figures(Path(settings.figures), found)
+        written += write_figures(Path(settings.figures), found, accuracy)
     return written
 
 
@@ -137,15 +137,17 @@ def read_traces(path: Path) -> list[Titled]:
 def accuracy_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of the chart of accuracy against keep, from the JSON of `spot eval`.
 
+    Budgets of a checkpoint have one title, which is its name; the baseline has its own.
+
     Raises:
         UserError: there is no such file, or it is another one.
     """
     try:
         summary = json.loads(path.read_text())
-        rows = [
+        return [
             {
-                "title": str(one["name"]),
-                "keep": 1.0 if one["keep"] is None else float(one["keep"]),
+                "title": _series(one),
+                "keep": _ratio(one["keep"]),
                 "gmacs": one["gmacs"],
                 "top1": 100 * float(one["top1"]),
                 "error": None if one["difference"] is None else 100 * one["difference"][1],
@@ -154,20 +156,22 @@ def accuracy_rows(path: Path) -> list[dict[str, Any]]:
         ]
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not what spot eval writes: {error!r}") from error
-    return rows
 
 
-def _figures(folder: Path, found: Sequence[Titled]) -> list[Path]:
-    """Every image with its stages, as PNG and SVG."""
-    written = []
-    for k, (_, one) in enumerate(found):
-        for i, image in enumerate(one.images):
-            if not image.stages:
-                continue
-            for ending in ("png", "svg"):
-                path = folder / f"model{k + 1}-image{i + 1}.{ending}"
-                save_figure(kept_figure([kept_of(image, one.model)]), path)
-                written.append(path)
-    return written
+def _series(row: Mapping[str, Any]) -> str:
+    """What a row of an evaluation is one budget of."""
+    if row["name"] == BASELINE:
+        return BASELINE
+    title, rate = _title(str(row["source"]), None), row["attention_keep"]
+    return title if rate is None else f"{title}, attention {rate:g}"
+
+
+def _ratio(keep: Any) -> float:
+    """Share that each stage keeps; the mean one where each has its own."""
+    if keep is None:
+        return 1.0
+    if isinstance(keep, list):  # cumulative shares
+        return float(keep[-1]) ** (1 / len(keep))
+    return float(keep)

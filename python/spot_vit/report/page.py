@@ -69,7 +69,7 @@ def render(
         data=script_json(models_data(traces, mode)),
         life={card.number: _life(card.number, traces) for card in found},
         sets=[_set(title, trace) for title, trace in traces],
-        accuracy=charts.accuracy_chart(accuracy) if accuracy else None,
+        accuracy=charts.svg(charts.accuracy_chart(accuracy)) if accuracy else None,
         accuracy_rows=accuracy or [],
         accuracy_titles=charts.titles_of(accuracy or []),
         facts=views.fact_rows(traces[0][1].facts),
@@ -128,30 +128,17 @@ def _legend(traces: list[Titled]) -> list[tuple[str, str]]:
 def _set(title: str, trace: TraceData) -> dict[str, Any]:
     """Charts of all images of a trace."""
     model = trace.model
-    maps = charts.mean_keep(trace)
     rows = [
         (sparse.name, sparse.tokens, dense.gmacs, sparse.gmacs, dense.ms, sparse.ms)
         for sparse, dense in zip(model.layers, model.dense_layers, strict=True)
     ]
+    found: dict[str, list[tuple[str, Markup]]] = {"keep": [], "layers": [], "scores": []}
+    for one in charts.set_charts(trace):
+        found[one.group].append((one.caption, charts.svg(one.chart)))
     return {
         "title": title,
-        "maps": [
-            (place, charts.keep_map(share, f"share of images that keep each patch, {place}"))
-            for place, share in maps
-        ],
-        "layers": [
-            (name, chart)
-            for name, field, unit in (
-                ("Tokens", "tokens", "tokens"),
-                ("Multiply-accumulates", "gmacs", "GMACs"),
-                ("Time", "ms", "ms"),
-            )
-            if (chart := charts.layer_chart(model.layers, model.dense_layers, field, unit))
-        ],
+        "maps": found["keep"],
+        "layers": found["layers"],
         "rows": rows,
-        "scores": [
-            (place, chart)
-            for k, (place, _) in enumerate(maps)
-            if (chart := charts.score_chart(trace, k))
-        ],
+        "scores": found["scores"],
     }
