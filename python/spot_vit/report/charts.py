@@ -292,7 +292,7 @@ def score_chart(trace: TraceData, k: int) -> Chart | None:
     edges = np.linspace(low, high, BINS + 1)
     clipped = every.clip(low, high)
     left, stayed = (np.histogram(clipped[mask], edges)[0] for mask in (~kept, kept))
-    scale, step = 84 / max(int((left + stayed).max()), 1), 300 / BINS
+    scale, step = 76 / max(int((left + stayed).max()), 1), 300 / BINS
     marks: list[Mark] = []
     for i, (gone, stay) in enumerate(zip(left * scale, stayed * scale, strict=True)):
         for kind, top, height in (("stayed", 90 - stay, stay), ("left", 90 - stay - gone, gone)):
