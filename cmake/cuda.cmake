@@ -1,7 +1,7 @@
 # Target spot_ops_cuda, when CUDA is wanted and nvcc is there.
 # Architectures: CUDAARCHS, CMAKE_CUDA_ARCHITECTURES or TORCH_CUDA_ARCH_LIST; otherwise `native` where
-# a GPU is seen, else sm_80 and sm_90a, with the PTX of sm_80 for what comes after (PTX of its own
-# would be a third run of the compiler).
+# a GPU is seen, else sm_80 with its PTX, which drivers compile for whatever comes after. Every further
+# architecture takes as long as the first: minutes, on a machine that has nothing to run it on.
 set(SPOT_CUDA_VERSION "")
 set(SPOT_CUDA_ARCHS "")
 string(TOLOWER "${SPOT_WITH_CUDA}" wanted)
@@ -31,7 +31,8 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
     if(no_gpu EQUAL 0 AND gpus MATCHES "GPU 0")
       set(CMAKE_CUDA_ARCHITECTURES native)
     else()
-      set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+      set(CMAKE_CUDA_ARCHITECTURES 80)
+      message(STATUS "SPOT: no GPU is seen; CUDAARCHS names those to build for, such as 80;90a-real")
     endif()
   endif()
 endif()
