@@ -15,6 +15,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from support.night import nightly  # noqa: E402
 
 NO_GPU = "no GPU"
 THREADS = 2
@@ -27,6 +28,13 @@ hypothesis.settings.register_profile(
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
+hypothesis.settings.register_profile(
+    "nightly",
+    hypothesis.settings.get_profile("spot"),
+    derandomize=False,
+    print_blob=True,
+    max_examples=nightly(10_000),
+)
 hypothesis.settings.load_profile("spot")
 
 
@@ -36,9 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run tests of both devices with the CUDA kernels on the CPU (tests/support/emulator)",
     )
+    parser.addoption("--op", help="of the tests of all ops run those of this one alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nightly: long runs, see tools/release/nightly.py")
     if config.getoption("--emulate-cuda"):
         from support import emulator
 
@@ -49,6 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Emulated, only tests of both devices mean something, and large sizes take too long."""
+    if config.getoption("--op"):
+        wanted = [item for item in items if _is_of(item, config.getoption("--op"))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
     if not config.getoption("--emulate-cuda"):
         return
     chosen, others = [], []
@@ -58,6 +72,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if params.get("device") == "cpu" and not large else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
+
+
+def _is_of(item: pytest.Item, op: str) -> bool:
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(getattr(x, "name", None) == op for x in params)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from ops.cases.base import Bad
 from ops.cases.errors import keep_errors, prefix_errors, t, tensor_errors
+from ops.cases.strategies import batches, counts, masks, names, prefixes, scales, widths
 from support.data import generator, random
-from support.layouts import lay_out
+from support.layouts import LAYOUTS, lay_out
 from torch import Tensor
 
 OPTIONS = ("scale", "num_prefix", "class_token", "need_stats")
@@ -70,6 +72,20 @@ class Attention:
         seeded = generator(f"{self.name} keep")
         value = {"random": 0.6, "all": 1.0, "none": 0.0}[self.keep]
         return (torch.rand(shape, generator=seeded) < value).to(device, dtype)
+
+
+@st.composite
+def drawn_attention(draw: Any, kind: Any, **own: Any) -> Any:
+    """Cases of `kind`, whose fields `own` are strategies, or functions from tokens to one."""
+    num_prefix = draw(prefixes)
+    tokens = num_prefix + draw(counts)
+    more = {n: draw(x(tokens) if callable(x) else x) for n, x in own.items()}
+    return kind(
+        draw(names), draw(batches), tokens, draw(st.sampled_from([2, 1, 3, 0])), draw(widths),
+        num_prefix, num_prefix > 0 and draw(st.booleans()), draw(masks),
+        scale=draw(scales), need_stats=draw(st.booleans()),
+        layout=draw(st.sampled_from(["qkv", *LAYOUTS])), **more,
+    )  # fmt: skip
 
 
 @torch.no_grad()

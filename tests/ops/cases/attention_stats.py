@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from ops.cases.attention import (
     OPTIONS,
     Attention,
+    drawn_attention,
     gradients_of,
     leaves_of,
     log_sum_exp,
     operand_errors,
     saved_errors,
 )
-from ops.cases.base import Bad, Op, positional, samples
+from ops.cases.base import NAN, Bad, Op, positional, samples
 from ops.cases.errors import t
+from ops.cases.strategies import drawn
 from support.layouts import LAYOUTS
 from torch import Tensor
 
@@ -146,6 +150,9 @@ _GPU = tuple(
 )  # fmt: skip
 
 
+_DRAWN = drawn_attention(_Dense, bias=st.sampled_from([None, None, 1, -1]))
+
+
 def _attention_errors() -> tuple[Bad, ...]:
     good = (2, 6, 2, 4)
 
@@ -213,9 +220,11 @@ OPS = (
        samples(_DENSE), _attention_errors(),
        _attention_flops, grads=(0, 1, 2, 3, 4), exact=False,
        public=positional(spot_ext.attention_stats, 5, *OPTIONS),
-       once_only="differentiable once", gpu=samples(_GPU)),
+       once_only="differentiable once", gpu=samples(_GPU),
+       drawn=drawn(_DRAWN), odd={0: NAN, 1: NAN, 4: (math.nan, math.inf)}),
     Op("attention_stats_backward", attention_backward_reference,
        samples(_DENSE, "backward_args"),
        _attention_backward_errors(), _attention_backward_flops, exact=False,
-       once_only="differentiable once", gpu=samples(_GPU, "backward_args")),
+       once_only="differentiable once", gpu=samples(_GPU, "backward_args"),
+       drawn=drawn(_DRAWN, "backward_args")),
 )  # fmt: skip

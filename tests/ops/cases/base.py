@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from support.data import FLOATING
+
+NAN = (math.nan,)
+ANY = (math.nan, math.inf, -math.inf, -0.0, 1e-42)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Op:
     large: str = ""  # sample that is large as it is; otherwise one is repeated to be
     gpu: tuple[Sample, ...] = ()  # every path of the CUDA kernels, few: sanitizers are slow
     unread: tuple[Unread, ...] = ()  # sanitizers see whether foreign memory is touched
+    drawn: Any = None  # Hypothesis strategy of samples: any legal call of a size soon computed
+    drawn_dtypes: tuple[torch.dtype, ...] = FLOATING  # of these calls
+    # Numbers whose effect the contract states, by argument place; one is planted in drawn calls.
+    odd: Mapping[int, tuple[float, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def call(self) -> Callable[..., Any]:

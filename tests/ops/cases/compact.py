@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from ops.cases.base import Bad, Op, Sample, Unread, no_flops, unique
+from hypothesis import strategies as st
+from ops.cases.base import ANY, Bad, Op, Sample, Unread, no_flops, unique
 from ops.cases.errors import ints, prefix_errors, t, tensor_errors
-from support.data import random, random_index
+from ops.cases.strategies import batches, counts, names, orders, prefixes, widths
+from support.data import ROW_DTYPES, random, random_bits, random_index
 from support.layouts import LAYOUTS, lay_out, lay_out_index
 from torch import Tensor
 
@@ -186,6 +188,45 @@ def _select_gpu_samples() -> tuple[Sample, ...]:
 
     shapes = [(1, 1, 1), (2, 33, 0), (3, 196, 137), (2, 300, 300)]
     return tuple(Sample(f"{s}", make(*s)) for s in shapes)
+
+
+# -- drawn calls
+
+
+@st.composite
+def _drawn_rows(draw: Any) -> _Rows:
+    num_tokens = draw(counts)
+    return _Rows(
+        draw(names), draw(batches), num_tokens, draw(st.integers(0, num_tokens)), draw(prefixes),
+        draw(st.sampled_from([0, 0, 1, 3])),
+        draw(st.one_of(widths.map(lambda n: (n,)), st.sampled_from([(), (0,), (2, 3), (2, 1, 2)]))),
+        draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS[:-1])), draw(orders),
+    )  # fmt: skip
+
+
+_drawn_vectors = _drawn_rows().map(lambda r: replace(r, row=(math.prod(r.row),), num_extra=0))
+
+
+def _drawn_fuse(make: Callable[[_Rows, bool], Any]) -> Any:
+    return st.builds(lambda r, mean: Sample(r.name, make(r, mean)), _drawn_vectors, st.booleans())
+
+
+@st.composite
+def _drawn_scores(draw: Any) -> Sample:
+    """Any numbers, few of them, or any bits."""
+    name, batch, count = draw(names), draw(batches), draw(counts)
+    kind, layout = draw(st.sampled_from(["any", "few", "bits"])), draw(st.sampled_from(LAYOUTS))
+    num_keep = draw(st.integers(0, count))
+
+    def args(device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        scores = (random_bits if kind == "bits" else random)(name, (batch, count), dtype, device)
+        return lay_out(scores.round() if kind == "few" else scores, layout), num_keep
+
+    return Sample(name, args)
+
+
+def _drawn(make: Callable[[_Rows], Any]) -> Any:
+    return _drawn_rows().map(lambda r: Sample(r.name, make(r)))
 
 
 # -- references of the ops that are not public
@@ -487,24 +528,30 @@ def _fuse_backward_flops(grad: Tensor, *args: Any) -> tuple[int, int]:
 
 OPS = (
     Op("select_tokens", spot_ext.select_tokens_reference, _select_samples(), _select_errors(),
-       no_flops, public=spot_ext.select_tokens, gpu=_select_gpu_samples()),
+       no_flops, public=spot_ext.select_tokens, gpu=_select_gpu_samples(), drawn=_drawn_scores(),
+       odd={0: ANY}),
     Op("compact_tokens", spot_ext.compact_tokens_reference, _row_samples(_compact_args),
        _compact_errors(), no_flops, grads=(0, 3), twice=True, public=spot_ext.compact_tokens,
        gpu=_row_samples(_compact_args, _GPU_ROWS),
-       unread=_unread(lambda d, i: (t(2, 6, 3, device=d), i), lambda out: out[0, 2])),
+       unread=_unread(lambda d, i: (t(2, 6, 3, device=d), i), lambda out: out[0, 2]),
+       drawn=_drawn(_compact_args), drawn_dtypes=ROW_DTYPES, odd={0: ANY, 3: ANY}),
     Op("compact_tokens_backward", _compact_backward_reference,
        _row_samples(_compact_backward_args), _compact_backward_errors(), no_flops, grads=(0,),
-       twice=True, gpu=_row_samples(_compact_backward_args, _GPU_ROWS)),
+       twice=True, gpu=_row_samples(_compact_backward_args, _GPU_ROWS),
+       drawn=_drawn(_compact_backward_args), drawn_dtypes=ROW_DTYPES, odd={0: ANY}),
     Op("scatter_tokens", spot_ext.scatter_tokens_reference, _row_samples(_scatter_args),
        _scatter_errors(), no_flops, grads=(0, 4), twice=True, public=spot_ext.scatter_tokens,
        gpu=_row_samples(_scatter_args, _GPU_ROWS),
-       unread=_unread(lambda d, i: (t(2, 3, 3, device=d), i, 5), lambda out: out[0, 1:])),
+       unread=_unread(lambda d, i: (t(2, 3, 3, device=d), i, 5), lambda out: out[0, 1:]),
+       drawn=_drawn(_scatter_args), drawn_dtypes=ROW_DTYPES, odd={0: ANY, 4: ANY}),
     Op("fuse_tokens", spot_ext.fuse_tokens_reference, _fuse_samples(_fuse_args), _fuse_errors(),
        _fuse_flops, grads=(0, 1), exact=False, public=spot_ext.fuse_tokens,
        once_only="differentiable once", gpu=_fuse_samples(_fuse_args, _GPU_ROWS),
        unread=_unread(lambda d, i: (t(2, 6, 3, device=d), torch.ones(2, 5, device=d), i),
-                      lambda out: out[0])),
+                      lambda out: out[0]),
+       drawn=_drawn_fuse(_fuse_args), odd={0: ANY}),
     Op("fuse_tokens_backward", _fuse_backward_reference, _fuse_samples(_fuse_backward_args),
        _fuse_backward_errors(), _fuse_backward_flops, exact=False,
-       once_only="differentiable once", gpu=_fuse_samples(_fuse_backward_args, _GPU_ROWS)),
+       once_only="differentiable once", gpu=_fuse_samples(_fuse_backward_args, _GPU_ROWS),
+       drawn=_drawn_fuse(_fuse_backward_args)),
 )  # fmt: skip

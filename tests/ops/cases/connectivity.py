@@ -7,9 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ops.cases.base import Bad, Op, Unread, positional, samples
-from ops.cases.connectivity_data import PREDICTION_NAMES, Connectivity, Prediction, Sharp
+from ops.cases.base import NAN, Bad, Op, Unread, positional, samples
+from ops.cases.connectivity_data import (
+    PREDICTION_NAMES,
+    Connectivity,
+    Prediction,
+    Sharp,
+    drawn_connectivity,
+    drawn_prediction,
+)
 from ops.cases.errors import ints, keep_errors, t, tensor_errors
+from ops.cases.strategies import drawn
 from support.data import generator
 from support.layouts import LAYOUTS
 from torch import Tensor
@@ -462,12 +470,14 @@ OPS = (
        samples(_CONNECTIVITY), _connectivity_errors(),
        _connectivity_flops, public=positional(spot_ext.connectivity, 5, *_CHOICE_NAMES),
        weights=(1,), large="twelve ViT images",
-       gpu=samples(_GPU_CONNECTIVITY), unread=_UNREAD_CONNECTIVITY),
+       gpu=samples(_GPU_CONNECTIVITY), unread=_UNREAD_CONNECTIVITY,
+       drawn=drawn(drawn_connectivity()), odd={0: NAN}),
     Op("predict_connectivity",
        positional(spot_ext.predict_connectivity_reference, 0, *PREDICTION_NAMES),
        samples(_PREDICTION), _prediction_errors(),
        _prediction_flops,
        public=positional(spot_ext.predict_connectivity, 0, *PREDICTION_NAMES),
        weights=tuple(range(2, 8)), large="twelve images",
-       gpu=samples(_GPU_PREDICTION), unread=_UNREAD_PREDICTION),
+       gpu=samples(_GPU_PREDICTION), unread=_UNREAD_PREDICTION,
+       drawn=drawn(drawn_prediction(), "args_soon_found")),
 )  # fmt: skip

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ops.cases.base import Bad, Op, no_flops, samples
+from hypothesis import strategies as st
+from ops.cases.base import ANY, NAN, Bad, Op, no_flops, samples
 from ops.cases.errors import t, tensor_errors
+from ops.cases.strategies import counts, drawn, names, widths
 from support.data import random
 from support.layouts import LAYOUTS, lay_out
 
@@ -116,6 +118,19 @@ _LINEARS = (
 )
 
 
+_sizes = st.one_of(counts, st.sampled_from([95, 96, 97, 129, 385]))
+_layouts = st.sampled_from(LAYOUTS)
+
+_drawn_weights = st.builds(Weight, names, st.tuples(_sizes, _sizes), _layouts)
+_drawn_linears = st.builds(
+    Linear, names,
+    st.one_of(st.tuples(counts), st.tuples(st.integers(0, 3), widths),
+              st.sampled_from([(), (2, 3, 4), (1, 1, 1)])),
+    _sizes, _sizes, st.booleans(), st.booleans(), st.sampled_from(["none", "gelu", "gelu_tanh"]),
+    _layouts, _layouts, st.sampled_from(LAYOUTS[:-2]),
+)  # fmt: skip
+
+
 def _weight_errors() -> tuple[Bad, ...]:
     def bad(label: str, shape: tuple[int, ...], dtype: torch.dtype, *words: str) -> Bad:
         raises = ValueError if dtype.is_floating_point else TypeError
@@ -205,8 +220,9 @@ _REFUSED = "for inference and has no gradient"
 
 OPS = (
     Op("pack_linear", spot_ext.pack_linear_reference, samples(_WEIGHTS), _weight_errors(), no_flops,
-       public=spot_ext.pack_linear, once_only=_REFUSED, large="ViT"),
+       public=spot_ext.pack_linear, once_only=_REFUSED, large="ViT",
+       drawn=drawn(_drawn_weights), odd={0: ANY}),
     Op("packed_linear", spot_ext.packed_linear_reference, samples(_LINEARS), _linear_errors(),
        _linear_flops, exact=False, public=spot_ext.packed_linear, once_only=_REFUSED,
-       weights=(1, 3), large="twelve images"),
+       weights=(1, 3), large="twelve images", drawn=drawn(_drawn_linears), odd={0: NAN, 4: ANY}),
 )  # fmt: skip

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ops.cases.base import Bad, Op, positional, samples
+from hypothesis import strategies as st
+from ops.cases.base import NAN, Bad, Op, positional, samples
 from ops.cases.errors import t
+from ops.cases.strategies import batches, counts, drawn, names, widths
 from support.data import generator, random
 from support.layouts import LAYOUTS, lay_out
 from torch import Tensor
@@ -193,6 +195,20 @@ _GPU = tuple(
     )
 )  # fmt: skip
 
+
+@st.composite
+def _drawn(draw: Any) -> _Relevance:
+    channels = draw(st.one_of(st.none(), widths))
+    features = draw(st.one_of(st.just(0), widths))
+    return _Relevance(
+        draw(names), draw(batches), draw(counts), channels, 2 * draw(widths),
+        None if channels is not None and draw(st.booleans()) else features,
+        draw(widths), draw(widths), draw(st.sampled_from(["", "random", "all", "none", "soft"])),
+        draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([1e-5, 1e-5, 1e-6, 0.5])),
+        draw(st.tuples(*[st.booleans()] * 4)),
+    )  # fmt: skip
+
+
 _RELEVANCE_SHAPES = {
     "tokens": (2, 6, 4), "features": (2, 6, 3), "keep": (2, 6), "norm_weight": (4,),
     "norm_bias": (4,), "remap_weight": (8, 4), "remap_bias": (8,), "fc1_weight": (5, 11),
@@ -323,10 +339,12 @@ OPS = (
        _relevance_flops, grads=tuple(range(13)), exact=False,
        public=positional(spot_ext.token_relevance, 13, "eps"),
        once_only="differentiable once", weights=tuple(range(3, 13)),
-       roundings=8, large="twelve ViT images", gpu=samples(_GPU)),
+       roundings=8, large="twelve ViT images", gpu=samples(_GPU), drawn=drawn(_drawn()),
+       odd={0: NAN, 1: NAN}),
     Op("token_relevance_backward", relevance_backward_reference,
        samples(_RELEVANCE + _RELEVANCE_WANTED, "backward_args"),
        _relevance_errors(backward=True), _relevance_backward_flops, exact=False,
        once_only="differentiable once", weights=tuple(range(4, 14)),
-       roundings=8, large="twelve ViT images", gpu=samples(_GPU, "backward_args")),
+       roundings=8, large="twelve ViT images", gpu=samples(_GPU, "backward_args"),
+       drawn=drawn(_drawn(), "backward_args")),
 )  # fmt: skip

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from ops.cases.attention import (
     OPTIONS,
     Attention,
+    drawn_attention,
     gradients_of,
     leaves_of,
     log_sum_exp,
@@ -20,6 +22,7 @@ from ops.cases.attention import (
 )
 from ops.cases.base import Bad, Op, Unread, positional, samples
 from ops.cases.errors import t
+from ops.cases.strategies import drawn
 from support.arguments import to_dtype
 from support.data import random, random_keys
 from support.layouts import LAYOUTS, lay_out
@@ -171,6 +174,14 @@ _GPU = tuple(
 )  # fmt: skip
 
 
+_DRAWN = drawn_attention(
+    _Sparse,
+    named=lambda tokens: st.integers(0, min(tokens, 40)),
+    order=st.sampled_from(["ascending", "shuffled", "padded", "empty"]),
+    index_layout=st.sampled_from(LAYOUTS),
+)
+
+
 def _unread(backward: bool = False) -> tuple[Unread, ...]:
     """One bad row: its query is NaN, others are not. float32 gathers, float16 has tensor cores."""
 
@@ -302,10 +313,11 @@ OPS = (
        _sparse_flops, grads=(0, 1, 2, 4), exact=False,
        public=positional(spot_ext.sparse_attention, 5, *OPTIONS),
        once_only="differentiable once", large="twelve ViT images",
-       gpu=samples(_GPU), unread=_unread()),
+       gpu=samples(_GPU), unread=_unread(), drawn=drawn(_DRAWN)),
     Op("sparse_attention_backward", sparse_backward_reference,
        samples(_SPARSE, "backward_args"),
        _sparse_backward_errors(), _sparse_backward_flops, exact=False,
        once_only="differentiable once", large="twelve ViT images",
-       gpu=samples(_GPU, "backward_args"), unread=_unread(backward=True)),
+       gpu=samples(_GPU, "backward_args"), unread=_unread(backward=True),
+       drawn=drawn(_DRAWN, "backward_args")),
 )  # fmt: skip

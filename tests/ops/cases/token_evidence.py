@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ops.cases.base import Bad, Op, no_flops, samples
+from hypothesis import strategies as st
+from ops.cases.base import ANY, Bad, Op, no_flops, samples
 from ops.cases.errors import ints, t
+from ops.cases.strategies import batches, counts, drawn, names, orders, prefixes
 from support.data import random, random_index
 from support.layouts import LAYOUTS, lay_out, lay_out_index
 from torch import Tensor
@@ -108,6 +110,22 @@ _CASES = (
     ),
     *(Evidence(f"{layout} cuts", cut_layout=layout) for layout in LAYOUTS[1:-1]),
 )
+
+
+@st.composite
+def _drawn(draw: Any) -> Evidence:
+    tokens = [draw(counts)]
+    for _ in range(draw(st.integers(0, 3))):
+        tokens.append(draw(st.integers(0, tokens[-1])))
+    blocks = draw(st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=6).map(sorted))
+    first, last = draw(st.tuples(*[st.integers(0, 6)] * 2).map(sorted))
+    return Evidence(
+        draw(names), draw(batches), tuple(tokens), tuple(blocks), draw(prefixes),
+        draw(st.sampled_from([3, 1, 2, 6, 8, 11, 0])), draw(orders),
+        draw(st.sampled_from(["log1p", "n", "raw"])), draw(st.booleans()), (first, last),
+        first == last or draw(st.booleans()), draw(st.sampled_from(LAYOUTS)),
+        draw(st.sampled_from(LAYOUTS[:-1])),
+    )  # fmt: skip
 
 
 def _errors() -> tuple[Bad, ...]:
@@ -242,5 +260,6 @@ def _reference(
 
 OPS = (
     Op("token_evidence", _reference, samples(_CASES), _errors(), no_flops, exact=False,
-       public=_public, once_only="for inference and has no gradient", large="twelve images"),
+       public=_public, once_only="for inference and has no gradient", large="twelve images",
+       drawn=drawn(_drawn()), odd={0: ANY}),
 )  # fmt: skip

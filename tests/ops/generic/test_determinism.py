@@ -13,6 +13,7 @@ from ops.generic.calls import large, outcome
 from support.arguments import with_grad
 from support.comparison import assert_close, assert_same_bits
 from support.data import FLOATING
+from support.night import nightly, record
 from support.switches import isa, isa_control, threads
 
 
@@ -31,13 +32,17 @@ def test_any_number_of_threads_gives_the_same_bits(op: Op) -> None:
             assert_same_bits(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    "repeats", [100, pytest.param(nightly(1000), marks=pytest.mark.nightly, id="1000")]
+)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_a_hundred_repeats_give_the_same_bits(op: Op, device: torch.device) -> None:
+def test_every_repeat_gives_the_same_bits(op: Op, repeats: int, device: torch.device) -> None:
     args = with_grad(large(op, device=device), op.grads)
     first = outcome(op, args)
-    for _ in range(100):
+    for _ in range(repeats):
         for mine, theirs in zip(outcome(op, args), first, strict=True):
             assert torch.equal(mine, theirs)
+    record("repeats", op.name, calls=repeats)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -60,16 +65,21 @@ def test_every_instruction_set_gives_the_same(op: Op) -> None:
                                  f"{sample.name} on {name}")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "number_each", [None, pytest.param(nightly(1000), marks=pytest.mark.nightly, id="1000")]
+)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_eight_python_threads_at_once(op: Op) -> None:
+def test_eight_python_threads_at_once(op: Op, number_each: int | None) -> None:
+    """By default three turns of every call."""
     calls = [with_grad(s.args("cpu", torch.float32), op.grads) for s in op.samples if s.traced]
     calls.append(with_grad(large(op), op.grads))
+    number_each = number_each or 3 * len(calls)
     expected = [outcome(op, args) for args in calls]
     start = threading.Barrier(8)
 
     def work(first: int) -> None:
         start.wait()
-        for step in range(3 * len(calls)):
+        for step in range(number_each):
             number = (first + step) % len(calls)
             actual = outcome(op, calls[number])
             for mine, theirs in zip(actual, expected[number], strict=True):
@@ -77,3 +87,4 @@ def test_eight_python_threads_at_once(op: Op) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
+    record("Python threads", op.name, calls=8 * number_each)
