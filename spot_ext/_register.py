@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from spot_ext import _autograd, _library
+from spot_ext._after_import import after_import
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,8 +106,13 @@ def flops(op: str) -> Callable[[F], F]:
     def register(function: F) -> F:
         if _LIBRARY is not None:
             packet = getattr(torch.ops.spot, op)
-            if packet not in flop_registry:
-                register_flop_formula(packet)(function)
+
+            def count(counter: Any) -> None:
+                if packet not in counter.flop_registry:
+                    counter.register_flop_formula(packet)(function)
+
+            # Importing the counter imports Triton, which takes longer than the rest of SPOT.
+            after_import("torch.utils.flop_counter", count)
         return function
 
     return register
