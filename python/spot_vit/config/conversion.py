@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -67,8 +68,11 @@ def compare(found: Mapping[str, Mapping[str, Any]], own: Conversion) -> Comparis
         own: `conversion_of` the model that is to take them.
 
     Raises:
-        ValueError: `found` names a conversion or a field that this version does not know.
+        ValueError: `found` names a conversion or a field that this version does not know, or is
+            no mapping of names to fields.
     """
+    if not isinstance(found, Mapping) or not all(isinstance(f, Mapping) for f in found.values()):
+        raise ValueError(f"the weights do not say how they were converted: {reprlib.repr(found)}")
     problems: list[str] = []
     free: list[str] = []
     if unknown := sorted(set(found) - set(CONVERSIONS)):

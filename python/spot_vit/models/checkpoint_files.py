@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath, PurePosixPath
@@ -30,12 +33,21 @@ KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "net")
 PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
 """What wrappers put before names: torch.compile, DDP and EMAs, Lightning, frameworks of tasks."""
 
+_BEFORE = re.compile("(?:" + "|".join(map(re.escape, PREFIXES)) + ")*")
+
 _INSIDE = PREFIXES[0]  # which stands within names too, where blocks are compiled one by one
+
+_LONGEST = 120  # name in messages, characters
 
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its weights
 
 CONVERSION = "conversion"
 """In the metadata of our files: how the model was converted, see `spot_vit.config.conversion`."""
+
+DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError)
+"""What readers raise of damaged content, where other errors may be those of a network."""
+
+_NOT_OPENED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EIO)
 
 logger = logging.getLogger("spot_vit")
 
@@ -58,8 +70,10 @@ def read_weights(
         key: under which the weights lie; None for the first of `KEYS` that is there, or none.
 
     Raises:
-        ValueError: the file is not plain tensors, has no weights under `key`, or numbers that are
-            not finite; it is named.
+        ValueError: the file cannot be read, is damaged, is not plain tensors (sparse and quantised
+            ones, and those without memory, are none), has no weights under `key`, or numbers that
+            are not finite; it is named.
+        FileNotFoundError: there is none.
     """
     content: Mapping[str, Any]
     if isinstance(checkpoint, Mapping):
@@ -74,6 +88,7 @@ def read_weights(
     if prefixes:
         found.append(f"without the prefix {', '.join(map(repr, prefixes))}")
     state.pop(_COUNTER, None)
+    refuse_odd(state, where)
     refuse_non_finite(state, where)
     text = ", ".join(found) or "as it lies there"
     logger.info("%s: %d tensors, %s", where, len(state), text)
@@ -120,11 +135,24 @@ def short_name(name: str) -> tuple[str, list[str]]:
     """The name of a tensor without the prefixes of wrappers, and these."""
     prefixes = [_INSIDE] if _INSIDE in name else []
     short = name.replace(_INSIDE, "")
-    while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
-        short = short.removeprefix(prefix)
-        if prefix not in prefixes:
-            prefixes.append(prefix)
-    return short, prefixes
+    before = _BEFORE.match(short)
+    assert before is not None  # nothing matches too
+    prefixes += sorted((p for p in PREFIXES if p in before[0]), key=before[0].index)
+    return short[before.end() :], prefixes
+
+
+def refuse_odd(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError where tensors are not plain: sparse, quantised, or without memory."""
+    odd = [
+        name
+        for name, value in state.items()
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested
+    ]
+    if odd:
+        raise UserError(
+            f"{where} holds tensors that are sparse, nested, quantised or without memory in "
+            f"{listed(odd)}: write plain ones (to_dense, dequantize)"
+        )
 
 
 def refuse_non_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -144,8 +172,8 @@ def _finite(value: Tensor) -> bool:
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Names in order, the first few of them."""
-    ordered = sorted(names)
+    """Names in order, the first few of them, and of each as much as fits into a line."""
+    ordered = [n if len(n) <= _LONGEST else f"{n[:_LONGEST]}…" for n in sorted(names)]
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return f"{', '.join(ordered[:limit])}{more}"
 
@@ -157,7 +185,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> State:
         ValueError: the file is damaged, or something else; it is named.
     """
     with named_in_errors(path):
-        return load_file(path)
+        return load_file(_readable(path))
 
 
 def write_safetensors(
@@ -190,22 +218,37 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is damaged, or something else; it is named.
+        FileNotFoundError: there is none.
     """
-    with named_in_errors(path), safe_open(path, "pt") as file:
+    with named_in_errors(path), safe_open(_readable(path), "pt") as file:
         texts = file.metadata() or {}
     found = {}
     for name, text in texts.items():
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):  # no JSON, numbers too long, nested too deep
             found[name] = json.loads(text)
     return found
 
 
 @contextmanager
-def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A context in which reading raises UserError that names the file, and why it was not read."""
+def named_in_errors(
+    path: str | os.PathLike[str], kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """A context in which reading raises UserError that names the file, and why it was not read.
+
+    Whatever a reader stumbles over in a damaged file is one kind of fault. That there is no file
+    (FileNotFoundError), or a package is missing, stays as it is.
+
+    Args:
+        path: of the file, or another name of it.
+        kinds: errors that mean damage, where reading may fail for other reasons too.
+    """
     try:
         yield
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+    except (FileNotFoundError, ImportError, UserError):
+        raise
+    except kinds as error:
+        if isinstance(error, OSError) and error.errno in _NOT_OPENED:
+            raise UserError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
         # torch's own text advises to read the file anyway.
         asked = re.search(r"GLOBAL (\S+)", f"{error} {error.__cause__}")
         reason = f"it asks for {asked[1]}" if asked else "it is damaged, or no checkpoint"
@@ -215,11 +258,43 @@ def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+def _readable(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path, of a file that opens; raises OSError with a number, which readers may not."""
+    with open(path, "rb"):
+        return path
+
+
+def refuse_damaged(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where a file of `torch.save` has other bytes than were written.
+
+    Torch does not compare the checksums of its tensors. Files of torch before 1.6 have none, nor
+    have those of safetensors.
+    """
+    with named_in_errors(path):
+        if zipfile.is_zipfile(_readable(path)):
+            with zipfile.ZipFile(path) as records:
+                if wrong := records.testzip():
+                    raise zlib.error(f"checksum of {wrong}")
+
+
+def read_torch(path: str | os.PathLike[str]) -> Any:
+    """What a file of `torch.save` holds, on the CPU; nothing in it is executed.
+
+    Raises:
+        UserError: the file cannot be read, is damaged (see `refuse_damaged`), or holds more than
+            tensors and plain data.
+        FileNotFoundError: there is none.
+    """
+    refuse_damaged(path)
+    with named_in_errors(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    with named_in_errors(path), torch.serialization.safe_globals(_harmless()):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(_harmless()):
+        content = read_torch(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     return content

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spot_vit.config.conversion import compare, conversion_of
 from spot_vit.models.checkpoint_files import State, listed, logger
 from spot_vit.models.checkpoint_layouts import CONNECTIVITY, RELEVANCE
 
 _DISTILLED = "dist_token"  # DeiT's second prefix token, and names that go with it
+_BLOCK = re.compile(rf"blocks\.(\d{{1,9}}){re.escape(RELEVANCE)}")
 _OF_DISTILLED = (_DISTILLED, "head_dist.weight", "head_dist.bias")
 
 
@@ -27,7 +29,10 @@ def refuse_conversion(found: Mapping[str, Any], model: nn.Module, where: object)
         model: not wrapped.
         where: the weights are, for messages.
     """
-    comparison = compare(found, conversion_of(model))
+    try:
+        comparison = compare(found, conversion_of(model))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if comparison.problems:
         raise ValueError(
             f"{where} does not fit this {type(model).__name__}: {'; '.join(comparison.problems)}"
@@ -67,7 +72,25 @@ def misfits(model: nn.Module, state: State, optional: Collection[str] = ()) -> l
         if key in own and value.shape != own[key].shape
         for text in _shape_problem(model, key, value.shape, own[key].shape, theirs - ours)
     ]
+    problems += [
+        f"{key} is {_kind(value)} ({value.dtype}), the model has {_kind(own[key])} "
+        f"({own[key].dtype})"
+        for key, value in state.items()
+        if key in own and not _holds(own[key], value)
+    ]
     return problems + _cures(model, state, missing, unexpected)
+
+
+def _kind(value: Tensor) -> str:
+    return "complex" if value.is_complex() else "real" if value.is_floating_point() else "whole"
+
+
+def _holds(own: Tensor, value: Tensor) -> bool:
+    """Whether numbers stay what they are when `own` takes them, but for rounding.
+
+    Whole numbers of one element are counters, which some files have as floats.
+    """
+    return _kind(own) == _kind(value) or (value.numel() == 1 and not value.is_complex())
 
 
 def _distilled(yes: bool) -> str:
@@ -86,7 +109,7 @@ def _cures(model: nn.Module, state: State, missing: set[str], unexpected: set[st
                 f"method {spot.method!r} has no predictors: convert with method='dynamicvit'"
             )
         else:
-            at = sorted({int(key.split(".")[1]) for key in state if RELEVANCE in key})
+            at = sorted({int(m[1]) for key in state if (m := _BLOCK.match(key))})
             cures.append(f"the weights have predictors in blocks {at}: convert with at={at}")
     if any(CONNECTIVITY in key for key in unexpected) and sparse is None:
         cures.append("convert the model first: sparsify_attention(model)")

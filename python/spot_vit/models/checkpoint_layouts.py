@@ -79,8 +79,9 @@ def _layout(state: State, source: str) -> tuple[set[str], set[str]]:
 
 
 def _count(state: State, prefix: str) -> int:
-    indices = [int(m[1]) for key in state if (m := re.match(rf"{prefix}\.(\d+)\.", key))]
-    return 1 + max(indices, default=0)
+    """Blocks, or predictors, that the names speak of; never more than there are names."""
+    indices = [int(m[1]) for key in state if (m := re.match(rf"{prefix}\.(\d{{1,9}})\.", key))]
+    return min(1 + max(indices, default=0), len(state))
 
 
 def _pair(name: str) -> set[str]:

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from spot_vit.models.checkpoint_files import (
     CONVERSION,
+    DAMAGE,
     State,
     logger,
     named_in_errors,
     read_metadata,
+    refuse_damaged,
     refuse_non_finite,
+    refuse_odd,
     without_prefixes,
 )
 from spot_vit.models.checkpoint_fit import misfits, refuse_conversion
@@ -68,9 +71,13 @@ def read_own(cfg: Mapping[str, Any], cache_dir: Any = None) -> OwnWeights:
         raise FileNotFoundError(f"there are no weights at {file}")
     where = str(file or cfg.get("hf_hub_id") or cfg.get("url") or "the state dict")
     plain = {**cfg, "first_conv": None, "classifier": None, "custom_load": False}
-    with named_in_errors(where):  # an empty model: timm reads, and loads nothing
+    if file is not None and file.is_file() and file.suffix != ".safetensors":
+        refuse_damaged(file)
+    kinds = DAMAGE if file is None else (Exception,)
+    with named_in_errors(where, kinds):  # an empty model: timm reads, and loads nothing
         load_pretrained(nn.Module(), plain, filter_fn=take, cache_dir=cache_dir)
     state, _ = without_prefixes(state)
+    refuse_odd(state, where)
     refuse_non_finite(state, where)
     predictors = {name: t for name, t in state.items() if any(part in name for part in _PARTS)}
     dense = {name: tensor for name, tensor in state.items() if name not in predictors}
@@ -137,5 +144,5 @@ def load_predictors(model: Any, weights: OwnWeights) -> None:
 
 
 def _block(name: str) -> int:
-    match = re.match(r"blocks\.(\d+)\.", name)
+    match = re.match(r"blocks\.(\d{1,9})\.", name)
     return int(match[1]) if match else 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,20 @@ CONFIG = "config"
 
 _FOLDER_FILES = ("best.safetensors", "last.safetensors", "model.safetensors")
 _OF_PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+_NONE = type(None)
+_CARD: dict[str, tuple[type, ...]] = {
+    "architecture": (str,),
+    "arguments": (dict,),
+    CONVERSION: (dict,),
+    "classes": (list, _NONE),
+    "data_config": (dict,),
+    CONFIG: (dict,),
+}
+"""What a file says, in the order of `Card`."""
+
+_ELSEWHERE = ("pretrained", "checkpoint_path")
+_LARGEST = 2**20  # width, side or number of classes; depths are bounded by the tensors there are
 
 
 @dataclass(frozen=True)
@@ -142,22 +158,27 @@ def load(
 
     Raises:
         UserError: there is no such file, it is damaged or not of `save`, its architecture is not
-            known here, or its numbers are not finite.
+            known here, its tensors are not those of the model that it names, or its numbers are
+            not finite.
     """
     path = Path(path)
     if path.is_dir():
         if (path / "config.json").exists():
-            model = timm.create_model(f"local-dir:{path}", pretrained=True)
+            with _explained(path):
+                model = timm.create_model(f"local-dir:{path}", pretrained=True)
             return _with_keep(model, keep, attention_keep).eval()
         path = _in_folder(path)
     card = read_card(path)
     state = read_safetensors(path)
     refuse_non_finite(state, str(path))
+    _refuse_unlikely(card, len(state), path)
+    # Without memory first: a file may name a model much larger than itself.
+    empty = _empty(card.architecture, card.arguments, card.conversion, path)
+    state = _by_own_names(state, empty.state_dict())
+    if problems := misfits(empty, state):
+        raise UserError(f"{path} does not fit {card.architecture!r} here: {'; '.join(problems)}")
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, and not used
         model = _build(card.architecture, card.arguments, card.conversion, path)
-    state = _by_own_names(state, model.state_dict())
-    if problems := misfits(model, state):
-        raise UserError(f"{path} does not fit {card.architecture!r} here: {'; '.join(problems)}")
     model.load_state_dict(state)
     config = {
         name: tuple(value) if isinstance(value, list) else value
@@ -182,14 +203,32 @@ def read_card(path: str | os.PathLike[str]) -> Card:
             "model, then load_checkpoint (files of save_checkpoint), convert_checkpoint "
             "(published ones) or timm's checkpoint_path= (state dicts) reads it"
         )
-    return Card(
-        found["architecture"],
-        found["arguments"],
-        found[CONVERSION],
-        found["classes"],
-        found["data_config"],
-        found[CONFIG],
-    )
+    values = [found.get(name) for name in _CARD]
+    for (name, kinds), value in zip(_CARD.items(), values, strict=True):
+        if not isinstance(value, kinds):
+            words = " or ".join("none" if kind is _NONE else kind.__name__ for kind in kinds)
+            raise UserError(
+                f"{path} is damaged: {name} must be {words}, got {type(value).__name__} "
+                f"{reprlib.repr(value)}"
+            )
+    return Card(*values)  # type: ignore[arg-type]
+
+
+def _refuse_unlikely(card: Card, tensors: int, where: object) -> None:
+    """Raises UserError where a file asks for what no file of `save` does.
+
+    That is weights from elsewhere, or numbers that would take all time or memory.
+    """
+    for name, value in card.arguments.items():
+        limit = max(tensors, 1) if "depth" in name or "layers" in name else _LARGEST
+        numbers = value if isinstance(value, list) else [value]
+        if name in _ELSEWHERE and value:
+            reason = "weights from elsewhere"
+        elif any(isinstance(n, int | float) and not abs(n) <= limit for n in numbers):
+            reason = f"more than {limit}"
+        else:
+            continue
+        raise UserError(f"{where} was not read: it asks for {name}={reprlib.repr(value)}, {reason}")
 
 
 def _in_folder(folder: Path) -> Path:
@@ -266,14 +305,23 @@ def preprocessing(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build(name: str, arguments: Mapping[str, Any], conversion: Conversion, where: object) -> Any:
     """A new model; raises where timm or this version of SPOT cannot build it."""
-    if not timm.is_model(name):
+    if name == ANY or not timm.is_model(name):
         raise UserError(
             f"{where} is of the model {name!r}, which timm {timm.__version__} does not know: "
             "import the package that registers it, or update timm"
         )
-    try:
+    with _explained(where):
         return convert_as(timm.create_model(name, **arguments), conversion)
-    except (TypeError, ValueError, RuntimeError) as error:
+
+
+@contextmanager
+def _explained(where: object) -> Iterator[None]:
+    """A context in which building a model raises UserError that names the file and versions."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # timm's models assert, look up and divide by what they are given
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{where} cannot be built by timm {timm.__version__} and spot_vit {__version__}, which "
@@ -284,9 +332,14 @@ def _build(name: str, arguments: Mapping[str, Any], conversion: Conversion, wher
 @functools.lru_cache(maxsize=8)  # a training saves the same model again and again
 def _shapes(name: str, arguments: str, conversion: str) -> dict[str, torch.Size]:
     """Shapes of the tensors of a model that is built anew, by name; nothing is allocated."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = _build(name, json.loads(arguments), json.loads(conversion), "this model")
+    model = _empty(name, json.loads(arguments), json.loads(conversion), "this model")
     return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def _empty(name: str, arguments: Mapping[str, Any], conversion: Conversion, where: object) -> Any:
+    """A new model whose tensors have no memory."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return _build(name, arguments, conversion, where)
 
 
 def _by_own_names(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> State:

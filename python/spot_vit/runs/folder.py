@@ -8,9 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from spot_vit.models.checkpoint_files import logger, named_in_errors
+from spot_vit.models.checkpoint_files import logger, read_torch
 from spot_vit.utils.errors import UserError
 from spot_vit.utils.files import save_torch
 
@@ -82,8 +80,7 @@ class RunFolder:
             if not file.exists():
                 continue
             try:
-                with named_in_errors(file):
-                    state = torch.load(file, map_location="cpu", weights_only=True)
+                state = read_torch(file)
                 if isinstance(state, dict) and "step" in state:
                     if reasons:
                         logger.warning("%s; going on from %s", reasons[0], file)
