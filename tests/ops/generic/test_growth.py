@@ -57,7 +57,7 @@ def _resident() -> int:
 )
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_calls_of_changing_sizes_leave_nothing_behind(op: Op, count: int) -> None:
-    """Less than a byte a call, and no pages."""
+    """Less than a byte a call (and what allocators keep for themselves), and no pages."""
     calls = [
         with_grad(sample.args("cpu", dtype), op.grads)
         for sample in op.samples
@@ -70,12 +70,12 @@ def test_calls_of_changing_sizes_leave_nothing_behind(op: Op, count: int) -> Non
             outcome(op, calls[step % len(calls)])
         gc.collect()
 
-    work(max(2 * len(calls), count // 10))
+    work(max(4 * len(calls), count // 10))
     heap, resident = _in_use(), _resident()
     work(count)
     heap, resident = _in_use() - heap, _resident() - resident
     record("growth", op.name, calls=count, heap_bytes=heap, resident_bytes=resident)
-    assert heap < max(count, 4096), f"{heap} bytes of heap after {count} calls"
+    assert heap < max(count, 1 << 14), f"{heap} bytes of heap after {count} calls"
     assert resident < 1 << 20, f"{resident} bytes of pages after {count} calls"
 
 
