@@ -121,8 +121,20 @@ def test_what_cannot_work_is_refused() -> None:
         pass
     with pytest.raises(TypeError, match="expected a SPOT model"), SampledKeep()(nn.Linear(2, 2)):
         pass
-    for low, high in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.1)):
-        with pytest.raises(ValueError, match="0 < low <= high <= 1"):
-            SampledKeep(low, high)
-    with pytest.raises(ValueError, match="power: expected more than 0, got 0"):
-        SampledKeep(power=0)
+    with pytest.raises(ValueError, match=r"low <= high, got low=0.5, high=0.4"):
+        SampledKeep(0.5, 0.4)
+    for name in ("low", "high", "power", "seed"):
+        for wrong in (0.0, 1e-9, -1e-9, True, "1", None, float("nan"), float("inf"), [0.5]):
+            if name == "power" and wrong == 1e-9:
+                continue
+            with pytest.raises(ValueError, match=f"^{name} must be a (whole )?number"):
+                SampledKeep(**{name: wrong})
+    with pytest.raises(ValueError, match=r"^high must be a number from 0\.001 to 1, got 1\.1"):
+        SampledKeep(high=1.1)
+    draw = SampledKeep()
+    for words in ([], [2**80], "x", [1.5] * 625):
+        place = {"version": 3, "words": words}
+        with pytest.raises(ValueError, match="state of SampledKeep"):
+            draw.load_state_dict({**draw.state_dict(), "random": place})
+    with pytest.raises(ValueError, match="state of SampledKeep"):
+        draw.load_state_dict({**draw.state_dict(), "random": 3})

@@ -135,15 +135,21 @@ def test_a_compiled_model_is_not_compiled_anew_for_every_scale(fresh_compiler: N
 
 
 def test_what_cannot_work_is_refused() -> None:
-    for wrong in ({"start": -1}, {"start": 5, "end": 4}):
-        with pytest.raises(ValueError, match="0 <= start <= end"):
-            KeepSchedule(10, **wrong)
-    with pytest.raises(ValueError, match="steps_per_epoch: expected at least 1, got 0"):
-        KeepSchedule(0)
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        NoiseSchedule(0)
-    with pytest.raises(ValueError, match="scales of 0 or more"):
-        NoiseSchedule(5, start=-0.1)
+    with pytest.raises(ValueError, match="0 <= start <= end, got start=5, end=4"):
+        KeepSchedule(10, start=5, end=4)
+    for kind, name, least in ((KeepSchedule, "steps_per_epoch", 1), (NoiseSchedule, "steps", 1)):
+        for wrong in (0, True, 1.5, "1", None, math.nan, 2**80):
+            with pytest.raises(ValueError, match=f"^{name} must be a whole number of {least} or"):
+                kind(wrong)
+        for wrong in (-1, True, 1.0, "1", 2**80):
+            with pytest.raises(ValueError, match=r"^step must be a whole number of 0 or more"):
+                kind(5, step=wrong)
+            with pytest.raises(ValueError, match=r"^step must be a whole number of 0 or more"):
+                kind(5).load_state_dict({**kind(5).state_dict(), "step": wrong})
+        for field in ("start", "end"):
+            for wrong in (-0.1, math.nan, math.inf, True, "1", None, [1], 1e308):
+                with pytest.raises(ValueError, match=f"^{field} must be a number"):
+                    kind(5, **{field: wrong})
     for schedule in (KeepSchedule(1), NoiseSchedule(1)):
         with pytest.raises(TypeError, match="expected a SPOT model"), schedule(nn.Linear(2, 2)):
             pass

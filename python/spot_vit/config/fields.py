@@ -16,6 +16,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from typing import Any, TypeVar
@@ -24,7 +25,9 @@ F = TypeVar("F", bound="Fields")
 M = TypeVar("M", bound=Callable[..., Any])
 
 LARGEST = 2**31 - 1
-"""Of whole numbers, unless a field says otherwise: what counts, sizes and indices fit in."""
+"""Of numbers, unless a field says otherwise: what counts, sizes and indices fit in."""
+
+_DEEPEST, _LONGEST = 16, 2**16  # lists and mappings that are taken for plain data
 
 
 # ---- plain data ----------------------------------------------------------------------------------
@@ -35,23 +38,60 @@ def exact(ratio: float) -> Fraction:
     return Fraction(str(ratio))
 
 
-def plain(value: Any) -> Any:
-    """What users and files write, as plain data.
+def plain(value: Any, depth: int = 0) -> Any:
+    """What users and files write, as plain data; anything else stays as it is.
 
     NumPy's scalars become the bool, int or float that they print as; lists, ranges and arrays of
     one dimension become tuples, mappings become dicts.
+
+    Args:
+        value: given by anybody.
+        depth: of lists and mappings around it.
     """
-    if type(value) in (bool, int, float):
+    if type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, Mapping):
-        return {key: plain(held) for key, held in value.items()}
-    if isinstance(value, list | tuple | range) or getattr(value, "ndim", None) == 1:
-        return tuple(map(plain, value))
-    if getattr(value, "ndim", None) == 0 and value.dtype == bool:
+    array = getattr(value, "dtype", None) is not None
+    several = isinstance(value, list | tuple | range | Mapping)
+    if several or (array and getattr(value, "ndim", None) == 1):
+        if depth >= _DEEPEST or len(value) > _LONGEST:
+            return value
+        if isinstance(value, Mapping):
+            return {key: plain(held, depth + 1) for key, held in value.items()}
+        return tuple(plain(held, depth + 1) for held in value)
+    if array and getattr(value, "ndim", None) == 0 and value.dtype == bool:
         return bool(value)
     if isinstance(value, numbers.Integral):
         return int(value)
-    return float(str(value)) if isinstance(value, numbers.Real) else value
+    if isinstance(value, numbers.Real):
+        with suppress(ValueError):  # which fractions do not print as
+            return float(str(value))
+    return value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is what JSON keeps as it is: nothing, finite numbers, text, and these held.
+
+    Args:
+        value: that `plain` gave.
+    """
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(held) for key, held in value.items())
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if is_whole(value):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, bool | str)
+
+
+def shown(value: object) -> str:
+    """A value in a message: what Python prints, and of that what fits into a line."""
+    try:
+        text = repr(value)
+    except Exception:  # more digits than Python prints, or an object of whatever kind
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def listed(value: Any) -> Any:
@@ -87,7 +127,7 @@ def near_names(name: str, known: Sequence[str]) -> str:
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises unless `value` is allowed."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {shown(value)}")
 
 
 # ---- what a field may hold -----------------------------------------------------------------------
@@ -131,7 +171,9 @@ class Rule:
             return not self.allowed() or value in self.allowed()
         if not is_number(value):
             return True
-        if not math.isfinite(value) or (is_whole(value) and self.high is None and value > LARGEST):
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if self.high is None and abs(value) > LARGEST:
             return False
         return (
             (self.low is None or value >= self.low)
@@ -197,7 +239,7 @@ def of_type(value: Any, kind: Any) -> bool:
             return all(of_type(element, held[0]) for element in value)
         return len(value) == len(held) and all(map(of_type, value, held))
     if typing.get_origin(kind) is Mapping:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return isinstance(value, dict) and is_plain(value)
     return isinstance(value, kind)
 
 
@@ -243,9 +285,9 @@ def complaint(name: str, value: Any, annotation: Any, rule: Rule) -> str | None:
             fits = rule.admits_all(value) if isinstance(value, tuple) else rule.admits(value)
             if fits:
                 return None
-    text = f"{name} must be {expected(annotation, rule)}, got {value!r}"
+    text = f"{name} must be {expected(annotation, rule)}, got {shown(value)}"
     if any(of_type((value,), kind) and rule.admits(value) for kind in alternatives(annotation)):
-        return f"{text}; for one: [{value!r}]"
+        return f"{text}; for one: [{shown(value)}]"
     words = value if isinstance(value, tuple) else (value,)
     odd = [word for word in words if isinstance(word, str) and word not in rule.allowed()]
     return text + nearest(odd[0], rule.allowed()) if odd else text
@@ -325,7 +367,31 @@ class Fields:
     @classmethod
     def from_json(cls: type[F], text: str) -> F:
         """A configuration from what `to_json` gave."""
-        return cls.from_dict(json.loads(text))
+        try:
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("expected fields by name, got JSON that is nested too deep") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"expected fields by name, got {shown(data)}")
+        return cls.from_dict(data)
+
+
+def checked_value(name: str, value: Any, annotation: Any, **rule: Any) -> Any:
+    """A single setting as plain data, checked as the field of a configuration is.
+
+    Args:
+        name: of the setting, for the message.
+        value: given by anybody.
+        annotation: its type.
+        rule: what a `Rule` holds, by name.
+
+    Raises:
+        ValueError: another type, or out of range; the setting is named.
+    """
+    value = plain(value)
+    if found := complaint(name, value, annotation, Rule(**rule)):
+        raise ValueError(found)
+    return value
 
 
 def raise_all(what: str, problems: list[str]) -> None:

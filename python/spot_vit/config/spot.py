@@ -74,7 +74,7 @@ class SpotConfig(Fields):
     )
     heads: str = setting("concat", choices=HEADS)
     d_remap: int | None = setting(
-        None, low=2, high=2**20, even=True, expected="an even int of at least 2, or None"
+        None, low=2, high=2**14, even=True, expected="an even int from 2 to 16384, or None"
     )
     scaling: str = setting("log1p", choices=SCALINGS)
     detach_stats: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from spot_vit.config.fields import checked_value
 from spot_vit.models.convert import set_keep
 from spot_vit.training.schedules import continued, spot_inside
 
@@ -28,7 +29,7 @@ class SampledKeep:
             uniform draws cost points at the low end, and these nothing at the high one.
 
     Raises:
-        ValueError: unless 0 < low <= high <= 1 and power is positive.
+        ValueError: unless 0.001 <= low <= high <= 1 and power is positive; or another type.
     """
 
     _SETTINGS = ("low", "high", "power")
@@ -36,12 +37,13 @@ class SampledKeep:
     def __init__(
         self, low: float = 0.3, high: float = 1.0, seed: int = 0, power: float = 3.0
     ) -> None:
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"expected 0 < low <= high <= 1, got low={low}, high={high}")
-        if not power > 0:
-            raise ValueError(f"power: expected more than 0, got {power}")
-        self.low, self.high, self.power = low, high, power
-        self._random = random.Random(seed)
+        # Rounded to thousandths, which is what is drawn: none may become 0.
+        self.low = checked_value("low", low, float, low=1e-3, high=1)
+        self.high = checked_value("high", high, float, low=1e-3, high=1)
+        self.power = checked_value("power", power, float, above=0)
+        if self.low > self.high:
+            raise ValueError(f"expected low <= high, got low={low}, high={high}")
+        self._random = random.Random(checked_value("seed", seed, int, high=2**63))
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, and where the sequence of draws is, as plain data."""
@@ -56,7 +58,10 @@ class SampledKeep:
             ValueError: other settings, or something else.
         """
         (place,) = continued(self, state, self._SETTINGS, "random")
-        self._random.setstate((place["version"], tuple(place["words"]), None))
+        try:
+            self._random.setstate((place["version"], tuple(place["words"]), None))
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ValueError(f"state of SampledKeep: random is not one of it: {error}") from error
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[list[float]]:

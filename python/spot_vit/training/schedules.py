@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from spot_vit.config.fields import checked_value
 from spot_vit.models.convert import set_keep
 from spot_vit.models.loop import SpotLoop
 from spot_vit.utils.modes import unwrap
@@ -30,7 +31,8 @@ class _Schedule:
         Raises:
             ValueError: other settings, or something else.
         """
-        (self.step,) = continued(self, state, self._SETTINGS, "step")
+        (step,) = continued(self, state, self._SETTINGS, "step")
+        self.step = checked_value("step", step, int, low=0)
 
 
 class KeepSchedule(_Schedule):
@@ -51,7 +53,7 @@ class KeepSchedule(_Schedule):
         step: passes so far.
 
     Raises:
-        ValueError: unless 0 <= start <= end, and there are steps in an epoch.
+        ValueError: unless 0 <= start <= end, and there are steps in an epoch; or another type.
     """
 
     _SETTINGS = ("steps_per_epoch", "start", "end")
@@ -59,11 +61,12 @@ class KeepSchedule(_Schedule):
     def __init__(
         self, steps_per_epoch: int, start: float = 10, end: float = 100, step: int = 0
     ) -> None:
-        if steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch: expected at least 1, got {steps_per_epoch}")
-        if not 0 <= start <= end:
+        self.steps_per_epoch = checked_value("steps_per_epoch", steps_per_epoch, int, low=1)
+        self.start = checked_value("start", start, float, low=0)
+        self.end = checked_value("end", end, float, low=0)
+        self.step = checked_value("step", step, int, low=0)
+        if self.start > self.end:
             raise ValueError(f"expected 0 <= start <= end, got start={start}, end={end}")
-        self.steps_per_epoch, self.start, self.end, self.step = steps_per_epoch, start, end, step
 
     def at(self, step: int) -> float:
         """The share of the way back to 1: from 1 at the start to 0 at the end."""
@@ -120,17 +123,16 @@ class NoiseSchedule(_Schedule):
         step: passes so far.
 
     Raises:
-        ValueError: a scale below 0, or no step.
+        ValueError: a scale below 0, no step, or another type; the argument is named.
     """
 
     _SETTINGS = ("steps", "start", "end")
 
     def __init__(self, steps: int, start: float = 1.0, end: float = 0.0, step: int = 0) -> None:
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        if not (0 <= start < math.inf and 0 <= end < math.inf):
-            raise ValueError(f"expected scales of 0 or more, got start={start}, end={end}")
-        self.steps, self.start, self.end, self.step = steps, start, end, step
+        self.steps = checked_value("steps", steps, int, low=1)
+        self.start = checked_value("start", start, float, low=0, high=1e6)
+        self.end = checked_value("end", end, float, low=0, high=1e6)
+        self.step = checked_value("step", step, int, low=0)
 
     def at(self, step: int) -> float:
         """The scale of the noise at a step."""
