@@ -107,12 +107,18 @@ def environment(kind: str, folder: Path) -> dict[str, str]:
 
 def instruction_sets(copy: Path, env: dict[str, str]) -> list[str]:
     """Those that this processor can run, of those that were built."""
-    code = "import json, torch, spot_ext; from spot_ext import _C; print(json.dumps(_C.isas()))"
+    code = (
+        "import json, torch, spot_ext; from spot_ext import _C\n"
+        "print(json.dumps([spot_ext.library_path(), _C.isas()]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=copy, env=env, check=True, stdout=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    path, usable = json.loads(done.stdout.splitlines()[-1])
+    if Path(path).parent != (copy / "spot_ext").resolve():
+        raise SystemExit(f"expected the instrumented library in {copy}, found {path}")
+    return list(usable)
 
 
 def run(kind: str, isa: str, copy: Path, env: dict[str, str], tests: list[str]) -> tuple[bool, str]:
