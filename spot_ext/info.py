@@ -88,7 +88,9 @@ def collect() -> dict[str, Any]:
         facts["isas_usable"] = _C.isas()
         forced = os.environ.get("SPOT_ISA")
         if forced and forced not in _C.isas():
-            facts["isa_note"] = f"SPOT_ISA={forced} is unknown or unusable here and was ignored"
+            facts["isa_note"] = (
+                f"SPOT_ISA={forced} is unknown or unusable here: every op on the CPU refuses to run"
+            )
     return facts
 
 

@@ -50,9 +50,26 @@ inline const char* dtype_name(ScalarType dtype) {
     if (!(cond)) ::spot::fail(op, __VA_ARGS__); \
   } while (0)
 
+// Every tensor argument passes here: kernels read what shape and strides say, and memory that was
+// freed (`untyped_storage().resize_(0)`), cut short or never there (fake tensors) ends in an error.
+inline void check_memory(const char* op, const char* name, const Tensor& t) {
+  if (is_empty(t) || !(t.is_cpu() || t.is_cuda())) return;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const int64_t item = static_cast<int64_t>(t.element_size());
+  const int64_t needed = (last + 1) * item, found = storage_bytes(t);
+  SPOT_CHECK(found >= needed, op, name, " of shape ", shape_of(t), " needs ", needed,
+             " bytes of memory, but its storage has ", found,
+             "; it was freed or resized while the tensor was still in use");
+  const auto data = reinterpret_cast<std::uintptr_t>(t.const_data_ptr());
+  SPOT_CHECK(data != static_cast<std::uintptr_t>(t.storage_offset() * item), op, name, " of shape ",
+             shape_of(t), " has no memory, as fake tensors have none");
+}
+
 inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank) {
   SPOT_CHECK(t.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ",
              shape_of(t));
+  check_memory(op, name, t);
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {

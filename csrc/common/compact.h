@@ -3,6 +3,8 @@
 
 #include "check.h"
 
+#include <unordered_set>
+
 namespace spot {
 
 // A [B, T, ...] tensor seen as rows of bytes. Rows are dense; batch and row strides are free.
@@ -45,6 +47,7 @@ inline void check_index(const char* op, const Tensor& index, const char* like_na
 
 inline void check_prefix(const char* op, const char* name, const Tensor& t, int64_t num_prefix) {
   SPOT_CHECK(t.dim() >= 2, op, name, " must have shape [B, tokens, ...], got ", shape_of(t));
+  check_memory(op, name, t);
   SPOT_CHECK(num_prefix >= 0 && num_prefix <= t.size(1), op, "num_prefix must be between 0 and ",
              t.size(1), " (the tokens of ", name, "), got ", num_prefix);
 }
@@ -57,6 +60,7 @@ inline void check_same_rows(const char* op, const char* name, const Tensor& t,
              " beside ", shape_of(like));
   check_dtype(op, name, t, like.scalar_type());
   check_same_device(op, name, t, like_name, like);
+  check_memory(op, name, t);
 }
 
 inline TokenShape check_compact(const char* op, const Tensor& tokens, const Tensor& index,
@@ -118,20 +122,47 @@ inline void check_select(const char* op, const Tensor& scores, int64_t num_keep)
              scores.size(1), " (the scored tokens), got ", num_keep);
 }
 
-// Names the first index that is out of range or repeated. Host memory only; the slow path after a
-// kernel saw something odd, or the check that SPOT_CHECK=1 asks for.
-inline void explain_index(const char* op, const int64_t* index, const TokenShape& s) {
-  if (s.num_kept == 0) return;
-  std::vector<bool> seen(static_cast<size_t>(s.num_tokens));
-  for (int64_t b = 0; b < s.batch; ++b) {
-    seen.assign(seen.size(), false);
+// Positions that were met before, of `num_tokens`.
+class Met {
+ public:
+  Met(int64_t num_tokens, int64_t num_kept) : few_(num_tokens / 64 > num_kept + 64) {
+    if (!few_) marks_.resize(static_cast<size_t>(num_tokens));
+  }
+  void forget() {
+    set_.clear();
+    marks_.assign(marks_.size(), false);
+  }
+  // False when it was there.
+  bool add(int64_t at) {
+    if (few_) return set_.insert(at).second;
+    const bool fresh = !marks_[static_cast<size_t>(at)];
+    marks_[static_cast<size_t>(at)] = true;
+    return fresh;
+  }
+
+ private:
+  const bool few_;  // then marks would take more than the positions themselves
+  std::unordered_set<int64_t> set_;
+  std::vector<bool> marks_;
+};
+
+// Names the first of `index` [B, M], in host memory, that is out of range or repeated. The slow
+// path after a kernel saw something odd, where rows have no bytes to copy, and the check that
+// SPOT_CHECK=1 asks for. What an expanded index repeats is looked at once.
+inline void explain_index(const char* op, const Tensor& index, const TokenShape& s) {
+  if (is_empty(index)) return;
+  const int64_t* data = static_cast<const int64_t*>(index.const_data_ptr());
+  const int64_t image = index.stride(0), entry = index.stride(1);
+  const int64_t images = image == 0 ? 1 : s.batch;
+  Met met(s.num_tokens, s.num_kept);
+  for (int64_t b = 0; b < images; ++b) {
+    met.forget();
     for (int64_t m = 0; m < s.num_kept; ++m) {
-      const int64_t at = index[b * s.num_kept + m];
+      const int64_t at = data[b * image + m * entry];
       SPOT_CHECK(at >= 0 && at < s.num_tokens, op, "index[", b, ", ", m, "] is ", at,
                  ", out of range for ", s.num_tokens, " patch tokens");
-      SPOT_CHECK(!seen[static_cast<size_t>(at)], op, "index[", b, ", ", m, "] repeats position ",
-                 at, "; positions must be distinct");
-      seen[static_cast<size_t>(at)] = true;
+      SPOT_CHECK(met.add(at), op, "index[", b, ", ", m, "] repeats position ", at,
+                 "; positions must be distinct");
     }
   }
 }

@@ -14,7 +14,7 @@ struct LinearShape {
 };
 
 inline int64_t count_panels(int64_t out_features) {
-  return (out_features + kPanelOutputs - 1) / kPanelOutputs;
+  return out_features / kPanelOutputs + (out_features % kPanelOutputs != 0);
 }
 
 inline void check_pack_linear(const char* op, const Tensor& weight) {
@@ -27,6 +27,7 @@ inline LinearShape check_packed_linear(const char* op, const Tensor& input, cons
                                        const std::optional<Tensor>& residual) {
   SPOT_CHECK(input.dim() >= 1, op, "input must have at least 1 dimension, got shape ",
              shape_of(input));
+  check_memory(op, "input", input);
   dtype_slot(op, "input", input);
   const auto check_like = [&](const char* name, const Tensor& t) {
     check_dtype(op, name, t, input.scalar_type());
@@ -37,8 +38,9 @@ inline LinearShape check_packed_linear(const char* op, const Tensor& input, cons
   const int64_t last = input.dim() - 1;
   check_size(op, "packed", packed, 1, input.size(last), "the features of input");
   check_size(op, "packed", packed, 2, kPanelOutputs, "the outputs of a panel");
-  const int64_t panels = packed.size(0), most = panels * kPanelOutputs;
-  const int64_t least = panels ? most - kPanelOutputs + 1 : 0;
+  const int64_t panels = packed.size(0);
+  SPOT_CHECK(panels <= INT64_MAX / kPanelOutputs, op, "packed has too many panels: ", panels);
+  const int64_t most = panels * kPanelOutputs, least = panels ? most - kPanelOutputs + 1 : 0;
   SPOT_CHECK(out_features >= least && out_features <= most, op, "out_features must be between ",
              least, " and ", most, " (as packed has panels), got ", out_features);
   if (bias) {
@@ -46,8 +48,10 @@ inline LinearShape check_packed_linear(const char* op, const Tensor& input, cons
     check_like("bias", *bias);
     check_size(op, "bias", *bias, 0, out_features, "out_features");
   }
-  int64_t rows = 1;
-  for (int64_t d = 0; d < last; ++d) rows *= input.size(d);
+  int64_t rows = 1;  // without a row, sizes of the others may be too large to multiply
+  for (int64_t d = 0; d < last; ++d)
+    if (input.size(d) == 0) rows = 0;
+  for (int64_t d = 0; rows > 0 && d < last; ++d) rows *= input.size(d);
   if (residual) {
     check_rank(op, "residual", *residual, input.dim());
     check_like("residual", *residual);

@@ -147,6 +147,16 @@ RelevanceResults relevance_forward(const char* op, const RelevanceInputs& in) {
   const FirstLayer first(in.fc1_weight, s);
   RelevanceResults out{empty_on(like, {s.batch, s.num_tokens, 2}, wide), empty_on(like, {0}, dtype),
                        empty_on(like, {0}, dtype), like, like};
+  if (is_empty(out.logits)) {  // no tokens: their mean counts as zero
+    if (s.embeddings) {
+      out.remapped = empty_on(like, {s.batch, s.num_tokens, s.remap()}, dtype);
+      out.shared = empty_on(like, {s.batch, s.half}, dtype);
+      torch::stable::zero_(out.shared);
+    }
+    out.hidden1 = empty_on(like, {s.batch, s.num_tokens, s.hidden1}, dtype);
+    out.hidden2 = empty_on(like, {s.batch, s.num_tokens, s.hidden2}, dtype);
+    return out;
+  }
   // One after the other: normalised tokens, their local halves, activations of the first layer.
   Tensor work = empty_on(like, {s.rows(), std::max({s.channels, s.half, s.hidden1})}, dtype);
   const auto room = [&](int64_t width) {
@@ -244,6 +254,13 @@ RelevanceGrads relevance_backward(const char* op, const Tensor& grad, const Rele
       weight(in.fc2_bias),
       weight(in.fc3_weight),
       weight(in.fc3_bias)};
+  if (is_empty(saved.logits)) {
+    for (Tensor* t : {&out.tokens, &out.features, &out.keep, &out.norm_weight, &out.norm_bias,
+                      &out.remap_weight, &out.remap_bias, &out.fc1_weight, &out.fc1_bias,
+                      &out.fc2_weight, &out.fc2_bias, &out.fc3_weight, &out.fc3_bias})
+      torch::stable::zero_(*t);
+    return out;
+  }
   const FirstLayer first(in.fc1_weight, s);
 
   const Tensor hidden2_grad = empty_on(like, {s.rows(), s.hidden2}, dtype);

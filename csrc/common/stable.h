@@ -21,6 +21,16 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+// Whether no element is there: nothing to compute, and memory functions must not see its pointer.
+inline bool is_empty(const Tensor& t) { return t.numel() == 0; }
+
+// Bytes of the storage that `t` is a view of.
+inline int64_t storage_bytes(const Tensor& t) {
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return bytes;
+}
+
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

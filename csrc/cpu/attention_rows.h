@@ -121,6 +121,12 @@ inline A inverse(int64_t n) {
   return n > 0 ? A(1) / static_cast<A>(n) : A(0);
 }
 
+// Of a single entry: exactly zero, unless it is NaN.
+template <typename A>
+inline A variance_of_one(A entry) {
+  return entry - entry;
+}
+
 // x = x scale + bias, over `count` columns from position `first` on, in the row of `token`.
 template <typename A>
 inline void add_bias(const AttentionArgs& a, const Head& head, int64_t token, int64_t first,

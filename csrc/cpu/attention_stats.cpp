@@ -16,10 +16,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   const AttentionShape s = check_attention(op, q, k, v, keep, bias, scale, num_prefix, class_token);
   SPOT_CHECK(q.is_cpu(), op, "q must be on the CPU");
   const Dtype dtype = dtype_slot(op, "q", q);
-  const TokenOrder order = order_tokens(op, s, keep);
   AttentionResults results = empty_results(q, s, need_stats);
+  if (is_empty(q)) return results.all();
+  const TokenOrder order = order_tokens(op, s, keep);
   const int64_t items = s.batch * s.num_heads;
-  if (items * s.num_tokens == 0) return results.all();
   AttentionArgs args{};
   set_args(args, op, s, order, q, k, v, bias);
   set_results(args, s, results, need_stats);
@@ -48,10 +48,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   SPOT_CHECK(keep || !keep_grad, op, "keep_grad=True needs keep");
   SPOT_CHECK(bias || !bias_grad, op, "bias_grad=True needs bias");
   const Dtype dtype = dtype_slot(op, "q", q);
-  const TokenOrder order = order_tokens(op, s, keep);
   AttentionGrads grads = empty_grads(q, s, keep_grad);
   Tensor bias_sums =
       empty_on(q, bias_grad ? sizes_of(*bias) : std::vector<int64_t>{0}, wide_type(q));
+  if (is_empty(q)) {
+    torch::stable::zero_(grads.keep);
+    torch::stable::zero_(bias_sums);
+    return {grads.q, grads.k, grads.v, grads.keep, bias_sums};
+  }
+  const TokenOrder order = order_tokens(op, s, keep);
   const AttentionSaved saved(stats, lse, grad_stats);
   AttentionGradArgs args{};
   set_args(args.forward, op, s, order, q, k, v, bias);
@@ -59,11 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   args.bias = bias_grad ? bias_sums.mutable_data_ptr() : nullptr;
   args.one_bias = bias_grad && bias->size(0) == 1;
   const KernelTable& table = kernels();
-  if (s.num_tokens > 0)
-    parallel_for(0, args.one_bias ? s.num_heads : s.batch * s.num_heads, 1,
-                 [&](int64_t begin, int64_t end) {
-                   table.attention_stats_backward[dtype](args, begin, end);
-                 });
+  parallel_for(
+      0, args.one_bias ? s.num_heads : s.batch * s.num_heads, 1,
+      [&](int64_t begin, int64_t end) { table.attention_stats_backward[dtype](args, begin, end); });
   if (keep_grad) sum_heads(s, grads.keep_parts, grads.keep);
   return {grads.q, grads.k, grads.v, grads.keep, bias_sums};
 }

@@ -155,7 +155,7 @@ template <typename A>
 inline void store_column(const Head& head, int64_t c, A mean, A square, A* stats) {
   A* s = stats + head.at(head.order[c]) * 6;
   s[4] = mean < 0 ? A(0) : mean;
-  s[5] = square < 0 || head.n == 1 ? A(0) : square / static_cast<A>(head.n);
+  s[5] = head.n == 1 ? variance_of_one(mean) : square < 0 ? A(0) : square / static_cast<A>(head.n);
 }
 
 template <typename T, bool kStats>
@@ -264,7 +264,7 @@ class Forward {
       if (r < counted) {
         s[1] = a_.class_token ? m_.scores[r * row_] * factor : A(0);
         s[2] = m_.mean[r];
-        s[3] = head_.n > 1 ? m_.square[r] * inv_ : A(0);
+        s[3] = head_.n > 1 ? m_.square[r] * inv_ : variance_of_one(m_.mean[r]);
         if (!a_.class_token) s[0] = 0;
         continue;
       }

@@ -22,8 +22,8 @@ int64_t grain(int64_t bytes_per_item) { return std::max<int64_t>(1, 32768 / (byt
 // Runs a row kernel over all output rows. The kernels only notice trouble (an exception must not
 // leave a parallel body); the words come from explain_index.
 void run_rows(const char* op, RowStatus (*kernel)(const RowArgs&, int64_t, int64_t),
-              const RowArgs& args, const TokenShape& shape, int64_t rows_per_image) {
-  if (args.row_bytes == 0) return explain_index(op, args.index, shape);  // any number of rows
+              const RowArgs& args, const Tensor& index, const TokenShape& shape,
+              int64_t rows_per_image) {
   std::atomic<int> status{kRowsFine};
   parallel_for(0, shape.batch * rows_per_image, grain(args.row_bytes),
                [&](int64_t begin, int64_t end) {
@@ -32,20 +32,23 @@ void run_rows(const char* op, RowStatus (*kernel)(const RowArgs&, int64_t, int64
                  while (seen > worst && !status.compare_exchange_weak(worst, seen)) {
                  }
                });
-  if (status != kRowsFine) explain_index(op, args.index, shape);
+  if (status != kRowsFine) explain_index(op, index, shape);
 }
 
 Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
   const char* op = "select_tokens";
+  check_cpu(op, "scores", scores);
   check_select(op, scores, num_keep);
   const Dtype dtype = dtype_slot(op, "scores", scores);
   const int64_t batch = scores.size(0);
   Tensor index = empty_on(scores, {batch, num_keep}, ScalarType::Long);
+  if (is_empty(index)) return index;
   const SelectArgs args{
       scores.const_data_ptr(), scores.stride(0), scores.stride(1),
       scores.size(1),          num_keep,         static_cast<int64_t*>(index.mutable_data_ptr())};
+  const KernelTable& table = kernels();
   parallel_for(0, batch, grain(args.num_tokens * 16),
-               [&](int64_t begin, int64_t end) { kernels().select[dtype](args, begin, end); });
+               [&](int64_t begin, int64_t end) { table.select[dtype](args, begin, end); });
   return index;
 }
 
@@ -82,11 +85,12 @@ Tensor compact_tokens(const Tensor& tokens, const Tensor& index, int64_t num_pre
   check_cpu(op, "tokens", tokens);
   const TokenShape shape = check_compact(op, tokens, index, num_prefix, extra);
   Tensor out = new_rows(tokens, shape.kept_rows());
+  if (is_empty(out)) return explain_index(op, index, shape), out;
   const Tensor dense_index = dense(index);
   const Rows source = rows_of(tokens);
   const auto second = optional_rows(extra);
-  run_rows(op, kernels().compact_rows, row_args(source, second, dense_index, out, shape), shape,
-           shape.kept_rows());
+  run_rows(op, kernels().compact_rows, row_args(source, second, dense_index, out, shape),
+           dense_index, shape, shape.kept_rows());
   return out;
 }
 
@@ -97,11 +101,12 @@ Tensor scatter(const char* op, const char* name, const Tensor& compacted, const 
   const TokenShape shape =
       check_scatter(op, name, compacted, index, num_tokens, num_prefix, num_extra, background);
   Tensor out = new_rows(compacted, shape.full_rows());
+  if (is_empty(out)) return explain_index(op, index, shape), out;
   const Tensor dense_index = dense(index);
   const Rows source = rows_of(compacted);
   const auto second = optional_rows(background);
-  run_rows(op, kernels().scatter_rows, row_args(source, second, dense_index, out, shape), shape,
-           shape.full_rows());
+  run_rows(op, kernels().scatter_rows, row_args(source, second, dense_index, out, shape),
+           dense_index, shape, shape.full_rows());
   return out;
 }
 
@@ -117,13 +122,13 @@ Tensor scatter_tokens(const Tensor& tokens, const Tensor& index, int64_t num_tok
 }
 
 void run_images(const char* op, bool (*kernel)(const FuseArgs&, int64_t, int64_t),
-                const FuseArgs& args, const TokenShape& shape, int64_t item) {
+                const FuseArgs& args, const Tensor& index, const TokenShape& shape, int64_t item) {
   std::atomic<bool> fine{true};
   parallel_for(0, shape.batch, grain(shape.num_tokens * args.channels * item),
                [&](int64_t begin, int64_t end) {
                  if (!kernel(args, begin, end)) fine = false;
                });
-  if (!fine) explain_index(op, args.index, shape);
+  if (!fine) explain_index(op, index, shape);
 }
 
 Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& index,
@@ -132,9 +137,10 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
   check_cpu(op, "tokens", tokens);
   const Dtype dtype = dtype_slot(op, "tokens", tokens);
   const TokenShape shape = check_fuse(op, tokens, weights, index, num_prefix);
+  Tensor out = empty_on(tokens, {shape.batch, tokens.size(2)}, tokens.scalar_type());
+  if (is_empty(out)) return explain_index(op, index, shape), out;
   const Tensor rows = dense_rows(tokens);
   const Tensor dense_weights = dense(weights), dense_index = dense(index);
-  Tensor out = empty_on(tokens, {shape.batch, tokens.size(2)}, tokens.scalar_type());
   const FuseArgs args{rows.const_data_ptr(),
                       rows.stride(0),
                       rows.stride(1),
@@ -148,7 +154,8 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
                       shape.num_kept,
                       tokens.size(2),
                       normalize};
-  run_images(op, kernels().fuse[dtype], args, shape, static_cast<int64_t>(tokens.element_size()));
+  run_images(op, kernels().fuse[dtype], args, dense_index, shape,
+             static_cast<int64_t>(tokens.element_size()));
   return out;
 }
 
@@ -160,10 +167,15 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
   const Dtype dtype = dtype_slot(op, "tokens", tokens);
   const TokenShape shape = check_fuse(op, tokens, weights, index, num_prefix);
   check_fuse_grad(op, grad, tokens);
-  const Tensor rows = dense_rows(tokens);
-  const Tensor dense_weights = dense(weights), dense_index = dense(index), dense_grad = dense(grad);
   Tensor tokens_grad = empty_on(tokens, sizes_of(tokens), tokens.scalar_type());
   Tensor weights_grad = empty_on(weights, sizes_of(weights), weights.scalar_type());
+  if (is_empty(tokens)) {  // no channels, or nothing at all
+    explain_index(op, index, shape);
+    torch::stable::zero_(weights_grad);
+    return {tokens_grad, weights_grad};
+  }
+  const Tensor rows = dense_rows(tokens);
+  const Tensor dense_weights = dense(weights), dense_index = dense(index), dense_grad = dense(grad);
   const FuseArgs args{rows.const_data_ptr(),
                       rows.stride(0),
                       rows.stride(1),
@@ -177,7 +189,7 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
                       shape.num_kept,
                       tokens.size(2),
                       normalize};
-  run_images(op, kernels().fuse_backward[dtype], args, shape,
+  run_images(op, kernels().fuse_backward[dtype], args, dense_index, shape,
              2 * static_cast<int64_t>(tokens.element_size()));
   return {tokens_grad, weights_grad};
 }

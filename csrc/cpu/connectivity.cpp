@@ -17,14 +17,17 @@ bool projects_first(const ConnectivityShape& s, int64_t head_dim, int64_t channe
          both * s.rank * head_dim + s.rank * channels * (2 * head_dim + 1);
 }
 
-// What both ops share; `args` says where coefficients and basis come from.
-Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args, const Tensor& like,
-              const std::optional<Tensor>& columns, const char* columns_meaning,
-              int64_t columns_end, const std::optional<Tensor>& keep,
-              std::optional<double> threshold) {
+Tensor new_index(const char* op, const ConnectivityShape& s, const Tensor& like) {
   SPOT_CHECK(like.is_cpu(), op, "arguments must be on the CPU");
+  return empty_on(like, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
+}
+
+// What both ops share; `args` says where coefficients and basis come from. There must be queries.
+Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args, const Tensor& like,
+              const Tensor& index, const std::optional<Tensor>& columns,
+              const char* columns_meaning, int64_t columns_end, const std::optional<Tensor>& keep,
+              std::optional<double> threshold) {
   const Dtype dtype = dtype_slot(op, "basis", like);
-  Tensor index = empty_on(like, {s.batch, s.num_heads, s.num_queries, s.budget}, ScalarType::Int);
   const Tensor places = columns ? dense(*columns) : index;
   if (columns) check_columns(op, places, columns_end, columns_meaning);
   const std::vector<uint8_t> kept = keep ? read_keep(op, *keep) : std::vector<uint8_t>{};
@@ -41,9 +44,8 @@ Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args,
   args.index = static_cast<int32_t*>(index.mutable_data_ptr());
   const int64_t blocks = (s.num_queries + kChoiceRows - 1) / kChoiceRows;
   const KernelTable& table = kernels();
-  if (s.batch * s.num_heads * s.num_queries > 0)
-    parallel_for(0, s.batch * s.num_heads * blocks, 1,
-                 [&](int64_t begin, int64_t end) { table.connectivity[dtype](args, begin, end); });
+  parallel_for(0, s.batch * s.num_heads * blocks, 1,
+               [&](int64_t begin, int64_t end) { table.connectivity[dtype](args, begin, end); });
   return index;
 }
 
@@ -53,6 +55,8 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   const char* op = "connectivity";
   const ConnectivityShape s =
       check_connectivity(op, coefficients, basis, budget, columns, keep, coef_topk);
+  const Tensor index = new_index(op, s, coefficients);
+  if (is_empty(index)) return index;
   ConnectivityArgs args{};
   args.coefficients = coefficients.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.coefficients_strides[d] = coefficients.stride(d);
@@ -60,7 +64,7 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   args.basis_row = basis.stride(0);
   args.basis_column = basis.stride(1);
   args.num_places = basis.size(1);
-  return choose(op, s, args, coefficients, columns, kColumnsOfBasis, args.num_places, keep,
+  return choose(op, s, args, coefficients, index, columns, kColumnsOfBasis, args.num_places, keep,
                 threshold);
 }
 
@@ -75,6 +79,8 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   const Projections projections{query_weight, query_bias, key_weight, key_bias};
   const ConnectivityShape s =
       check_predict_connectivity(op, q, k, down, projections, up, budget, columns, keep, coef_topk);
+  const Tensor index = new_index(op, s, q);
+  if (is_empty(index)) return index;
   ConnectivityArgs args{};
   args.q = head_rows(q);
   args.k = head_rows(k);
@@ -101,7 +107,7 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   args.magnitudes = basis_threshold.has_value();
   args.basis_threshold = basis_threshold.value_or(0);
   args.num_places = up.size(0);
-  return choose(op, s, args, q, columns, kRowsOfUp, args.num_places + 1, keep, threshold);
+  return choose(op, s, args, q, index, columns, kRowsOfUp, args.num_places + 1, keep, threshold);
 }
 
 }  // namespace

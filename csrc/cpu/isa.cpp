@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 namespace spot {
@@ -51,10 +52,18 @@ const Isa* find(const char* name) {
   return nullptr;
 }
 
+// What SPOT_ISA asks for, or empty.
+const std::string& forced() {
+  static const std::string name = [] {
+    const char* value = std::getenv("SPOT_ISA");
+    return std::string(value ? value : "");
+  }();
+  return name;
+}
+
+// Null where SPOT_ISA names what is unknown, or what this processor cannot run.
 const Isa* first_choice() {
-  // An unknown or unusable SPOT_ISA is ignored here and reported by spot_ext.info.
-  if (const char* forced = std::getenv("SPOT_ISA"))
-    if (const Isa* isa = find(forced)) return isa;
+  if (!forced().empty()) return find(forced().c_str());
   const Isa* best = &kIsas[0];
   for (const Isa& isa : kIsas)
     if (isa.usable()) best = &isa;
@@ -75,11 +84,20 @@ std::string names(bool usable_only) {
 
 }  // namespace
 
-const KernelTable& kernels() { return *active().load(std::memory_order_relaxed)->table; }
+const KernelTable& kernels() {
+  const Isa* isa = active().load(std::memory_order_relaxed);
+  if (!isa)
+    throw std::runtime_error("SPOT_ISA is '" + forced() + "', but must be one of " + names(true) +
+                             " on this processor, or not be set");
+  return *isa->table;
+}
 
 }  // namespace spot
 
-const char* spot_isa() { return spot::active().load()->name; }
+const char* spot_isa() {
+  const spot::Isa* isa = spot::active().load();
+  return isa ? isa->name : "none";
+}
 
 bool spot_set_isa(const char* name) {
   const spot::Isa* isa = spot::find(name);

@@ -51,12 +51,14 @@ struct KernelTable {
   void (*sum_parts[4])(const SumArgs&, int64_t begin, int64_t end);
 };
 
+// Throws where SPOT_ISA asks for what this processor lacks; not to be called in a parallel body.
 const KernelTable& kernels();
 
 }  // namespace spot
 
 // For spot_ext._C, which knows no torch. Names are "baseline", "avx2", "avx512", "avx512_bf16".
 extern "C" {
+// "none" where SPOT_ISA asks for what is not there.
 __attribute__((visibility("default"))) const char* spot_isa();
 // False when the name is unknown or the processor lacks the instructions.
 __attribute__((visibility("default"))) bool spot_set_isa(const char* name);

@@ -56,13 +56,13 @@ Tensor pack_linear(const Tensor& weight) {
   SPOT_CHECK(weight.is_cpu(), op, "weight must be on the CPU");
   const int64_t panels = count_panels(weight.size(0));
   Tensor out = empty_on(weight, {panels, weight.size(1), kPanel}, weight.scalar_type());
+  if (is_empty(out)) return out;
   const PackLinearArgs args{weight.const_data_ptr(), weight.stride(0), weight.stride(1),
                             weight.size(1),          weight.size(0),   out.mutable_data_ptr()};
   const Dtype dtype = dtype_slot(op, "weight", weight);
   const KernelTable& table = kernels();
-  if (panels * weight.size(1) > 0)
-    parallel_for(0, panels, 4,
-                 [&](int64_t begin, int64_t end) { table.pack_linear[dtype](args, begin, end); });
+  parallel_for(0, panels, 4,
+               [&](int64_t begin, int64_t end) { table.pack_linear[dtype](args, begin, end); });
   return out;
 }
 
@@ -77,7 +77,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, int64_t out_feat
   std::vector<int64_t> sizes = sizes_of(input);
   sizes.back() = out_features;
   Tensor out = empty_on(input, sizes, input.scalar_type());
-  if (s.rows * out_features == 0) return out;
+  if (is_empty(out)) return out;
   const Rows rows(input);
   const Tensor panels = dense(packed);
   args.input = rows.held.const_data_ptr();

@@ -199,8 +199,9 @@ class Cpu {
     args.out = out.mutable_data_ptr();
     args.wide = out.scalar_type() == wide_;
     const int64_t grain = std::max<int64_t>(1, kLeastElements / (of.count * args.columns + 1));
+    const KernelTable& table = kernels();
     torch::stable::parallel_for(0, of.groups, grain, [&](int64_t begin, int64_t end) {
-      kernels().sum_parts[dtype_](args, begin, end);
+      table.sum_parts[dtype_](args, begin, end);
     });
   }
 

@@ -33,11 +33,11 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
       check_sparse_attention(op, q, k, v, index, keep, scale, num_prefix, class_token);
   SPOT_CHECK(q.is_cpu(), op, "q must be on the CPU");
   const Dtype dtype = dtype_slot(op, "q", q);
+  AttentionResults results = empty_results(q, s, need_stats);
+  if (is_empty(q)) return results.all();
   const TokenOrder order = order_tokens(op, s, keep);
   const Tensor named = dense(index);
-  AttentionResults results = empty_results(q, s, need_stats);
   const int64_t items = s.batch * s.num_heads;
-  if (items * s.num_tokens == 0) return results.all();
   SparseArgs args{{}, static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
   AttentionArgs& a = args.attention;
   set_args(a, op, s, order, q, k, v, std::nullopt);
@@ -70,8 +70,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   SPOT_CHECK(q.is_cpu(), op, "q must be on the CPU");
   SPOT_CHECK(keep || !keep_grad, op, "keep_grad=True needs keep");
   const Dtype dtype = dtype_slot(op, "q", q);
-  const TokenOrder order = order_tokens(op, s, keep);
   AttentionGrads grads = empty_grads(q, s, keep_grad);
+  if (is_empty(q)) {
+    torch::stable::zero_(grads.keep);
+    return {grads.q, grads.k, grads.v, grads.keep};
+  }
+  const TokenOrder order = order_tokens(op, s, keep);
   const AttentionSaved saved(stats, lse, grad_stats);
   const Tensor named = dense(index);
   SparseGradArgs args{};
@@ -79,10 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   set_args(args.forward.attention, op, s, order, q, k, v, std::nullopt);
   set_grads(args, args.forward.attention, saved, grad_out, grads, keep_grad);
   const KernelTable& table = kernels();
-  if (s.num_tokens > 0)
-    run_checked(op, s, args.forward, s.batch * s.num_heads, [&](int64_t begin, int64_t end) {
-      return table.sparse_attention_backward[dtype](args, begin, end);
-    });
+  run_checked(op, s, args.forward, s.batch * s.num_heads, [&](int64_t begin, int64_t end) {
+    return table.sparse_attention_backward[dtype](args, begin, end);
+  });
   if (keep_grad) sum_heads(s, grads.keep_parts, grads.keep);
   return {grads.q, grads.k, grads.v, grads.keep};
 }

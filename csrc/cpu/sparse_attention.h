@@ -104,7 +104,7 @@ inline void store_sparse_column(const ColumnSum<A>& c, int64_t n, A* stats) {
   const Wide mean = c.sum / static_cast<Wide>(n);
   const Wide var = c.square / static_cast<Wide>(n) - mean * mean;
   stats[4] = static_cast<A>(mean);
-  stats[5] = var < 0 || n == 1 ? A(0) : static_cast<A>(var);
+  stats[5] = n == 1 ? variance_of_one(stats[4]) : var < 0 ? A(0) : static_cast<A>(var);
 }
 
 template <typename T, bool kStats>
@@ -199,7 +199,7 @@ class SparseForward {
     if (!a_.class_token) s[0] = 0;
     s[1] = a_.class_token && class_key >= 0 ? x[class_key] * factor : A(0);
     s[2] = mean;
-    s[3] = head_.n > 1 ? (reduce_add<A>(square) + absent) * inv_ : A(0);
+    s[3] = head_.n > 1 ? (reduce_add<A>(square) + absent) * inv_ : variance_of_one(mean);
     add_to_columns(x, factor, keys, seen, m_.columns);
   }
 

@@ -31,7 +31,7 @@ Tensor token_evidence(const std::vector<Tensor>& stats, const std::vector<int64_
                                                latest_first, latest_last, moments);
   SPOT_CHECK(stats[0].is_cpu(), op, "stats[0] must be on the CPU");
   Tensor out = empty_on(stats[0], {s.batch, s.num_tokens, s.width}, stats[0].scalar_type());
-  if (s.batch * s.num_tokens * s.width == 0) return out;
+  if (is_empty(out)) return out;
   std::vector<Tensor> held;  // with dense rows
   std::vector<EvidenceBlock> blocks;
   held.reserve(stats.size());

@@ -169,7 +169,9 @@ template <typename A>
 __device__ inline void write_moments(A* mean_and_variance, bool counted, A mean, A square,
                                      A inverse) {
   mean_and_variance[0] = counted ? not_below_zero(mean) : A(0);
-  mean_and_variance[1] = counted && inverse != A(1) ? not_below_zero(square * inverse) : A(0);
+  // Of a single entry: exactly zero, unless it is NaN.
+  const A variance = inverse != A(1) ? not_below_zero(square * inverse) : mean - mean;
+  mean_and_variance[1] = counted ? variance : A(0);
 }
 
 // Entries 0 to 3 of the statistics that a warp knows of the rows and columns it has seen. cls_in

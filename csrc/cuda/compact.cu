@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads)
 // ---- entry points ------------------------------------------------------------------------------
 
 void check_values(const char* op, const Tensor& index, const TokenShape& shape) {
-  if (checks_wanted()) explain_index(op, data<int64_t>(copy_to_host(index)), shape);
+  if (checks_wanted()) explain_index(op, copy_to_host(index), shape);
 }
 
 Tensor select_tokens(const Tensor& scores, int64_t num_keep) {

@@ -72,6 +72,6 @@ def test_info_diagnoses_torchvision_and_an_unknown_isa(tmp_path: Path) -> None:
         tmp_path,
         env={"SPOT_ISA": "quantum"},
     )
-    assert "SPOT_ISA=quantum is unknown or unusable here and was ignored" in done.stdout
+    assert "SPOT_ISA=quantum is unknown or unusable here: every op" in done.stdout
     assert "0.1 does NOT work with torch" in done.stdout and "torch==1.0" in done.stdout
     assert "torchvision::nms does not exist" in done.stdout

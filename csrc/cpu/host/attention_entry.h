@@ -106,7 +106,7 @@ struct AttentionSaved {
 
   AttentionSaved(const Tensor& stats_given, const Tensor& lse_given,
                  const std::optional<Tensor>& grad_given)
-      : stats(dense(stats_given)), lse(dense(lse_given)) {
+      : stats(grad_given ? dense(stats_given) : stats_given), lse(dense(lse_given)) {
     if (grad_given) grad_stats = dense(*grad_given);
   }
 };
