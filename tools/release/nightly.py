@@ -104,7 +104,7 @@ def rows_of(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def whole_seconds(results: list[dict[str, Any]], share: float) -> float:
-    """What a whole night takes at most: the parts of tests that are no calls are counted as such."""
+    """What a whole night takes at most: parts of tests that are no calls count as calls."""
     return sum(x["seconds"] + x["shared_seconds"] * (1 / share - 1) for x in results)
 
 

@@ -128,9 +128,9 @@ def test_legal_calls_equal_the_definition(op: Op) -> None:
                 actual = tensors(op.call(*call.args))
                 again = tensors(op.public(*call.args)) if op.public else []
             plain, exact = _expected(op, call.args, call.dtype)
-            _leave_out_known_faults(call, actual, plain, exact)
         for mine, theirs in zip(again, actual, strict=False):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+            assert_same_bits(mine, theirs, "public function")
+        _leave_out_known_faults(call, actual, plain, exact)
         assert_results(op, call.dtype, actual, plain, exact, cancel=True)
         if call.grads:
             _assert_gradients(op, call)
@@ -146,6 +146,10 @@ def _can_be_judged(op: Op, args: tuple[Any, ...]) -> bool:
         return False
     numbers = [x for x in args if isinstance(x, int | float)]
     if not op.exact and not all(math.isfinite(x) and abs(x) < 2**63 for x in numbers):
+        return False
+    if "class_token" in names and not args[2].isfinite().all():  # v: hidden rows are not read
+        return False
+    if op.name == "fuse_tokens_backward" and not args[2].isfinite().all():
         return False
     return op.name != "predict_connectivity" or clear_of_rounding(*args)
 
@@ -167,8 +171,8 @@ def test_broken_calls_are_refused_or_equal_the_definition(op: Op) -> None:
                 assert str(error)
                 return
             accepted += 1
-            if any(x.device.type == "meta" for x in actual):
-                return
+            if any(x.device.type == "meta" for x in actual) or not any(x.numel() for x in actual):
+                return  # an index that leads nowhere is not looked at where nothing is made of it
             full = as_the_schema_reads(op, call.args)
             if not _can_be_judged(op, full):
                 return
