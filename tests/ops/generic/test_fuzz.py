@@ -171,13 +171,17 @@ def test_broken_calls_are_refused_or_equal_the_definition(op: Op) -> None:
                 assert str(error)
                 return
             accepted += 1
-            if any(x.device.type == "meta" for x in actual) or not any(x.numel() for x in actual):
-                return  # an index that leads nowhere is not looked at where nothing is made of it
+            if any(x.device.type == "meta" for x in actual):
+                return
             full = as_the_schema_reads(op, call.args)
             if not _can_be_judged(op, full):
                 return
             dtype = next(x.dtype for x in tensors(call.args) if x.is_floating_point() or op.exact)
-            plain, exact = (x[: len(actual)] for x in _expected(op, full, dtype))
+            try:
+                plain, exact = (x[: len(actual)] for x in _expected(op, full, dtype))
+            except IndexError:  # of positions that lead to no token the definition reads too
+                assert op.name == "token_evidence"
+                return
         assert_results(op, dtype, actual, plain, exact, cancel=True)
 
     check()
