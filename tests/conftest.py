@@ -48,7 +48,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "nightly: long runs, see tools/release/nightly.py")
     if config.getoption("--emulate-cuda"):
         from support import emulator
 
