@@ -12,7 +12,7 @@ struct Rows {
   Tensor tensor;  // keeps the memory alive
   int64_t batch_stride, row_stride, row_bytes;
 
-  const char* data() const { return static_cast<const char*>(tensor.const_data_ptr()); }
+  const char* data() const { return static_cast<const char*>(readable(tensor)); }
 };
 
 inline Rows rows_of(const Tensor& given) {
@@ -151,7 +151,7 @@ class Met {
 // SPOT_CHECK=1 asks for. What an expanded index repeats is looked at once.
 inline void explain_index(const char* op, const Tensor& index, const TokenShape& s) {
   if (is_empty(index)) return;
-  const int64_t* data = static_cast<const int64_t*>(index.const_data_ptr());
+  const int64_t* data = static_cast<const int64_t*>(readable(index));
   const int64_t image = index.stride(0), entry = index.stride(1);
   const int64_t images = image == 0 ? 1 : s.batch;
   Met met(s.num_tokens, s.num_kept);

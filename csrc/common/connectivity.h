@@ -152,7 +152,7 @@ constexpr const char* kRowsOfUp = "a row of up, or one more for none";
 
 // Names the first of `columns`, dense and in host memory, that is out of range: [0, end).
 inline void check_columns(const char* op, const Tensor& columns, int64_t end, const char* meaning) {
-  const int64_t* data = static_cast<const int64_t*>(columns.const_data_ptr());
+  const int64_t* data = static_cast<const int64_t*>(readable(columns));
   for (int64_t i = 0; i < columns.size(0) * columns.size(1); ++i)
     SPOT_CHECK(data[i] >= 0 && data[i] < end, op, "columns must be in [0, ", end, ") (", meaning,
                "), got ", data[i], " at columns[", i / columns.size(1), ", ", i % columns.size(1),

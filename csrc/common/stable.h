@@ -21,8 +21,19 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// Whether no element is there: nothing to compute, and memory functions must not see its pointer.
+// Whether no element is there, and so nothing to compute.
 inline bool is_empty(const Tensor& t) { return t.numel() == 0; }
+
+// Where elements are. Never null, not even of nothing: neither memory functions nor offsets may be
+// given that.
+inline void* writable(const Tensor& t) {
+  alignas(64) static char nothing[64];
+  return is_empty(t) ? nothing : t.mutable_data_ptr();
+}
+inline const void* readable(const Tensor& t) {
+  alignas(64) static const char nothing[64] = {};
+  return is_empty(t) ? nothing : t.const_data_ptr();
+}
 
 // Bytes of the storage that `t` is a view of.
 inline int64_t storage_bytes(const Tensor& t) {

@@ -88,7 +88,7 @@ inline EvidenceShape check_token_evidence(const char* op, const std::vector<Tens
 inline void explain_cuts(const char* op, const std::vector<Tensor>& cuts, const EvidenceShape& s,
                          int64_t first) {
   for (std::size_t k = static_cast<std::size_t>(first); k < cuts.size(); ++k) {
-    const int64_t* index = static_cast<const int64_t*>(cuts[k].const_data_ptr());
+    const int64_t* index = static_cast<const int64_t*>(readable(cuts[k]));
     for (int64_t b = 0; b < s.batch; ++b)
       for (int64_t m = 0; m < cuts[k].size(1); ++m) {
         const int64_t at = index[b * cuts[k].stride(0) + m * cuts[k].stride(1)];

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const Tensor& q, const Tensor
   set_results(args, s, results, need_stats);
   const bool combine = need_stats && args.num_spans > 1;
   Tensor sums = empty_on(q, {combine ? items * args.num_spans : 0, 2, s.num_tokens}, wide_type(q));
-  args.column_sums = sums.mutable_data_ptr();
+  args.column_sums = writable(sums);
   const KernelTable& table = kernels();
   parallel_for(0, items * args.num_spans, 1,
                [&](int64_t begin, int64_t end) { table.attention_stats[dtype](args, begin, end); });
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_stats_backward(
   AttentionGradArgs args{};
   set_args(args.forward, op, s, order, q, k, v, bias);
   set_grads(args, args.forward, saved, grad_out, grads, keep_grad);
-  args.bias = bias_grad ? bias_sums.mutable_data_ptr() : nullptr;
+  args.bias = bias_grad ? writable(bias_sums) : nullptr;
   args.one_bias = bias_grad && bias->size(0) == 1;
   const KernelTable& table = kernels();
   parallel_for(

@@ -43,9 +43,8 @@ Tensor select_tokens(const Tensor& scores, int64_t num_keep) {
   const int64_t batch = scores.size(0);
   Tensor index = empty_on(scores, {batch, num_keep}, ScalarType::Long);
   if (is_empty(index)) return index;
-  const SelectArgs args{
-      scores.const_data_ptr(), scores.stride(0), scores.stride(1),
-      scores.size(1),          num_keep,         static_cast<int64_t*>(index.mutable_data_ptr())};
+  const SelectArgs args{readable(scores), scores.stride(0), scores.stride(1),
+                        scores.size(1),   num_keep,         static_cast<int64_t*>(writable(index))};
   const KernelTable& table = kernels();
   parallel_for(0, batch, grain(args.num_tokens * 16),
                [&](int64_t begin, int64_t end) { table.select[dtype](args, begin, end); });
@@ -60,8 +59,8 @@ RowArgs row_args(const Rows& source, const std::optional<Rows>& second, const Te
           second ? second->data() : nullptr,
           second ? second->batch_stride : 0,
           second ? second->row_stride : 0,
-          static_cast<const int64_t*>(index.const_data_ptr()),
-          static_cast<char*>(out.mutable_data_ptr()),
+          static_cast<const int64_t*>(readable(index)),
+          static_cast<char*>(writable(out)),
           source.row_bytes,
           s.num_tokens,
           s.num_prefix,
@@ -141,13 +140,13 @@ Tensor fuse_tokens(const Tensor& tokens, const Tensor& weights, const Tensor& in
   if (is_empty(out)) return explain_index(op, index, shape), out;
   const Tensor rows = dense_rows(tokens);
   const Tensor dense_weights = dense(weights), dense_index = dense(index);
-  const FuseArgs args{rows.const_data_ptr(),
+  const FuseArgs args{readable(rows),
                       rows.stride(0),
                       rows.stride(1),
-                      dense_weights.const_data_ptr(),
-                      static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                      readable(dense_weights),
+                      static_cast<const int64_t*>(readable(dense_index)),
                       nullptr,
-                      out.mutable_data_ptr(),
+                      writable(out),
                       nullptr,
                       shape.num_tokens,
                       shape.num_prefix,
@@ -176,14 +175,14 @@ std::tuple<Tensor, Tensor> fuse_tokens_backward(const Tensor& grad, const Tensor
   }
   const Tensor rows = dense_rows(tokens);
   const Tensor dense_weights = dense(weights), dense_index = dense(index), dense_grad = dense(grad);
-  const FuseArgs args{rows.const_data_ptr(),
+  const FuseArgs args{readable(rows),
                       rows.stride(0),
                       rows.stride(1),
-                      dense_weights.const_data_ptr(),
-                      static_cast<const int64_t*>(dense_index.const_data_ptr()),
-                      dense_grad.const_data_ptr(),
-                      tokens_grad.mutable_data_ptr(),
-                      weights_grad.mutable_data_ptr(),
+                      readable(dense_weights),
+                      static_cast<const int64_t*>(readable(dense_index)),
+                      readable(dense_grad),
+                      writable(tokens_grad),
+                      writable(weights_grad),
                       shape.num_tokens,
                       shape.num_prefix,
                       shape.num_kept,

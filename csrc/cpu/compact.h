@@ -153,14 +153,15 @@ inline RowStatus compact_rows(const RowArgs& a, int64_t begin, int64_t end) {
       copy_rows(out + r * a.row_bytes, extra, a.second_row, a, stop - r);
       r = stop;
     }
-    const int64_t* index = a.index + b * a.num_kept - head;  // index[r] belongs to output row r
+    const int64_t* index = a.index + b * a.num_kept;  // index[r - head] belongs to output row r
     const int64_t ahead = 1 + kAheadBytes / a.row_bytes;
     const auto fits = [&a](int64_t at) { return at >= 0 && at < a.num_tokens; };
     RowStatus status = kRowsFine;
     for (; r < last; ++r) {
-      const int64_t at = index[r], next = index[r + ahead < last ? r + ahead : last - 1];
+      const int64_t at = index[r - head];
+      const int64_t next = index[(r + ahead < last ? r + ahead : last - 1) - head];
       if (!fits(at)) return kRowsBad;
-      if (r > head && at <= index[r - 1]) status = kRowsUnsorted;
+      if (r > head && at <= index[r - head - 1]) status = kRowsUnsorted;
       copy_bytes(out + r * a.row_bytes, patches + at * a.source_row,
                  patches + (fits(next) ? next : at) * a.source_row, a.row_bytes);
     }

@@ -31,7 +31,7 @@ Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args,
   const Tensor places = columns ? dense(*columns) : index;
   if (columns) check_columns(op, places, columns_end, columns_meaning);
   const std::vector<uint8_t> kept = keep ? read_keep(op, *keep) : std::vector<uint8_t>{};
-  args.columns = columns ? static_cast<const int64_t*>(places.const_data_ptr()) : nullptr;
+  args.columns = columns ? static_cast<const int64_t*>(readable(places)) : nullptr;
   args.keep = keep ? kept.data() : nullptr;
   args.num_heads = s.num_heads;
   args.num_queries = s.num_queries;
@@ -41,7 +41,7 @@ Tensor choose(const char* op, const ConnectivityShape& s, ConnectivityArgs args,
   args.used = s.used;
   args.has_threshold = threshold.has_value();
   args.threshold = threshold.value_or(0);
-  args.index = static_cast<int32_t*>(index.mutable_data_ptr());
+  args.index = static_cast<int32_t*>(writable(index));
   const int64_t blocks = (s.num_queries + kChoiceRows - 1) / kChoiceRows;
   const KernelTable& table = kernels();
   parallel_for(0, s.batch * s.num_heads * blocks, 1,
@@ -58,9 +58,9 @@ Tensor connectivity(const Tensor& coefficients, const Tensor& basis, int64_t bud
   const Tensor index = new_index(op, s, coefficients);
   if (is_empty(index)) return index;
   ConnectivityArgs args{};
-  args.coefficients = coefficients.const_data_ptr();
+  args.coefficients = readable(coefficients);
   for (int d = 0; d < 4; ++d) args.coefficients_strides[d] = coefficients.stride(d);
-  args.basis = basis.const_data_ptr();
+  args.basis = readable(basis);
   args.basis_row = basis.stride(0);
   args.basis_column = basis.stride(1);
   args.num_places = basis.size(1);
@@ -84,7 +84,7 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   ConnectivityArgs args{};
   args.q = head_rows(q);
   args.k = head_rows(k);
-  args.down = down.const_data_ptr();
+  args.down = readable(down);
   args.down_row = down.stride(0);
   args.down_rank = down.stride(1);
   args.head_dim = q.size(3);
@@ -95,13 +95,13 @@ Tensor predict_connectivity(const Tensor& q, const Tensor& k, const Tensor& down
   if (projections) {
     for (const auto* tensor : {&query_weight, &query_bias, &key_weight, &key_bias})
       weights.push_back(dense(**tensor));
-    args.query_weight = weights[0].const_data_ptr();
-    args.query_bias = weights[1].const_data_ptr();
-    args.key_weight = weights[2].const_data_ptr();
-    args.key_bias = weights[3].const_data_ptr();
+    args.query_weight = readable(weights[0]);
+    args.query_bias = readable(weights[1]);
+    args.key_weight = readable(weights[2]);
+    args.key_bias = readable(weights[3]);
     args.projects_first = projects_first(s, args.head_dim, args.channels);
   }
-  args.basis = up.const_data_ptr();
+  args.basis = readable(up);
   args.basis_row = up.stride(1);
   args.basis_column = up.stride(0);
   args.magnitudes = basis_threshold.has_value();

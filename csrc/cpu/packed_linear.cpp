@@ -57,8 +57,8 @@ Tensor pack_linear(const Tensor& weight) {
   const int64_t panels = count_panels(weight.size(0));
   Tensor out = empty_on(weight, {panels, weight.size(1), kPanel}, weight.scalar_type());
   if (is_empty(out)) return out;
-  const PackLinearArgs args{weight.const_data_ptr(), weight.stride(0), weight.stride(1),
-                            weight.size(1),          weight.size(0),   out.mutable_data_ptr()};
+  const PackLinearArgs args{readable(weight), weight.stride(0), weight.stride(1),
+                            weight.size(1),   weight.size(0),   writable(out)};
   const Dtype dtype = dtype_slot(op, "weight", weight);
   const KernelTable& table = kernels();
   parallel_for(0, panels, 4,
@@ -80,15 +80,15 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, int64_t out_feat
   if (is_empty(out)) return out;
   const Rows rows(input);
   const Tensor panels = dense(packed);
-  args.input = rows.held.const_data_ptr();
+  args.input = readable(rows.held);
   args.input_row = rows.row;
-  args.packed = panels.const_data_ptr();
+  args.packed = readable(panels);
   std::optional<Tensor> shift;
-  if (bias) shift = dense(*bias), args.bias = shift->const_data_ptr();
+  if (bias) shift = dense(*bias), args.bias = readable(*shift);
   std::optional<Rows> added;
   if (residual) {
     added.emplace(*residual);
-    args.residual = added->held.const_data_ptr();
+    args.residual = readable(added->held);
     args.residual_row = added->row;
   }
   args.rows = s.rows;
@@ -96,7 +96,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, int64_t out_feat
   args.out_features = out_features;
   const int64_t depth = std::max<int64_t>(s.in_features, 1);
   args.block_rows = std::min(s.rows, std::max(kLeastBlockRows, kBlockElements / depth));
-  args.out = out.mutable_data_ptr();
+  args.out = writable(out);
   const int64_t blocks = (s.rows + args.block_rows - 1) / args.block_rows;
   const Dtype dtype = dtype_slot(op, "input", input);
   const KernelTable& table = kernels();

@@ -25,16 +25,16 @@ class Cpu {
 
   void normalize(Tensor out) const {
     NormInputs inputs(*this);
-    inputs.args.out = out.mutable_data_ptr();
+    inputs.args.out = writable(out);
     run(kernels().normalize, inputs.args, s_.channels);
   }
 
   void normalize_backward(const Tensor& grad, RelevanceGrads& out, RelevanceWanted wanted) const {
     NormInputs inputs(*this);
     Tensor sums = span_sums(2 * s_.channels);
-    inputs.args.grad = grad.const_data_ptr();
-    inputs.args.tokens_grad = wanted.tokens ? out.tokens.mutable_data_ptr() : nullptr;
-    inputs.args.sums = sums.mutable_data_ptr();
+    inputs.args.grad = readable(grad);
+    inputs.args.tokens_grad = wanted.tokens ? writable(out.tokens) : nullptr;
+    inputs.args.sums = writable(sums);
     run(kernels().normalize_backward, inputs.args, s_.channels);
     if (!wanted.weights) return;
     const Tensor images = image_sums(sums);
@@ -46,7 +46,7 @@ class Cpu {
     const Tensor bias = dense(*in_.remap_bias);
     Tensor sums = span_sums(s_.half);
     RemapArgs args = remap_args(remapped, bias, local);
-    args.sums = sums.mutable_data_ptr();
+    args.sums = writable(sums);
     run(kernels().remap, args, s_.remap());
     const Tensor mass = kept_mass();
     sum(sums, 0, {s_.batch, spans_.count, s_.half}, &mass, shared);
@@ -58,13 +58,13 @@ class Cpu {
     const Tensor bias = dense(*in_.remap_bias), mass = kept_mass();
     Tensor sums = span_sums(s_.remap());
     RemapArgs args = remap_args(remapped, bias, local);
-    args.sums = sums.mutable_data_ptr();
-    args.mass = mass.const_data_ptr();
-    args.shared = shared.const_data_ptr();
-    args.local_grad = local_grad.const_data_ptr();
-    args.shared_grad = shared_grad.const_data_ptr();
-    args.remapped_grad = remapped_grad.mutable_data_ptr();
-    args.keep_grad = wanted.keep ? out.keep.mutable_data_ptr() : nullptr;
+    args.sums = writable(sums);
+    args.mass = readable(mass);
+    args.shared = readable(shared);
+    args.local_grad = readable(local_grad);
+    args.shared_grad = readable(shared_grad);
+    args.remapped_grad = writable(remapped_grad);
+    args.keep_grad = wanted.keep ? writable(out.keep) : nullptr;
     run(kernels().remap_backward, args, s_.remap());
     if (wanted.weights) sum_images(image_sums(sums), 0, out.remap_bias);
   }
@@ -72,7 +72,7 @@ class Cpu {
   void hidden(const Tensor& hidden, const Maybe& once, Tensor active) const {
     const Tensor bias = dense(in_.fc1_bias);
     HiddenArgs args = hidden_args(hidden, once, bias);
-    args.active = active.mutable_data_ptr();
+    args.active = writable(active);
     run(kernels().hidden, args, s_.hidden1);
   }
 
@@ -81,9 +81,9 @@ class Cpu {
     const Tensor bias = dense(in_.fc1_bias);
     Tensor sums = span_sums(s_.hidden1);
     HiddenArgs args = hidden_args(hidden, once, bias);
-    args.active = wanted.weights ? active.mutable_data_ptr() : nullptr;
-    args.grad = grad.mutable_data_ptr();
-    args.sums = sums.mutable_data_ptr();
+    args.active = wanted.weights ? writable(active) : nullptr;
+    args.grad = writable(grad);
+    args.sums = writable(sums);
     run(kernels().hidden_backward, args, s_.hidden1);
     if (once) sum(sums, 0, {s_.batch, spans_.count, s_.hidden1}, nullptr, once_grad);
     if (wanted.weights) sum_images(image_sums(sums), 0, out.fc1_bias);
@@ -91,7 +91,7 @@ class Cpu {
 
   void score(const Tensor& hidden, Tensor logits) const {
     ScoreInputs inputs(*this, hidden);
-    inputs.args.logits = logits.mutable_data_ptr();
+    inputs.args.logits = writable(logits);
     run(kernels().score, inputs.args, s_.hidden2);
   }
 
@@ -99,10 +99,10 @@ class Cpu {
                       Tensor hidden_grad, RelevanceGrads& out, RelevanceWanted wanted) const {
     ScoreInputs inputs(*this, hidden);
     Tensor sums = span_sums(3 * s_.hidden2 + 2);
-    inputs.args.logits = const_cast<void*>(logits.const_data_ptr());
-    inputs.args.grad = grad.const_data_ptr();
-    inputs.args.hidden_grad = hidden_grad.mutable_data_ptr();
-    inputs.args.sums = sums.mutable_data_ptr();
+    inputs.args.logits = const_cast<void*>(readable(logits));
+    inputs.args.grad = readable(grad);
+    inputs.args.hidden_grad = writable(hidden_grad);
+    inputs.args.sums = writable(sums);
     run(kernels().score_backward, inputs.args, s_.hidden2);
     if (!wanted.weights) return;
     const Tensor images = image_sums(sums);
@@ -120,11 +120,11 @@ class Cpu {
           weight(dense(*cpu.in_.norm_weight)),
           bias(dense(*cpu.in_.norm_bias)) {
       args.spans = cpu.spans_;
-      args.tokens = tokens.const_data_ptr();
+      args.tokens = readable(tokens);
       args.tokens_batch = tokens.stride(0);
       args.tokens_row = tokens.stride(1);
-      args.weight = weight.const_data_ptr();
-      args.bias = bias.const_data_ptr();
+      args.weight = readable(weight);
+      args.bias = readable(bias);
       args.channels = cpu.s_.channels;
       args.eps = cpu.in_.eps;
     }
@@ -138,31 +138,31 @@ class Cpu {
           weight(dense(cpu.in_.fc3_weight)),
           weight_bias(dense(cpu.in_.fc3_bias)) {
       args.spans = cpu.spans_;
-      args.hidden = hidden.const_data_ptr();
-      args.bias = bias.const_data_ptr();
+      args.hidden = readable(hidden);
+      args.bias = readable(bias);
       args.width = cpu.s_.hidden2;
-      args.weight = weight.const_data_ptr();
-      args.weight_bias = weight_bias.const_data_ptr();
+      args.weight = readable(weight);
+      args.weight_bias = readable(weight_bias);
     }
   };
 
   RemapArgs remap_args(const Tensor& remapped, const Tensor& bias, Tensor& local) const {
     RemapArgs args{};
     args.spans = spans_;
-    args.remapped = remapped.const_data_ptr();
-    args.bias = bias.const_data_ptr();
-    args.keep = keep_ ? keep_->const_data_ptr() : nullptr;
+    args.remapped = readable(remapped);
+    args.bias = readable(bias);
+    args.keep = keep_ ? readable(*keep_) : nullptr;
     args.half = s_.half;
-    args.local = local.mutable_data_ptr();
+    args.local = writable(local);
     return args;
   }
 
   HiddenArgs hidden_args(const Tensor& hidden, const Maybe& once, const Tensor& bias) const {
     HiddenArgs args{};
     args.spans = spans_;
-    args.hidden = hidden.const_data_ptr();
-    args.once = once ? once->const_data_ptr() : nullptr;
-    args.bias = bias.const_data_ptr();
+    args.hidden = readable(hidden);
+    args.once = once ? readable(*once) : nullptr;
+    args.bias = readable(bias);
     args.width = s_.hidden1;
     return args;
   }
@@ -189,14 +189,14 @@ class Cpu {
   void sum(const Tensor& parts, int64_t first, Parts of, const Tensor* mass, Tensor out) const {
     if (of.groups == 0) return;
     SumArgs args{};
-    args.parts = static_cast<const char*>(parts.const_data_ptr()) +
+    args.parts = static_cast<const char*>(readable(parts)) +
                  first * static_cast<int64_t>(parts.element_size());
     args.count = of.count;
     args.columns = out.numel() / of.groups;
     args.row = of.columns;
     args.stride = of.count * of.columns;
-    args.mass = mass ? mass->const_data_ptr() : nullptr;
-    args.out = out.mutable_data_ptr();
+    args.mass = mass ? readable(*mass) : nullptr;
+    args.out = writable(out);
     args.wide = out.scalar_type() == wide_;
     const int64_t grain = std::max<int64_t>(1, kLeastElements / (of.count * args.columns + 1));
     const KernelTable& table = kernels();
@@ -228,8 +228,8 @@ class Cpu {
 
   template <typename A>
   void add_keep(Tensor& mass) const {
-    A* out = static_cast<A*>(mass.mutable_data_ptr());
-    const A* keep = keep_ ? static_cast<const A*>(keep_->const_data_ptr()) : nullptr;
+    A* out = static_cast<A*>(writable(mass));
+    const A* keep = keep_ ? static_cast<const A*>(readable(*keep_)) : nullptr;
     for (int64_t b = 0; b < s_.batch; ++b) {
       A sum = keep ? A(0) : static_cast<A>(s_.num_tokens);
       for (int64_t t = 0; keep && t < s_.num_tokens; ++t) sum += keep[b * s_.num_tokens + t];

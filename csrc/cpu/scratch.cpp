@@ -16,8 +16,8 @@ struct Buffer {
 
 void* thread_scratch(std::size_t bytes) {
   static thread_local Buffer buffer;
-  if (bytes > buffer.size) {
-    const std::size_t size = (bytes + 63) / 64 * 64;
+  if (bytes > buffer.size || !buffer.data) {
+    const std::size_t size = bytes / 64 * 64 + 64;  // some, so that it is never null
     std::free(buffer.data);
     buffer.data = std::aligned_alloc(64, size);
     buffer.size = buffer.data ? size : 0;

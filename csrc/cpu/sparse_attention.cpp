@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   const TokenOrder order = order_tokens(op, s, keep);
   const Tensor named = dense(index);
   const int64_t items = s.batch * s.num_heads;
-  SparseArgs args{{}, static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
+  SparseArgs args{{}, static_cast<const int32_t*>(readable(named)), s.num_named};
   AttentionArgs& a = args.attention;
   set_args(a, op, s, order, q, k, v, std::nullopt);
   set_results(a, s, results, need_stats);
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   // A pair of float64, or of wider numbers for float64, for each token.
   Tensor sums =
       empty_on(q, {combine ? items * a.num_spans : 0, s.num_tokens, 4}, ScalarType::Double);
-  a.column_sums = sums.mutable_data_ptr();
+  a.column_sums = writable(sums);
   const KernelTable& table = kernels();
   run_checked(op, s, args, items * a.num_spans, [&](int64_t begin, int64_t end) {
     return table.sparse_attention[dtype](args, begin, end);
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   const AttentionSaved saved(stats, lse, grad_stats);
   const Tensor named = dense(index);
   SparseGradArgs args{};
-  args.forward = {{}, static_cast<const int32_t*>(named.const_data_ptr()), s.num_named};
+  args.forward = {{}, static_cast<const int32_t*>(readable(named)), s.num_named};
   set_args(args.forward.attention, op, s, order, q, k, v, std::nullopt);
   set_grads(args, args.forward.attention, saved, grad_out, grads, keep_grad);
   const KernelTable& table = kernels();

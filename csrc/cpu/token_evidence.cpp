@@ -39,14 +39,14 @@ Tensor token_evidence(const std::vector<Tensor>& stats, const std::vector<int64_
   for (std::size_t i = 0; i < stats.size(); ++i) {
     const Tensor& t = held.emplace_back(dense_rows(stats[i]));
     const int64_t row = t.stride(1), prefix = (t.size(1) - counts[i]) * row;
-    const char* data = static_cast<const char*>(t.const_data_ptr());
+    const char* data = static_cast<const char*>(readable(t));
     blocks.push_back({data + prefix * static_cast<int64_t>(t.element_size()), t.stride(0), row,
                       counts[i], followed[i]});
   }
   std::vector<EvidenceCut> steps;
   steps.reserve(cuts.size());
   for (std::size_t k = 0; k < cuts.size(); ++k)
-    steps.push_back({static_cast<const int64_t*>(cuts[k].const_data_ptr()), cuts[k].stride(0),
+    steps.push_back({static_cast<const int64_t*>(readable(cuts[k])), cuts[k].stride(0),
                      cuts[k].stride(1), s.chosen[k]});
   args.blocks = blocks.data();
   args.num_blocks = static_cast<int64_t>(blocks.size());
@@ -58,7 +58,7 @@ Tensor token_evidence(const std::vector<Tensor>& stats, const std::vector<int64_
   args.first = latest_first;
   args.last = latest_last;
   args.moments = moments;
-  args.out = out.mutable_data_ptr();
+  args.out = writable(out);
   const Dtype dtype = dtype_slot(op, "stats[0]", stats[0]);
   const KernelTable& table = kernels();
   const int64_t token = args.num_blocks * s.num_heads * kStatistics;

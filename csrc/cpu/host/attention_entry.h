@@ -40,7 +40,7 @@ inline TokenOrder order_tokens(const char* op, const AttentionShape& s,
 }
 
 inline HeadRows head_rows(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  return {readable(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 inline void set_args(AttentionArgs& args, const char* op, const AttentionShape& s,
@@ -50,7 +50,7 @@ inline void set_args(AttentionArgs& args, const char* op, const AttentionShape& 
   args.k = head_rows(k);
   args.v = head_rows(v);
   if (bias) {
-    args.bias = bias->const_data_ptr();
+    args.bias = readable(*bias);
     args.bias_dtype = dtype_slot(op, "bias", *bias);
     for (int d = 0; d < 4; ++d) args.bias_strides[d] = bias->stride(d);
     if (bias->size(0) == 1) args.bias_strides[0] = 0;
@@ -79,9 +79,9 @@ inline int64_t spans(int64_t heads, int64_t num_tokens) {
 inline void set_results(AttentionArgs& args, const AttentionShape& s, AttentionResults& results,
                         bool need_stats) {
   args.need_stats = need_stats;
-  args.out = results.out.mutable_data_ptr();
-  args.stats = results.stats.mutable_data_ptr();
-  args.lse = results.lse.mutable_data_ptr();
+  args.out = writable(results.out);
+  args.stats = writable(results.stats);
+  args.lse = writable(results.lse);
   args.num_spans = spans(s.batch * s.num_heads, s.num_tokens);
   args.span_rows = (s.num_tokens + args.num_spans - 1) / args.num_spans;
 }
@@ -115,14 +115,14 @@ struct AttentionSaved {
 template <typename GradArgs>
 void set_grads(GradArgs& args, AttentionArgs& forward, const AttentionSaved& saved,
                const Tensor& grad_out, AttentionGrads& grads, bool keep_grad) {
-  forward.stats = const_cast<void*>(saved.stats.const_data_ptr());
-  forward.lse = const_cast<void*>(saved.lse.const_data_ptr());
+  forward.stats = const_cast<void*>(readable(saved.stats));
+  forward.lse = const_cast<void*>(readable(saved.lse));
   args.grad_out = head_rows(grad_out);
-  args.grad_stats = saved.grad_stats ? saved.grad_stats->const_data_ptr() : nullptr;
-  args.q = grads.q.mutable_data_ptr();
-  args.k = grads.k.mutable_data_ptr();
-  args.v = grads.v.mutable_data_ptr();
-  args.keep = keep_grad ? grads.keep_parts.mutable_data_ptr() : nullptr;
+  args.grad_stats = saved.grad_stats ? readable(*saved.grad_stats) : nullptr;
+  args.q = writable(grads.q);
+  args.k = writable(grads.k);
+  args.v = writable(grads.v);
+  args.keep = keep_grad ? writable(grads.keep_parts) : nullptr;
 }
 
 // [B, H, N-P] -> [B, N-P], heads in order.
@@ -138,11 +138,9 @@ void sum_heads(const AttentionShape& s, const A* parts, A* sums) {
 }
 inline void sum_heads(const AttentionShape& s, const Tensor& parts, Tensor& sums) {
   if (parts.scalar_type() == ScalarType::Float)
-    sum_heads(s, static_cast<const float*>(parts.const_data_ptr()),
-              static_cast<float*>(sums.mutable_data_ptr()));
+    sum_heads(s, static_cast<const float*>(readable(parts)), static_cast<float*>(writable(sums)));
   else
-    sum_heads(s, static_cast<const double*>(parts.const_data_ptr()),
-              static_cast<double*>(sums.mutable_data_ptr()));
+    sum_heads(s, static_cast<const double*>(readable(parts)), static_cast<double*>(writable(sums)));
 }
 
 }  // namespace spot

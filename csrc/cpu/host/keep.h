@@ -38,7 +38,7 @@ std::vector<uint8_t> read_keep(const char* op, const Tensor& keep, Read&& read) 
 }
 
 inline std::vector<uint8_t> read_keep(const char* op, const Tensor& keep) {
-  const void* data = keep.const_data_ptr();
+  const void* data = readable(keep);
   const auto half = [=](int64_t i) { return static_cast<const uint16_t*>(data)[i]; };
   switch (dtype_slot(op, "keep", keep)) {
     case kFloat32:
