@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from spot_vit import SparsifinerConfig, SpotConfig, sparsify, sparsify_attention
-from spot_vit.config.fields import LARGEST, Fields, Rule, alternatives
+from spot_vit.config.fields import LARGEST, LARGEST_REAL, Fields, Rule, alternatives
 
 NEEDED: dict[str, dict[str, Any]] = {
     "EvaluationSettings": {"checkpoint": "x"},
@@ -143,8 +143,9 @@ def in_range(value: Any, rule: Rule) -> bool:
     if value != value or value in (math.inf, -math.inf):
         return False
     value = int(value) if isinstance(value, np.integer) else value
-    high = LARGEST if rule.high is None else rule.high
-    low = -LARGEST if rule.low is None else rule.low
+    largest = LARGEST_REAL if isinstance(value, float | np.floating) else LARGEST
+    high = largest if rule.high is None else rule.high
+    low = -largest if rule.low is None else rule.low
     over = rule.above is None or value > float(str(rule.above))
     return low <= value <= high and over and not (rule.even and value % 2)
 

@@ -13,16 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import spot_vit
 import torch
 import yaml
+from PIL import Image
 from spot_vit.config.recipe import Recipe
+from spot_vit.runs import phase_run
 from spot_vit.runs.stopping import Stopped
 from spot_vit.runs.train import train
 from spot_vit.training.step import NonFiniteStep, TrainStep
 from spot_vit.utils.errors import UserError
-from support.runs import command, folder_of_pictures, small_recipe, trace
+from support.runs import command, folder_of_pictures, records, small_recipe, trace
 
 EVERYTHING: dict[str, Any] = {
     "sampled_keep": (0.4, 1.0),
@@ -282,3 +285,82 @@ def test_a_step_that_is_not_finite_is_kept_and_happens_again(tmp_path: Path) -> 
     for name, value in first.value.values.items():
         found = second.value.values[name]
         assert found == value or (math.isnan(found) and math.isnan(value)), name
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_signal_within_an_evaluation_changes_nothing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model or its average, after an epoch or the last one: it is done again."""
+    given: dict[str, Any] = {"sampled_keep": (0.4, 1.0), "model_ema": True, "drop_path": 0.2}
+    recipe = small_recipe(tmp_path, method="random", **given)  # whose evaluation draws too
+    train(recipe.replace(experiment="whole"))
+    before, calls = phase_run.evaluate, 0
+
+    def signalled(*words: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = before(*words, **named)
+        if calls == number + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase_run, "evaluate", signalled)
+        with pytest.raises(Stopped, match=r"behind step \d+, and saved; go on with: spot train"):
+            train(recipe)
+    assert len(records(tmp_path / "run", "epoch")) == number // 2
+    train(Recipe(resume=str(tmp_path / "run")))
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+    for there, here in zip(
+        *(records(tmp_path / name, "epoch") for name in ("whole", "run")), strict=True
+    ):
+        assert there.keys() == here.keys()
+        for name in there.keys() - {"images_per_second", "waiting"}:
+            assert there[name] == here[name], name
+
+
+def test_other_pictures_of_the_same_number_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = folder_of_pictures(tmp_path / "pictures")
+    recipe = small_recipe(
+        tmp_path, synthetic=False, data=str(pictures), num_classes=None,
+        train_num_samples=None, val_num_samples=None, recovery_interval=1,
+    )  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(patch, 2)
+        train(recipe)
+    again = Recipe(resume=str(tmp_path / "run"))
+    one = pictures / "train/class1/003.png"
+    one.rename(one.with_name("other.png"))
+    with pytest.raises(UserError, match=r"data are others .* \(names of files or classes\); a run"):
+        train(again)
+    one.with_name("other.png").unlink()
+    with pytest.raises(UserError, match=r"\(images 36 then, 35 now, names of files"):
+        train(again)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(one)
+    pictures.rename(tmp_path / "moved")  # where they are may change
+    moved = again.replace(data=str(tmp_path / "moved"))
+    state = torch.load(tmp_path / "run/resume.pt", weights_only=True)
+    torch.save({**state, "data": [36, 3]}, tmp_path / "run/resume.pt")  # as older versions wrote it
+    torch.save({**state, "data": [37, 3]}, tmp_path / "older.pt")
+    with pytest.raises(UserError, match=r"\(images 37 then, 36 now, names"):
+        shutil.copy(tmp_path / "older.pt", tmp_path / "run/older.pt")
+        train(moved.replace(resume=str(tmp_path / "run/older.pt")))
+    train(moved)
+    assert "does not say which pictures it had, only how many" in capsys.readouterr().out
+    assert [step for _, step, *_ in trace(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_random_images_start_from_the_weights_that_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = small_recipe(tmp_path, method="dense", steps=1)
+    train(dense.replace(experiment="before"))
+    start = str(tmp_path / "before/last.safetensors")
+    for name, path in (("with", start), ("without", None), ("absent", "absent.pth")):
+        train(dense.replace(experiment=name, initial_checkpoint=path))
+    first = {name: trace(tmp_path / name)[0] for name in ("with", "without", "absent")}
+    assert first["with"] != first["without"] == first["absent"]
+    assert "there is no file absent.pth; weights are random here" in caplog.text

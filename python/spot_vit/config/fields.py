@@ -25,7 +25,10 @@ F = TypeVar("F", bound="Fields")
 M = TypeVar("M", bound=Callable[..., Any])
 
 LARGEST = 2**31 - 1
-"""Of numbers, unless a field says otherwise: what counts, sizes and indices fit in."""
+"""Of whole numbers, unless a field says otherwise: what counts, sizes and indices fit in."""
+
+LARGEST_REAL = 1e30
+"""Of other numbers, unless a field says otherwise: it and some more fit in float32."""
 
 _DEEPEST, _LONGEST = 16, 2**16  # lists and mappings that are taken for plain data
 
@@ -173,7 +176,7 @@ class Rule:
             return True
         if isinstance(value, float) and not math.isfinite(value):
             return False
-        if self.high is None and abs(value) > LARGEST:
+        if self.high is None and abs(value) > (LARGEST if is_whole(value) else LARGEST_REAL):
             return False
         return (
             (self.low is None or value >= self.low)

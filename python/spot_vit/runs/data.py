@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +52,8 @@ class RunData:
         model_arguments: of `timm.create_model`, that the data ask for.
         criterion: the loss of the recipe.
         description: what there is, in a line.
-        fingerprint: numbers that a run must find again when it goes on.
+        fingerprint: what a run must find again when it goes on: how many images and classes, and
+            a digest of the names of classes and files; plain data.
 
     Raises:
         UserError: the data cannot be used so.
@@ -76,7 +80,11 @@ class RunData:
         self.batches = None if self.loader.unknown_length else len(self.loader)
         self.mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.criterion = self._criterion()
-        self.fingerprint = [_length(self.loader.dataset), self.num_classes]
+        self.fingerprint = {
+            "images": _length(self.loader.dataset),
+            "classes": self.num_classes,
+            "digest": _digest(self.classes, self.loader.dataset),
+        }
 
     # ---- where images come from --------------------------------------------------------------
 
@@ -252,6 +260,18 @@ def _length(dataset: Any) -> int | None:
         return len(dataset)
     except TypeError:
         return None
+
+
+def _digest(classes: Sequence[str] | None, dataset: Any) -> str:
+    """A digest of the names of classes, and of files relative to the data set, in their order.
+
+    The order counts: a batch is a function of positions. A second for a million files.
+    """
+    found = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
+    if hasattr(dataset, "filename"):
+        for index in range(len(dataset)):
+            found.update(os.fsencode(dataset.filename(index)) + b"\0")
+    return found.hexdigest()
 
 
 def _count(dataset: Any) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from spot_vit.data.batches import grouped, images_and_target
 from spot_vit.data.loaders import EvalLoader
 from spot_vit.evaluation.accuracy import Evaluation, evaluate
 from spot_vit.measure.flops import count_flops
+from spot_vit.models.checkpoint_files import logger
 from spot_vit.models.saved import load, save
 from spot_vit.nn.predictor import predictor_parameters
 from spot_vit.runs import build
@@ -113,6 +114,7 @@ class PhaseRun:
         seed_all(recipe.seed + 1000 * (run.at.phase + 1) + processes.rank)
         self.saved = time.monotonic()
         self.slow, self.told = SlowSteps(), -math.inf
+        self.pace = {"images_per_second": 0.0, "waiting": 0.0}  # of the last epoch
         if run.state is not None:
             self._load(run.state)
 
@@ -129,10 +131,19 @@ class PhaseRun:
         if before is not None:
             start = self.run.folder.dense if before == DENSE else self.run.folder.last
         else:
-            start = None if self.run.state or recipe.synthetic else recipe.initial_checkpoint
+            start = None if self.run.state else self._initial_checkpoint()
         if start is not None:
             model.load_state_dict(initial_state(model, start), strict=False)
         return model
+
+    def _initial_checkpoint(self) -> str | None:
+        """The file that the recipe names; random images are a trial, which goes without it."""
+        path = self.recipe.initial_checkpoint
+        if path is None or not self.recipe.synthetic or Path(path).is_file():
+            return path
+        if self.processes.first:
+            logger.warning("initial_checkpoint: there is no file %s; weights are random here", path)
+        return None
 
     def _who_learns(self, model: Any, stack: ExitStack) -> None:
         connectivity = self.phase.name == CONNECTIVITY
@@ -168,12 +179,15 @@ class PhaseRun:
         if self.log is not None:
             self.log.begin(phase.name, phase.steps, at.step)
         result: Evaluation | None = None
-        while at.step < phase.steps:
-            self._epoch()
+        while at.step < phase.steps or at.owed:
+            if not at.owed:
+                self._epoch()
             last = at.step >= phase.steps
             due = (at.epoch + 1) % self.recipe.val_interval == 0
-            if last or due:
+            at.owed = last or due
+            if at.owed:
                 result = self._evaluate()
+                at.owed = False
                 self.slow.pause()
             at.epoch, at.batch = at.epoch + 1, 0
             if not last:
@@ -274,11 +288,14 @@ class PhaseRun:
             self._save()
             self.slow.pause()
         if signal:
-            raise Stopped(
-                signal,
-                f"stopped behind step {self.at.total}, and saved; go on with: "
-                f"spot train --resume {self.run.folder.path}",
-            )
+            raise Stopped(signal, self._stopped())
+
+    def _stopped(self) -> str:
+        """What to say of a signal behind a step."""
+        return (
+            f"stopped behind step {self.at.total}, and saved; go on with: "
+            f"spot train --resume {self.run.folder.path}"
+        )
 
     def _keep_for_replay(
         self, error: NonFiniteStep, batches: list[tuple[Tensor, Any]], before: dict[str, Any]
@@ -308,11 +325,18 @@ class PhaseRun:
         }
         found = None
         if data.val_loader is not None and self.phase.name != CONNECTIVITY:
-            found = self._evaluation(self.model, data.val_loader)
-            record |= _figures(found, "")
-            if self.ema is not None:
-                found = self._evaluation(self.ema.module, data.val_loader)
-                record |= _figures(found, "ema_")
+            before = self._drawn()
+            try:
+                # Of several processes one alone may be told, and the others would wait for it.
+                with self._at_once() if self.processes.world == 1 else nullcontext():
+                    found = self._evaluation(self.model, data.val_loader)
+                    record |= _figures(found, "")
+                    if self.ema is not None:
+                        found = self._evaluation(self.ema.module, data.val_loader)
+                        record |= _figures(found, "ema_")
+            except Stopped:
+                self._save(before)
+                raise
             self.model.train()
             self._keep_best(found)
         if self.log is not None:
@@ -320,6 +344,9 @@ class PhaseRun:
             self.log.say(_line(record, self.phase, memory(self.processes.device)))
         self._name_unreadable()
         return found
+
+    def _at_once(self) -> AbstractContextManager[None]:
+        return self.run.stop.at_once(self._stopped())
 
     def _evaluation(self, model: nn.Module, loader: EvalLoader) -> Evaluation:
         inside = model if self.sharded else unwrap(model)
@@ -395,14 +422,19 @@ class PhaseRun:
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _save(self, finished: bool = False) -> None:
-        """Writes everything that going on needs; behind the end of the phase that is little."""
+    def _save(self, drawn: dict[str, Any] | None = None, finished: bool = False) -> None:
+        """Writes everything that going on needs; behind the end of the phase that is little.
+
+        Args:
+            drawn: what `_drawn` gave before something that is to be done again.
+            finished: whether the phase is over.
+        """
         self.saved = time.monotonic()
         if finished:
             state = {**self._state_of_run(), "at": dataclasses.asdict(self.at.next_phase())}
             state["best"] = []
         else:
-            state = self._state(self._drawn())
+            state = self._state(drawn or self._drawn())
         self.processes.by_first(lambda: self.run.folder.save_state(state))
 
     def _state_of_run(self) -> dict[str, Any]:
@@ -429,6 +461,7 @@ class PhaseRun:
             "optimizer": optimizer_state(self.model, self.optimizer, self.sharded),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self.ema is None else model_state(self.ema.module, self.sharded),
+            "pace": self.pace,
             "draw": drawn["draw"],
             "random": self.processes.gathered(drawn["random"]),
         }
@@ -452,6 +485,7 @@ class PhaseRun:
             load_model_state(self.ema.module, state["ema"], self.sharded)
         if self.draw is not None:
             self.draw.load_state_dict(state["draw"])
+        self.pace = state.get("pace", self.pace)
         set_random_state(states[self.processes.rank], self.processes.device)
 
 

@@ -36,6 +36,7 @@ class Position:
         batch: micro-batches of the epoch that were read.
         step: optimiser steps of the phase.
         total: optimiser steps of all phases.
+        owed: whether the epoch's steps are made, and its evaluation is not.
     """
 
     phase: int = 0
@@ -43,6 +44,7 @@ class Position:
     batch: int = 0
     step: int = 0
     total: int = 0
+    owed: bool = False
 
     def next_phase(self) -> Position:
         """The beginning of the next phase."""
@@ -105,12 +107,23 @@ class Run:
             )
 
     def _refuse_other_data(self) -> None:
-        if self.state["data"] != self.data.fingerprint:
-            raise UserError(
-                f"resume: the data were {self.state['data']} and are {self.data.fingerprint}; a "
-                "run goes on with the same pictures only (--initial-checkpoint takes weights to "
-                "other data)"
-            )
+        was, now = self.state["data"], self.data.fingerprint
+        if was == now:
+            return
+        if isinstance(was, list) and was == [now["images"], now["classes"]]:
+            self.data.description += "\nthe run does not say which pictures it had, only how many"
+            return
+        names = {"digest": "names of files or classes"}
+        known = was if isinstance(was, dict) else dict(zip(now, was, strict=False))
+        changed = [
+            names.get(key, f"{key} {known.get(key)} then, {value} now")
+            for key, value in now.items()
+            if known.get(key) != value
+        ]
+        raise UserError(
+            f"resume: the data are others than those of the run ({', '.join(changed)}); a run goes "
+            "on with the same pictures only (--initial-checkpoint takes weights to other data)"
+        )
 
     def begin(self, model: nn.Module | None) -> Log | None:
         """Writes the recipe, and opens the log, on the first process.

@@ -34,15 +34,24 @@ def train(recipe: Recipe, **given: Any) -> dict[str, Any]:
 
     Raises:
         UserError: the recipe cannot be carried out here; nothing was trained.
-        Stopped: SIGINT or SIGTERM came; everything is saved.
+        Stopped: SIGINT or SIGTERM came; what was trained is saved. It comes at once while data and
+            model are made ready and, of one process, during an evaluation; else behind a step.
         NonFiniteStep: loss or gradient stopped being finite; the batch is saved for replay.
     """
     recipe = resumed(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    with started(recipe.device) as processes, Stop() as stop:
+    with Stop() as stop, started(recipe.device) as processes:
         folder = RunFolder(processes.from_first(folder_of(recipe)))
-        return _carry_out(Run(recipe, folder, processes, stop, **given))
+        with stop.at_once(_unchanged(folder)):
+            run = Run(recipe, folder, processes, stop, **given)
+        return _carry_out(run)
+
+
+def _unchanged(folder: RunFolder) -> str:
+    """What to say of a signal before a step."""
+    go_on = f"go on with: spot train --resume {folder.path}"
+    return f"stopped before a step was made; {go_on if folder.begun else 'nothing had begun'}"
 
 
 def _carry_out(run: Run) -> dict[str, Any]:
@@ -52,10 +61,11 @@ def _carry_out(run: Run) -> dict[str, Any]:
     try:
         while run.at.phase < len(run.phases):
             with ExitStack() as stack:
-                phase = PhaseRun(run, run.phases[run.at.phase], stack)
-                # Whatever may be wrong was, by now: only then is anything written.
-                if not begun:
-                    log, begun = run.begin(phase.model), True
+                with run.stop.at_once(_unchanged(run.folder)):
+                    phase = PhaseRun(run, run.phases[run.at.phase], stack)
+                    # Whatever may be wrong was, by now: only then is anything written.
+                    if not begun:
+                        log, begun = run.begin(phase.model), True
                 phase.go(log)
             run.at = run.at.next_phase()
             run.best, run.state = [], None
