@@ -25,7 +25,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status, 130 where Ctrl-C ended it."""
+    """Runs one subcommand; returns the exit status.
+
+    Returns:
+        What the command gives; 130 where Ctrl-C ended it; 2 where a file or folder that none of
+        its parts spoke of is not this user's to read or write.
+    """
     set_wait_policy()
     arguments = parser().parse_args(argv)
     try:
@@ -33,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spot: interrupted", file=sys.stderr)
         return 130
+    except PermissionError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"spot: {where}{error.strerror}; change its permissions", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

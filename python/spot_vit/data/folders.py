@@ -28,16 +28,19 @@ def split_folder(root: Path, split: str) -> Path | None:
     """The folder or tar file of a split in `root`, by its name or one of timm's synonyms.
 
     Raises:
-        UserError: `root` is not there.
+        UserError: `root` is not there, or may not be read.
     """
-    if not root.exists():
-        near = _near(root.name, [path.name for path in _entries(root.parent)])
-        raise UserError(f"{root}: there is no such folder of pictures{near}")
-    names = next((group for group in _SYNONYMS if split in group), ())
-    for name in (split, *names):
-        for path in (root / name, root / f"{name}.tar"):
-            if path.exists():
-                return path
+    try:
+        if not root.exists():
+            near = _near(root.name, [path.name for path in _entries(root.parent)])
+            raise UserError(f"{root}: there is no such folder of pictures{near}")
+        names = next((group for group in _SYNONYMS if split in group), ())
+        for name in (split, *names):
+            for path in (root / name, root / f"{name}.tar"):
+                if path.exists():
+                    return path
+    except PermissionError as error:
+        raise _unreadable(error) from error
     return None
 
 
@@ -58,7 +61,8 @@ def open_folder(
         endings: of the files that are pictures, separated by semicolons; by default `ENDINGS`.
 
     Raises:
-        UserError: there is nothing to read there, or no folder for each class.
+        UserError: there is nothing to read there, no folder for each class, or one that may not be
+            read.
     """
     mapping = None if class_map is None else _class_map(class_map, path)
     if path.is_file():
@@ -130,7 +134,11 @@ def _class_map(class_map: str | Mapping[str, int], path: Path) -> dict[str, int]
 def _scan(path: Path, endings: set[str]) -> tuple[list[str], list[str], list[str]]:
     """Names relative to `path`: files that are no pictures, pictures in no class, empty folders."""
     others, loose, empty = [], [], []
-    for folder, folders, files in os.walk(path, followlinks=True):
+
+    def refuse(error: OSError) -> None:  # a class must not be missing without a word
+        raise _unreadable(error) from error
+
+    for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
         inside = os.path.relpath(folder, path)
         relative = [os.path.normpath(os.path.join(inside, name)) for name in sorted(files)]
         pictures = [name for name in relative if os.path.splitext(name)[1].lower() in endings]
@@ -140,6 +148,12 @@ def _scan(path: Path, endings: set[str]) -> tuple[list[str], list[str], list[str
         elif not pictures and not folders and not inside.startswith("."):
             empty.append(inside)
     return others, loose, sorted(empty)
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename} cannot be read: {error.strerror}; change its permissions, or move it"
+    )
 
 
 def _notes(path: Path, others: list[str], loose: list[str], empty: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from spot_vit.export.opened import Exported, open_exported
 from spot_vit.models.convert import set_keep
 from spot_vit.runs.evaluated import load_evaluated, untrained
 from spot_vit.utils.errors import UserError
+from spot_vit.utils.folders import prepare
 
 
 def export_checkpoint(
@@ -40,6 +41,7 @@ def export_checkpoint(
         torch.set_num_threads(settings.threads)
     target = Path(settings.output or _name(settings))
     check_target(target, settings.format, settings.force)
+    prepare(target.parent)
     model = _model(settings)
     if settings.keep is not None or settings.attention_keep is not None:
         _set_budget(model, settings)
