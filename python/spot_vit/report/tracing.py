@@ -244,8 +244,8 @@ def _looked_at(attended: Attended) -> dict[str, Any]:
         seen = found.weights[:, :, front:] > 0
         named = seen[..., front:].float().sum(dim=-1).transpose(1, 2)
         held = (dense[:, :, front:] * seen).sum(dim=-1).transpose(1, 2)
-    return {"weights": found.weights.half(), "position": found.position, "front": front, "named": named,
-            "held": held}  # fmt: skip
+    return {"weights": found.weights.half(), "position": found.position, "front": front,
+            "named": named, "held": held}  # fmt: skip
 
 
 def _stage_of(stage: dict[str, Any], i: int) -> StageTrace:
