@@ -92,7 +92,8 @@ try_all(first)
     assert len(lines) == 2 * len(CALLS)
     for line in lines[: len(CALLS)]:
         assert "ImportError" in line and "another copy" in line
-        assert str(FOLDER / _library.OPS) in line and str(package) in line
+        # Torch notes where links lead to.
+        assert str((FOLDER / _library.OPS).resolve()) in line and str(package) in line
     assert all(line.endswith("works") for line in lines[len(CALLS) :])
 
 

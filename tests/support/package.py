@@ -12,7 +12,7 @@ import spot_ext
 from spot_ext import _library
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = Path(spot_ext.__file__).resolve().parent
+SOURCE = Path(spot_ext.__file__).absolute().parent  # a link stays one, as in FOLDER
 FOLDER = _library.loaded[0].parent  # of the compiled libraries
 LIBRARIES = sorted(path.name for path in FOLDER.glob("libspot_ops*.so"))
 
