@@ -88,3 +88,34 @@ def test_configurations_go_through_json():
     assert SparsifinerConfig.from_json("{}") == SparsifinerConfig()
     with pytest.raises(TypeError, match=r"SparsifinerConfig has no \['rate'\]"):
         SparsifinerConfig.from_dict({"rate": 1})
+
+
+def test_the_defaults_are_those_of_the_public_code() -> None:
+    assert SparsifinerConfig().to_dict() == {
+        "keep_rate": 0.25, "reduce_n": 6, "reduce_c": 2, "project": None,
+        "share_inout_proj": False, "scale": "heads", "coef_topk": 8, "coef_threshold": None,
+        "basis_threshold": 0.02, "mask": "topk", "mask_threshold": 1e-4,
+        "removed_as_zeros": False, "blocks": None, "backend": "auto",
+    }  # fmt: skip
+
+
+def test_projections_and_blocks() -> None:
+    assert SparsifinerConfig(reduce_c=2).projects and not SparsifinerConfig(reduce_c=1).projects
+    assert SparsifinerConfig(reduce_c=1, project=True).projects
+    assert not SparsifinerConfig(reduce_c=1, project=False).projects
+    with pytest.raises(ValueError, match="project=False needs reduce_c=1, got reduce_c=2"):
+        SparsifinerConfig(reduce_c=2, project=False)
+    assert SparsifinerConfig().sparse_blocks(3) == (0, 1, 2)
+    assert SparsifinerConfig(blocks=[0, 2]).sparse_blocks(3) == (0, 2)
+    for blocks, last in (([3], 3), ([0, 4], 4)):
+        with pytest.raises(ValueError, match=f"blocks names block {last}, the model has 3"):
+            SparsifinerConfig(blocks=blocks).sparse_blocks(3)
+    for name in ("reduce_n", "reduce_c", "coef_topk"):
+        assert getattr(SparsifinerConfig(**{name: 1}), name) == 1
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of 1 or more"):
+            SparsifinerConfig(**{name: 0})
+    for name in ("basis_threshold", "mask_threshold"):
+        assert getattr(SparsifinerConfig(**{name: 0.0}), name) == 0
+    assert SparsifinerConfig(coef_topk=None, coef_threshold=0.0).coef_threshold == 0
+    with pytest.raises(ValueError, match="coef_threshold takes the place of coef_topk"):
+        SparsifinerConfig(coef_threshold=0.0)

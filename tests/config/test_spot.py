@@ -167,3 +167,36 @@ def test_noise_has_a_default_for_each_decision_and_old_files_load() -> None:
     assert SpotConfig.from_dict(old) == SpotConfig(keep=0.6, tau=0.5)
     text = SpotConfig(noise=np.float32("0.3"), tau=np.float64(0.5)).to_json()
     assert SpotConfig.from_json(text) == SpotConfig(noise=0.3, tau=0.5)
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    assert SpotConfig().to_dict() == {
+        "method": "spot", "keep": 0.7, "at": None, "features": list(FEATURES), "history": "all",
+        "heads": "concat", "d_remap": None, "scaling": "log1p", "detach_stats": False,
+        "soft": None, "train_decision": "gumbel", "tau": 1.0, "noise": None,
+    }  # fmt: skip
+
+
+def test_what_follows_from_the_fields() -> None:
+    fuses = {(m, s): SpotConfig(method=m, soft=s).fuses for m in ("spot", "evit")
+             for s in (None, "none", "fuse")}  # fmt: skip
+    assert [*fuses.values()] == [False, False, True, True, False, True]
+    assert SpotConfig(keep=(0.5, 0.25)).ratios(2) == (Fraction(1, 2), Fraction(1, 4))
+    with pytest.raises(ValueError, match="keep names 2 stages, the model has 3"):
+        SpotConfig(keep=(0.5, 0.25)).ratios(3)
+    assert SpotConfig(keep=0.5).keep_ratios() == [] and SpotConfig(
+        keep=0.5, at=(1, 2)
+    ).keep_ratios() == [0.5, 0.25]
+    assert SpotConfig().noise_scale == NOISE["gumbel"] == 1.0
+    assert SpotConfig(train_decision="topk").noise_scale == NOISE["topk"] == 0.5
+    assert SpotConfig(noise=0.0).noise_scale == 0
+    assert SpotConfig(method="evit").cuts_inside and not SpotConfig().cuts_inside
+    assert [SpotConfig(method=m).learned for m in ("spot", "dynamicvit", "evit", "random")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert SpotConfig().uses_statistics and not SpotConfig(features=["embed"]).uses_statistics
+    assert SpotConfig(features=("moments", "embed")).evidence == ("embed", "moments")
+    assert SpotConfig(keep=1e-6).keep == 1e-6 and SpotConfig(tau=1e6, noise=1e6).tau == 1e6
+    for d_remap in (2, 2**14):
+        assert SpotConfig(d_remap=d_remap).d_remap == d_remap
+    assert SpotConfig(history=1).history == 1 and SpotConfig(at=[1, 2]).decision_blocks(3) == (1, 2)
