@@ -200,3 +200,7 @@ def test_what_follows_from_the_fields() -> None:
     for d_remap in (2, 2**14):
         assert SpotConfig(d_remap=d_remap).d_remap == d_remap
     assert SpotConfig(history=1).history == 1 and SpotConfig(at=[1, 2]).decision_blocks(3) == (1, 2)
+    assert SpotConfig(keep=(0.5, 0.5)).keep == (0.5, 0.5)  # a stage may remove nothing
+    for name in ("tau", "noise"):
+        with pytest.raises(ValueError, match=rf"{name} must be a number .*1e\+06.*1000000.5"):
+            SpotConfig(**{name: 1_000_000.5})

@@ -138,3 +138,20 @@ def test_what_cannot_work_is_refused() -> None:
             draw.load_state_dict({**draw.state_dict(), "random": place})
     with pytest.raises(ValueError, match="state of SampledKeep"):
         draw.load_state_dict({**draw.state_dict(), "random": 3})
+
+
+def test_defaults_and_edges() -> None:
+    draw = SampledKeep()
+    settings = {name: draw.state_dict()[name] for name in ("low", "high", "power")}
+    assert settings == {"low": 0.3, "high": 1.0, "power": 3.0}
+    assert draw.state_dict() == SampledKeep(seed=0).state_dict() != SampledKeep(seed=1).state_dict()
+    assert SampledKeep(1.0, 1.0).low == 1.0 and SampledKeep(1e-3, 1e-3).high == 1e-3
+    SampledKeep(seed=2**63), SampledKeep(seed=-5)
+    with pytest.raises(ValueError, match="seed must be"):
+        SampledKeep(seed=2**63 + 1)
+    model, found = make_model(keep=0.5), []
+    for _ in range(20):
+        with draw(model):
+            found.append(model.spot_config.keep)
+    assert all(keep == round(keep, 3) for keep in found)
+    assert any(keep != round(keep, 2) for keep in found)

@@ -153,3 +153,25 @@ def test_what_cannot_work_is_refused() -> None:
     for schedule in (KeepSchedule(1), NoiseSchedule(1)):
         with pytest.raises(TypeError, match="expected a SPOT model"), schedule(nn.Linear(2, 2)):
             pass
+
+
+def test_defaults_and_edges() -> None:
+    keep, noise = KeepSchedule(4), NoiseSchedule(4)
+    assert keep.state_dict() == {"steps_per_epoch": 4, "start": 10, "end": 100, "step": 0}
+    assert noise.state_dict() == {"steps": 4, "start": 1.0, "end": 0.0, "step": 0}
+    assert KeepSchedule(1, start=0, end=0).at(0) == 0
+    sudden = KeepSchedule(2, start=3, end=3)
+    assert [sudden.at(step) for step in (5, 6, 7)] == [1.0, 0.0, 0.0]
+    assert NoiseSchedule(1, start=1e6, end=1e6).at(0) == 1e6
+    for name in ("start", "end"):
+        with pytest.raises(ValueError, match=rf"{name} must be a number from 0 to 1e\+06"):
+            NoiseSchedule(1, **{name: 1_000_000.5})
+    falling = KeepSchedule(1, start=0, end=7)
+    for keeps in ((0.7, 0.3), 0.7):
+        model: Any = sparsify(build(), keep=keeps, at=[1, 2])
+        with KeepSchedule(1, start=0, end=7, step=1)(model):
+            first = model.spot_config.keep
+        expected = 0.7 + 0.3 * falling.at(1)
+        first = first[0] if isinstance(first, tuple) else first
+        assert first == round(first, 6) and abs(first - expected) <= 5.1e-7
+        assert first == round(expected, 6) != round(expected, 7)
