@@ -118,3 +118,64 @@ def test_the_share_of_noise_counts_what_better_tokens_had_to_make_room_for():
     assert noise_share(logp, torch.zeros(2, 5), None).item() == 0
     level = torch.zeros(2, 5, 2)  # ties are broken as `topk_mask` breaks them
     assert noise_share(level, topk_mask(level, None, 2, 1.0, 0.0), None).item() == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_topk_mask_is_the_order_and_its_gradient_that_of_a_moving_cut(noise: float, masked: bool):
+    """d mask_i / d odds_j = s'_i (1[i = j] - s'_j / Σ s'), s the sigmoid around the cut."""
+    torch.manual_seed(2)
+    keep, tau, n = 4, 0.7, 11
+    logp = torch.randn(3, n, 2, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    previous = mask_of(torch.rand(3, n).topk(8).indices, n, torch.float64) if masked else None
+    state = torch.get_rng_state()
+    mask = topk_mask(logp, previous, keep, tau, noise)
+    for count in (torch.tensor(keep), torch.tensor([[keep]])):
+        torch.set_rng_state(state)
+        assert torch.equal(topk_mask(logp, previous, count, tau, noise), mask)
+    torch.set_rng_state(state)
+    odds = logp.detach()[..., 0] - logp.detach()[..., 1]
+    if noise:
+        first, second = (-torch.empty_like(odds).exponential_().log() for _ in range(2))
+        odds = odds + noise * (first - second)
+    alive = torch.ones_like(odds) if previous is None else previous
+    ranked = odds.masked_fill(alive == 0, -torch.inf).sort(dim=1, descending=True)
+    assert torch.equal(mask.detach(), mask_of(ranked.indices[:, :keep], n, torch.float64))
+    cut = ranked.values[:, keep - 1 : keep + 1].mean(dim=1, keepdim=True)
+    s = torch.sigmoid((odds - cut) / tau)
+    slope = s * (1 - s) / tau * alive
+    weight = torch.randn(3, n, dtype=torch.float64)
+    (found,) = torch.autograd.grad((mask * weight).sum(), logp)
+    up = weight * slope
+    expected = up - slope * up.sum(1, keepdim=True) / slope.sum(1, keepdim=True)
+    torch.testing.assert_close(found[..., 0], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[..., 1], -expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_tie_is_no_reason_to_keep():
+    level = torch.zeros(2, 6, 2, dtype=torch.float64) - torch.tensor(2.0).log()
+    assert gumbel_mask(level, None, 1.0, 0.0).sum() == 0
+    half = torch.full((2, 6), 0.5, dtype=torch.float64)
+    for count in (2, torch.tensor(2)):  # the first of equals stay, in both ways of counting
+        mask = topk_mask(level, None, count, 1.0, 0.0)
+        assert mask.tolist() == [[1, 1, 0, 0, 0, 0]] * 2
+        kept = topk_mask(level, half, count, 1.0, 0.0)
+        assert kept.tolist() == [[0.5, 0.5, 0, 0, 0, 0]] * 2
+
+
+def test_by_default_noise_is_that_of_gumbel_softmax():
+    logp = torch.randn(3, 9, 2).log_softmax(-1)
+    for call in (lambda *noise: topk_mask(logp, None, 4, 1.0, *noise),
+                 lambda *noise: gumbel_mask(logp, None, 1.0, *noise)):  # fmt: skip
+        state = torch.get_rng_state()
+        mine = call()
+        torch.set_rng_state(state)
+        assert torch.equal(mine, call(1.0)) and not torch.equal(mine, call(0.0))
+
+
+def test_the_share_of_noise_is_of_differences_of_log_probabilities():
+    # These are 6, 1, -1.9 and 3.5.
+    logp = torch.tensor([[[-3.0, -9.0], [-1.0, -2.0], [-2.0, -0.1], [-0.5, -4.0]]])
+    assert noise_share(logp, torch.tensor([[1.0, 0, 0, 1]]), None).item() == 0
+    assert noise_share(logp, torch.tensor([[1.0, 1, 0, 0]]), None).item() == 0.5
+    assert noise_share(logp, torch.tensor([[0.0, 0, 1, 0]]), None).item() == 1
