@@ -3,8 +3,8 @@
     python tools/release/aarch64.py --folder ~/aarch64
     python tools/release/aarch64.py --folder ~/aarch64 tests/ops/compact -k gradients
 
-Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`, and CMake, Ninja and pybind11 in this Python.
-`--folder` is filled once (8 GB: Debian's CPython for AArch64, torch and what it needs) and used
+Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`, and CMake, Ninja and pybind11 in this
+Python. `--folder` is filled once (8 GB: Debian's CPython for AArch64, torch and what it needs) and used
 again. Then `tools/release/smoke.py` runs, and a sample of `tests/ops`: some tests of every op, or
 what is named, with pytest's own options. qemu is some 20 times slower than the machine.
 """
@@ -23,11 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
-DEBIAN = (
-    "python3.11-minimal libpython3.11-minimal libpython3.11-stdlib libc6 libstdc++6 libgcc-s1 "
-    "libgomp1 zlib1g libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libsqlite3-0 libuuid1 libcrypt1 "
-    "libncursesw6 libtinfo6 libreadline8 libnsl2 libtirpc3"
-).split()
+DEBIAN = [
+    "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "libc6", "libstdc++6",
+    "libgcc-s1", "libgomp1", "zlib1g", "libexpat1", "libssl3", "libffi8", "libbz2-1.0", "liblzma5",
+    "libsqlite3-0", "libuuid1", "libcrypt1", "libncursesw6", "libtinfo6", "libreadline8", "libnsl2",
+    "libtirpc3",
+]  # fmt: skip
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(17, 37)] + ["manylinux2014_aarch64"]
 SAMPLE = ["tests/ops", "-k", "by_hand or as_accurate or same_bits or gradients and one_patch"]
 
@@ -57,7 +58,7 @@ def sysroot(folder: Path) -> Path:
 
 
 def packages(folder: Path, torch: str) -> Path:
-    """torch and what the tests import, as wheels for AArch64 have them."""
+    """What the tests import, torch with it, as wheels for AArch64 have them."""
     site = folder / f"site-{torch}"
     if site.exists():
         return site
