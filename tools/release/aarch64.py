@@ -4,9 +4,9 @@
     python tools/release/aarch64.py --folder ~/aarch64 tests/ops/compact -k gradients
 
 Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`, and CMake, Ninja and pybind11 in this
-Python. `--folder` is filled once (8 GB: Debian's CPython for AArch64, torch and what it needs) and used
-again. Then `tools/release/smoke.py` runs, and a sample of `tests/ops`: some tests of every op, or
-what is named, with pytest's own options. qemu is some 20 times slower than the machine.
+Python. `--folder` is filled once (8 GB: Debian's CPython for AArch64, torch and what it needs) and
+used again. Then `tools/release/smoke.py` runs, and a sample of `tests/ops`: some tests of every op,
+or what is named, with pytest's own options. qemu is some 20 times slower than the machine.
 """
 
 from __future__ import annotations
