@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, DropPath, LayerScale, Mlp
 from timm.layers.activations import GELU, GELUTanh
 from timm.models.deit import VisionTransformerDistilled
@@ -24,7 +25,7 @@ from spot_vit.models.adapters.vit import (
     SpotVisionTransformerDistilled,
 )
 from spot_vit.models.fast_plan import BlockPlan
-from spot_vit.nn.attention import AttentionRequest, attend, cut_inside
+from spot_vit.nn.attention import AttentionRequest, cut_inside
 from spot_vit.nn.fast_relevance import FastTokenRelevance
 from spot_vit.nn.packed import PackedLinear, Product
 from spot_vit.nn.packed_patches import PackedPatches, makes_patches
@@ -98,8 +99,7 @@ class _Attention(nn.Module):
             q = self.qkv.fused(x_first, rows=(0, inner)).view(batch, queries, heads, width)
             both = self.qkv.fused(x, rows=(inner, 3 * inner))
             k, v = both.view(batch, tokens, 2, heads, width).unbind(2)
-            plain = AttentionRequest(0, False, PositionTables())
-            out = attend(self.q_norm(q), self.k_norm(k), v, plain, self.scale)
+            out = _attention_of_few(self.q_norm(q), self.k_norm(k), v, self.scale)
         if qkv is None or type(self.norm) is not nn.Identity:
             out = self.norm(out)
         if self.gate is None:
@@ -139,6 +139,17 @@ class FastSpotAttention(_Attention, SpotAttention):  # type: ignore[misc]
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """[B, N, H * D]: all queries see all keys, [B, N, H, D] each."""
     return spot_ext.attention_stats(q, k, v, scale=scale, need_stats=False)[0].flatten(2)
+
+
+def _attention_of_few(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[B, P, H * D]: the queries [B, P, H, D] see all keys [B, N, H, D]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype is torch.float32:
+        # On some CPUs the bits of one or two queries depend on the threads in torch's attention.
+        out = (q * scale @ k.transpose(-2, -1)).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).flatten(2)
 
 
 class _Block(nn.Module):
