@@ -5,8 +5,9 @@
 
 Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`, and CMake, Ninja and pybind11 in this
 Python. `--folder` is filled once (8 GB: Debian's CPython for AArch64, torch and what it needs) and
-used again. Then `tools/release/smoke.py` runs, and a sample of `tests/ops`: some tests of every op,
-or what is named, with pytest's own options. qemu is some 20 times slower than the machine.
+used again. Then `tools/release/smoke.py` runs, and some samples of every op beside its definition,
+values and gradients, or the tests that are named, with pytest's own options. qemu is some 20 times
+slower than the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import sysconfig
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from copies import ROOT, built, copied
+
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 DEBIAN = [
@@ -30,7 +32,10 @@ DEBIAN = [
     "libtirpc3",
 ]  # fmt: skip
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(17, 37)] + ["manylinux2014_aarch64"]
-SAMPLE = ["tests/ops", "-k", "by_hand or as_accurate or same_bits or gradients and one_patch"]
+SAMPLE = [
+    "tests/ops/generic/test_values.py", "-k",
+    "cpu and (shuffled or odd_sizes or residual or five_prefix or padded or moments or threshold)",
+]  # fmt: skip
 
 
 def sysroot(folder: Path) -> Path:
@@ -75,26 +80,16 @@ def packages(folder: Path, torch: str) -> Path:
 
 def build(folder: Path, site: Path) -> Path:
     """A copy of packages and tests in `folder`, with libraries for AArch64; where it is."""
-    import pybind11
-
-    copy = folder / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    skip = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("spot_ext", "python", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    subprocess.run(
-        ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DSPOT_WITH_CUDA=off",
-         "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-         f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DSPOT_TORCH_DIR={site / 'torch'}",
-         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
-         "-DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so"],
-        check=True, stdout=subprocess.DEVNULL,
+    shutil.rmtree(folder / "copy", ignore_errors=True)
+    copy = copied(folder)
+    built(
+        folder, copy,
+        "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={COMPILER}",
+        f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+        "-DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so",
+        torch=site / "torch",
     )  # fmt: skip
-    subprocess.run(["ninja", "-C", folder / "build"], check=True, stdout=subprocess.DEVNULL)
-    for library in (folder / "build").glob("*.so"):
-        shutil.copy(library, copy / "spot_ext")
     return copy
 
 

@@ -23,15 +23,14 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("pyproject.toml", "spot_ext", "python", "tests")
+from copies import built, copied
+
 RUNTIMES = {"address": ["libasan.so", "libstdc++.so.6"], "thread": ["libtsan.so"]}
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0:detect_odr_violation=0:"
@@ -46,32 +45,13 @@ REPORT = re.compile(r"(ERROR: AddressSanitizer|WARNING: ThreadSanitizer|\S*: run
 
 def build(kind: str, folder: Path) -> Path:
     """A copy of package and tests in `folder`, with instrumented libraries; where it is."""
-    import pybind11
-    import torch
-
-    copy = folder / "copy"
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            skip = shutil.ignore_patterns("*.so", "__pycache__")
-            shutil.copytree(source, copy / name, ignore=skip)
-        else:
-            copy.mkdir(exist_ok=True)
-            shutil.copy(source, copy / name)
+    copy = copied(folder)
     if kind == "thread":
         conftest = copy / "tests" / "conftest.py"
         text = conftest.read_text()
         assert "\nTHREADS = 2\n" in text, "where the tests say how many threads torch uses"
         conftest.write_text(text.replace("\nTHREADS = 2\n", "\nTHREADS = 1\n"))
-    subprocess.run(
-        ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DSPOT_WITH_CUDA=off",
-         f"-DSPOT_SANITIZE={kind}", f"-DSPOT_TORCH_DIR={Path(torch.__file__).parent}",
-         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    subprocess.run(["ninja", "-C", folder / "build"], check=True, stdout=subprocess.DEVNULL)
-    for library in (folder / "build").glob("*.so"):
-        shutil.copy(library, copy / "spot_ext")
+    built(folder, copy, f"-DSPOT_SANITIZE={kind}")
     return copy
 
 
