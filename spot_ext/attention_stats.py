@@ -153,6 +153,8 @@ def map_statistics(p: Tensor, kept: Tensor, num_prefix: int, class_token: bool) 
     hidden = ~(kept[:, :, :, None] & kept[:, :, None, :])
     patch = p[:, :, num_prefix:, num_prefix:].masked_fill(hidden, 0)
     row_mean, col_mean = patch.sum(-1) / n, patch.sum(-2) / n
+    # A row without a softmax is NaN, even where it has no patch in it.
+    row_mean = row_mean + 0 * p[:, :, num_prefix:, :num_prefix].sum(-1)
     row_square = (patch - row_mean[..., :, None]).masked_fill(hidden, 0) ** 2
     col_square = (patch - col_mean[..., None, :]).masked_fill(hidden, 0) ** 2
     row_var, col_var = row_square.sum(-1) / n, col_square.sum(-2) / n

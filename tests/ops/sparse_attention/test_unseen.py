@@ -9,7 +9,7 @@ import torch
 from ops.attention.drawn import SPARSE, case_of
 from support.attention import with_leaves
 from support.comparison import assert_close, assert_same_bits
-from support.data import FLOATING
+from support.data import FLOATING, random
 from support.gradients import cotangents
 
 from spot_ext import sparse_attention, sparse_attention_reference
@@ -110,3 +110,14 @@ def test_a_row_without_a_softmax_is_nan(
     more = sparse_attention_reference(**values, need_stats=True)
     for mine, theirs in zip((out, stats), more, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
+
+
+def test_statistics_of_a_row_without_a_softmax_that_names_no_patch(device: torch.device) -> None:
+    q, k, v = (random(name, (1, 4, 1, 8), torch.float32).to(device) for name in "qkv")
+    q[0, 2] = math.nan
+    index = torch.tensor([[[[0, 1, 2], [0, -1, -1], [2, 3, -1]]]], dtype=torch.int32, device=device)
+    for attention in (sparse_attention, sparse_attention_reference):
+        stats = attention(q, k, v, index, need_stats=True)[1]
+        nan = stats[0, :, 0].isnan()
+        assert nan[2].tolist() == [False, True, True, True, False, False], attention.__name__
+        assert nan[[0, 1, 3]].sum() == 0, attention.__name__
