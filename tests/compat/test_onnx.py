@@ -11,6 +11,7 @@ import torch
 from spot_vit.models.loop import SpotLoop
 from support.models import build, images
 from support.ranks import LEARNED
+from support.slow import most_slow
 from torch import Tensor, nn
 
 import spot_ext
@@ -44,7 +45,7 @@ def small(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("kind", most_slow(sorted(LEARNED, key="both".__ne__)))
 @torch.no_grad()
 def test_onnx_runtime_gives_what_the_model_gives(kind: str, tmp_path: Path):
     """For any number of images: the same tokens, and logits to 1e-4."""

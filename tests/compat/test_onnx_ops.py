@@ -11,6 +11,7 @@ from ops.cases import OPS, each_sample
 from ops.cases.base import Op, Sample
 from support.arguments import refilled, tensors
 from support.comparison import assert_close
+from support.slow import most_slow
 from torch import Tensor
 
 import spot_ext
@@ -33,12 +34,13 @@ class _Call(torch.nn.Module):
 
 
 def _few() -> list[Any]:
-    """The first three samples of each function that have results."""
+    """The first three samples of each function that have results, two of them with `-m slow`."""
     found = [p for p in each_sample(traced=True) if p.values[0].public]
     chosen = []
     for op in OPS.values():
         mine = [p for p in found if p.values[0] is op]
-        chosen += [p for p in mine if all(out.numel() for out in _outputs(*p.values))][:3]
+        some = [p for p in mine if all(out.numel() for out in _outputs(*p.values))][:3]
+        chosen += most_slow(some)
     return chosen
 
 

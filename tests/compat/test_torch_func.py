@@ -13,6 +13,7 @@ from support.arguments import tensors, with_grad
 from support.chosen import ops_held, ops_run
 from support.comparison import assert_close
 from support.gradients import cotangents
+from support.slow import most_slow
 from torch import Tensor
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.autograd import forward_ad
@@ -61,14 +62,19 @@ def _autograd(loss: Call, x: Tensor) -> Tensor:
 
 
 def _each(kind: str) -> Any:
-    """(op, call, place): public functions, raw ops, or both, at each argument with a gradient."""
-    found = []
+    """(op, call, place): public functions, raw ops, or both, at each argument with a gradient.
+
+    Of `first`, which is the public functions, all but an op's first argument with `-m slow`.
+    """
+    found: list[Any] = []
     for op in OPS.values():
+        mine: list[Any] = []
         for place in _places(op, _sample(op).args("cpu", torch.float64)):
             if op.public is not None:
-                found.append(pytest.param(op, op.public, place, id=f"{op.name}-{place}"))
+                mine.append(pytest.param(op, op.public, place, id=f"{op.name}-{place}"))
             if kind == "both":
-                found.append(pytest.param(op, op.call, place, id=f"raw-{op.name}-{place}"))
+                mine.append(pytest.param(op, op.call, place, id=f"raw-{op.name}-{place}"))
+        found += most_slow(mine) if kind == "first" else mine
     return pytest.mark.parametrize(("op", "call", "place"), found)
 
 
@@ -245,7 +251,7 @@ def test_second_derivatives(op: Op, call: Call, place: int, device: torch.device
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@_each("public")
+@_each("first")
 def test_compiled_transforms(op: Op, call: Call, place: int) -> None:
     args = _sample(op).args("cpu", torch.float64)
     loss, x = _loss(_of(call, args, place)), args[place]

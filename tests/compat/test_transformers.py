@@ -13,6 +13,7 @@ import spot_vit
 import torch
 from spot_vit.models.loop import SpotOutput
 from support import foreign
+from support.slow import most_slow
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -105,7 +106,7 @@ def test_training_reaches_every_parameter(name: str):
     foreign.check_gradients(model, images(batch=8), tuple(unused))
 
 
-@pytest.mark.parametrize("name", ["ViT", "SigLIP, classes", "DINOv3"])
+@pytest.mark.parametrize("name", most_slow(["ViT", "SigLIP, classes", "DINOv3"]))
 def test_object_life(name: str, tmp_path: Path):
     foreign.check_object_life(build(name), images(), read, tmp_path)
 
@@ -120,7 +121,7 @@ def test_distillation(name: str):
     foreign.check_distillation(build(name), images())
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", most_slow(ONE_EACH))
 def test_compiled(name: str):
     foreign.check_compiled(build(name), images(), read)
 

@@ -15,14 +15,17 @@ from spot_vit.export.standalone import KEY
 from spot_vit.utils.errors import UserError
 from support.exported import DECIDING, KINDS, needs, python, small, written
 from support.models import images
+from support.slow import most_slow
 
-SETTINGS = [("onnx", kind) for kind in KINDS]
-SETTINGS += [("openvino", kind) for kind in KINDS]
-SETTINGS += [("torch", kind) for kind in KINDS]
+SETTINGS = [(format, "both") for format in ("onnx", "openvino", "torch")]
+SETTINGS += [("onnx", "dynamicvit"), ("torch", "spot")]
+OFTEN = len(SETTINGS)
 SETTINGS += [("aoti", "spot")]
+for format in ("onnx", "openvino", "torch"):
+    SETTINGS += [(format, kind) for kind in KINDS if (format, kind) not in SETTINGS]
 
 
-@pytest.mark.parametrize(("format", "kind"), SETTINGS)
+@pytest.mark.parametrize(("format", "kind"), most_slow(SETTINGS, OFTEN))
 @torch.no_grad()
 def test_a_file_gives_what_its_model_gives(format: str, kind: str, tmp_path: Path) -> None:
     """For any number of images: the same patches, and logits to 1e-4."""

@@ -10,6 +10,7 @@ import spot_vit
 import timm
 import torch
 from support.models import build, images
+from support.slow import most_slow
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -29,7 +30,7 @@ def make(which: str, **config: Any) -> Any:
     return spot_vit.sparsify(model, **{"keep": 0.6, "at": [1, 2], **config})
 
 
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("which", most_slow(MODELS))
 def test_inference_compiles_in_one_graph(which: str):
     model = make(which)
     x = images(model)
@@ -39,7 +40,7 @@ def test_inference_compiles_in_one_graph(which: str):
 
 
 @pytest.mark.parametrize("decision", ["gumbel", "topk"])
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("which", most_slow(MODELS))
 def test_training_compiles_in_one_graph(which: str, decision: str):
     model = make(which, train_decision=decision).train()
     backend = CompileCounterWithBackend("aot_eager")
@@ -51,7 +52,7 @@ def test_training_compiles_in_one_graph(which: str, decision: str):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("which", most_slow(MODELS))
 @torch.no_grad()
 def test_three_budgets_compile_three_times(which: str):
     model = make(which)
@@ -69,7 +70,7 @@ BUDGETS = [0.3, 0.35, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0]  # torch g
 
 @pytest.mark.parametrize(
     ("which", "method"),
-    [("class token", "spot"), ("class token", "evit"), ("LV-ViT", "dynamicvit")],
+    most_slow([("class token", "spot"), ("class token", "evit"), ("LV-ViT", "dynamicvit")]),
 )
 @torch.no_grad()
 def test_any_number_of_budgets_compiles_a_few_graphs(which: str, method: str):

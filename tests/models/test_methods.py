@@ -11,6 +11,7 @@ import timm
 import torch
 from spot_vit.config.methods import METHODS
 from support.models import VARIANTS, build, images
+from support.slow import most_slow
 from torch import Tensor, nn
 
 LEARNED = ("spot", "dynamicvit")
@@ -218,7 +219,7 @@ def test_dynamicvit_has_dynamicvits_predictor():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("variant", ["class token", "EVA-02"])
+@pytest.mark.parametrize("variant", most_slow(["class token", "EVA-02"]))
 def test_methods_compile_and_checkpoint(variant: str, method: str):
     torch._dynamo.reset()
     model = spot_vit.sparsify(build(variant), method=method, keep=0.6, at=[1, 2], soft="fuse")

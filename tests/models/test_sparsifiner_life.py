@@ -13,6 +13,7 @@ import torch
 from spot_vit.models.recording import record_operands
 from spot_vit.models.sparsifiner import dense_attention, predictors
 from support.models import VARIANTS, build, images
+from support.slow import most_slow
 from support.sparsifiner import (
     BIASED,
     EVERY,
@@ -219,7 +220,7 @@ def test_predictors_train_at_their_own_rate():
 
 
 @pytest.mark.parametrize("backend", ["auto", "dense"])
-@pytest.mark.parametrize("variant", ["class token", "EVA-02", "LV-ViT"])
+@pytest.mark.parametrize("variant", most_slow(["class token", "EVA-02", "LV-ViT"]))
 @torch.no_grad()
 def test_inference_compiles_in_one_graph(variant: str, backend: str):
     torch._dynamo.reset()
@@ -238,7 +239,7 @@ def test_inference_compiles_in_one_graph(variant: str, backend: str):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["class token", "EVA-02", "LV-ViT"])
+@pytest.mark.parametrize("variant", most_slow(["class token", "EVA-02", "LV-ViT"]))
 def test_training_compiles_in_one_graph(variant: str):
     torch._dynamo.reset()
     model = sparse(variant, dtype=torch.float32)

@@ -88,6 +88,7 @@ def test_two_processes_equal_one(
             assert torch.allclose(value, states[1][key], atol=100 * tolerance), (way, key)
 
 
+@pytest.mark.slow
 def test_two_processes_compiled_equal_one(tmp_path: Path) -> None:
     ways = ["ddp compiled", "fsdp compiled"]
     together(worker, str(tmp_path), ways, 3, "float32")

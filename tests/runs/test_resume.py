@@ -26,6 +26,7 @@ from spot_vit.runs.train import train
 from spot_vit.training.step import NonFiniteStep, TrainStep
 from spot_vit.utils.errors import UserError
 from support.runs import command, folder_of_pictures, records, small_recipe, trace
+from support.slow import most_slow
 
 EVERYTHING: dict[str, Any] = {
     "sampled_keep": (0.4, 1.0),
@@ -60,8 +61,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(TrainStep, "__call__", counted)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["everything", "attention"])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    most_slow([("everything", 2), ("everything", 0), ("attention", 0), ("attention", 2)]),
+)
 def test_crashes_change_nothing(
     kind: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

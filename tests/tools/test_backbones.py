@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.slow import most_slow
 
 from tools.docs.backbones import (
     LARGEST,
@@ -69,7 +70,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", most_slow(SMALL, 12))
 def test_architecture(name: str):
     assert numbers(name) <= TOLERANCE
 

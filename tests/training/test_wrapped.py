@@ -20,6 +20,7 @@ from spot_vit.training.sparsifiner import (
 )
 from spot_vit.utils.modes import unwrap
 from support.models import build
+from support.slow import most_slow
 from support.wrapped import WRAPPERS, wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +162,7 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["rests", "off", "on", "loop"])
+@pytest.mark.parametrize("how", most_slow(["rests", "off", "on", "loop"]))
 def test_two_processes_finetune_as_one_does_with_nothing_unused(how: str, tmp_path: Path) -> None:
     """Predictors off or on before the wrapping; DDP averages theirs, or finetune does."""
     mine, theirs = run_ranks(FINETUNED, tmp_path, how)

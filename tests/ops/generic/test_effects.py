@@ -47,6 +47,7 @@ def test_results_are_leaves_of_nothing_under_no_grad(op: Op, device: torch.devic
             assert_same_bits(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_many_calls_do_not_grow_the_process(op: Op) -> None:
     good = with_grad(op.samples[0].args("cpu", torch.float32), op.grads)

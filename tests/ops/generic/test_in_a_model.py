@@ -11,6 +11,7 @@ from ops.cases import OPS
 from support.arguments import refilled, tensors
 from support.comparison import assert_close
 from support.data import generator
+from support.slow import most_slow
 from torch import Tensor
 
 
@@ -62,12 +63,15 @@ def _losses(model: Any, device: Any, steps: int) -> list[float]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("dynamic", "backend", "steps"),
-    [
-        (False, "aot_eager", 2),
-        (True, "aot_eager", 4),
-        (None, "aot_eager", 4),
-        (True, "inductor", 4),
-    ],
+    most_slow(
+        [
+            (None, "aot_eager", 4),
+            (True, "aot_eager", 4),
+            (False, "aot_eager", 2),
+            (True, "inductor", 4),
+        ],
+        2,
+    ),
 )
 def test_a_model_trains_compiled_as_in_eager(
     dynamic: bool | None, backend: str, steps: int, device: torch.device

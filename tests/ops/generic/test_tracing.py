@@ -12,6 +12,7 @@ from ops.generic.calls import large, outcome
 from support.arguments import refilled, tensors, with_grad
 from support.comparison import assert_close
 from support.data import FLOATING
+from support.slow import most_slow
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -58,7 +59,7 @@ def _compiled_outcomes(
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", most_slow([True, False]), ids=["dynamic", "static"])
 @pytest.mark.parametrize(("op", "sample"), each_sample(traced=True))
 def test_compile(op: Op, sample: Sample, dynamic: bool, device: torch.device) -> None:
     args = sample.args(device, torch.float64)
