@@ -4,7 +4,7 @@
     python tools/release/aarch64.py --folder ~/aarch64 tests/ops/compact -k gradients
 
 Needs Debian's `g++-aarch64-linux-gnu` and `qemu-user`, and CMake, Ninja and pybind11 in this
-Python. `--folder` is filled once (8 GB: Debian's CPython for AArch64, torch and what it needs) and
+Python. `--folder` is filled once (5 GB: Debian's CPython for AArch64, torch and what it needs) and
 used again. Then `tools/release/smoke.py` runs, and some samples of every op beside its definition,
 values and gradients, or the tests that are named, with pytest's own options.
 """
