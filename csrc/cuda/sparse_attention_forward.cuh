@@ -47,7 +47,8 @@ __device__ inline void row_statistics(const SparseForwardArgs<T>& a, Slice slice
     sum += p;
     present += A(1);
   }
-  const A mean = warp_sum(sum) * inverse;
+  // A row without a softmax is NaN, even where it names no patch.
+  const A mean = (warp_sum(sum) + A(0) * inverse_sum) * inverse;
   cls_in = warp_sum(cls_in);
   present = warp_sum(present);
   A square = A(0);
