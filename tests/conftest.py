@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 # A cache of compiled graphs that outlives the run would hide a change of a fake or a formula.
 _CACHE = None
@@ -19,6 +21,7 @@ from support.night import nightly  # noqa: E402
 
 NO_GPU = "no GPU"
 THREADS = 2
+_WITHOUT_GPU = pytest.StashKey[int]()  # tests that were left out
 
 hypothesis.settings.register_profile(
     "spot",
@@ -57,20 +60,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Emulated, only tests of both devices mean something, and large sizes take too long."""
+    """Emulated, only tests of both devices mean something, and large sizes take too long.
+
+    Thousands of tests that need a GPU are not even set up where there is none.
+    """
     if config.getoption("--op"):
-        wanted = [item for item in items if _is_of(item, config.getoption("--op"))]
-        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
-        items[:] = wanted
-    if not config.getoption("--emulate-cuda"):
-        return
-    chosen, others = [], []
-    for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        large = any(isinstance(x, int) and x > 300 for x in params.values())
-        (chosen if params.get("device") == "cpu" and not large else others).append(item)
-    config.hook.pytest_deselected(items=others)
+        _choose(config, items, lambda item: _is_of(item, config.getoption("--op")))
+    if config.getoption("--emulate-cuda"):
+        _choose(config, items, _can_be_emulated)
+    elif not torch.cuda.is_available():
+        before = len(items)
+        _choose(config, items, lambda item: item.get_closest_marker("cuda") is None)
+        config.stash[_WITHOUT_GPU] = before - len(items)
+
+
+def _choose(
+    config: pytest.Config, items: list[pytest.Item], wanted: Callable[[pytest.Item], bool]
+) -> None:
+    chosen = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = chosen
+
+
+def _can_be_emulated(item: pytest.Item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    large = any(isinstance(x, int) and x > 300 for x in params.values())
+    return params.get("device") == "cpu" and not large
 
 
 def _is_of(item: pytest.Item, op: str) -> bool:
@@ -110,9 +125,18 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of xdist; every worker collects everything
+        session.config.workeroutput["without GPU"] = session.config.stash.get(_WITHOUT_GPU, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash[_WITHOUT_GPU] = getattr(node, "workeroutput", {}).get("without GPU", 0)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    count = sum(NO_GPU in str(report.longrepr) for report in skipped)
+    count = terminalreporter.config.stash.get(_WITHOUT_GPU, 0)
     if count:
         terminalreporter.write_line(
             f"{count} CUDA tests did not run: {NO_GPU} here. The CUDA kernels are untested."

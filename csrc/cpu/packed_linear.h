@@ -61,8 +61,9 @@ SPOT_NOINLINE void linear_tile(const LinearTile<A>& t) {
   for (int64_t c = 0; c < kPanel; c += kLinearVecs * kL) {
     Vec<A> sum[kM][kLinearVecs] = {};
     // Three bases: few registers then reach every row, as an address may scale one.
-    const A *a0 = t.left, *a5 = a0 + 5 * left_row, *a10 = a5 + 5 * left_row, *b = t.right + c;
-    for (int64_t d = 0; d < t.depth; ++d, ++a0, ++a5, ++a10, b += kPanel) {
+    const A* base[3] = {t.left, t.left + 5 * left_row, t.left + 10 * left_row};
+    const A* b = t.right + c;
+    for (int64_t d = 0; d < t.depth; ++d, ++base[0], ++base[1], ++base[2], b += kPanel) {
       // With few rows the loop waits for memory as it is.
       if constexpr (kM > 3) __builtin_prefetch(ahead, 0, 2);
       ahead += t.ahead_step;
@@ -71,7 +72,7 @@ SPOT_NOINLINE void linear_tile(const LinearTile<A>& t) {
       for (int j = 0; j < kLinearVecs; ++j) right[j] = vec_load(b + j * kL);
 #pragma GCC unroll 16
       for (int i = 0; i < kM; ++i) {
-        const Vec<A> x = splat((i < 5 ? a0 : i < 10 ? a5 : a10)[i % 5 * left_row]);
+        const Vec<A> x = splat(base[i / 5][i % 5 * left_row]);
 #pragma GCC unroll 2
         for (int j = 0; j < kLinearVecs; ++j) sum[i][j] += x * right[j];
       }

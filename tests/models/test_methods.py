@@ -218,7 +218,7 @@ def test_dynamicvit_has_dynamicvits_predictor():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", most_slow(METHODS, 3))
 @pytest.mark.parametrize("variant", most_slow(["class token", "EVA-02"]))
 def test_methods_compile_and_checkpoint(variant: str, method: str):
     torch._dynamo.reset()

@@ -219,7 +219,7 @@ def test_predictors_train_at_their_own_rate():
     assert own <= predictor and not own & backbone
 
 
-@pytest.mark.parametrize("backend", ["auto", "dense"])
+@pytest.mark.parametrize("backend", most_slow(["auto", "dense"]))
 @pytest.mark.parametrize("variant", most_slow(["class token", "EVA-02", "LV-ViT"]))
 @torch.no_grad()
 def test_inference_compiles_in_one_graph(variant: str, backend: str):
@@ -267,6 +267,7 @@ def test_export_with_a_dynamic_batch(variant: str, spot: bool):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_image_sizes_compile():
     torch._dynamo.reset()

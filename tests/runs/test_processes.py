@@ -55,11 +55,12 @@ def _recipe(output: Path, way: str, steps: int, **changes: Any) -> Any:
     ("ways", "steps", "dtype", "tolerance"),
     [
         (["dense"], 50, "float32", 1e-5),
-        (["ddp", "fsdp"], 50, "float64", 1e-9),
+        (["ddp", "fsdp"], 8, "float64", 1e-9),
+        pytest.param(["ddp", "fsdp"], 50, "float64", 1e-9, marks=pytest.mark.slow),
         (["static graph", "accumulation", "sampled"], 8, "float64", 1e-9),
         (["connectivity", "attention"], 8, "float64", 1e-5),  # reconstruction is in float32
     ],
-    ids=["dense", "fifty steps", "other ways", "attention"],
+    ids=["dense", "wrapped", "fifty steps", "other ways", "attention"],
 )
 def test_two_processes_equal_one(
     ways: list[str], steps: int, dtype: str, tolerance: float, tmp_path: Path

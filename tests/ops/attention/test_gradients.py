@@ -22,6 +22,7 @@ from support.arguments import to_dtype
 from support.attention import NAMES, with_leaves
 from support.comparison import assert_close, assert_same_bits
 from support.data import FLOATING, random
+from support.slow import most_slow
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -74,7 +75,7 @@ def test_enough_shapes_are_checked() -> None:
     assert all(len(edges) >= 12 for edges in _EDGES.values())
 
 
-@pytest.mark.parametrize("need_stats", [True, False])
+@pytest.mark.parametrize("need_stats", most_slow([True, False]))
 @pytest.mark.parametrize(
     ("attention", "case"), [_edge(a, case) for a, edges in _EDGES.items() for case in edges]
 )

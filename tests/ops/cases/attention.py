@@ -106,6 +106,15 @@ def log_sum_exp(
     return logits.masked_fill(~named, -math.inf).logsumexp(-1).transpose(1, 2)
 
 
+def largest_logit(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """Of the terms of a logit the largest sum: logits are as accurate as that."""
+    if not q.numel():
+        return 0.0
+    factor = q.shape[3] ** -0.5 if scale is None else abs(scale)
+    sizes = [x.double().nan_to_num(0.0, 0.0, 0.0).abs() for x in (q, k)]
+    return factor * torch.einsum("bihd,bjhd->bhij", *sizes).max().item()
+
+
 def leaves_of(*values: Tensor | None) -> list[Any]:
     return [x if x is None else x.detach().clone().requires_grad_() for x in values]
 

@@ -253,6 +253,13 @@ def _fuse_backward_reference(
         return torch.autograd.grad(out, leaves, grad)
 
 
+def _fuse_backward_terms(grad: Tensor, tokens: Tensor, *args: Any) -> float:
+    """Of the gradient of a weight: products of gradient and token, less those of the others."""
+    if not tokens.numel():
+        return 0.0
+    return (grad.double().abs()[:, None] * tokens.double().abs()).sum(-1).max().item()
+
+
 # -- error inputs
 
 
@@ -553,5 +560,5 @@ OPS = (
     Op("fuse_tokens_backward", _fuse_backward_reference, _fuse_samples(_fuse_backward_args),
        _fuse_backward_errors(), _fuse_backward_flops, exact=False,
        once_only="differentiable once", gpu=_fuse_samples(_fuse_backward_args, _GPU_ROWS),
-       drawn=_drawn_fuse(_fuse_backward_args)),
+       drawn=_drawn_fuse(_fuse_backward_args), terms=_fuse_backward_terms),
 )  # fmt: skip

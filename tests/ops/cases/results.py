@@ -17,12 +17,14 @@ def assert_results(
     plain: Sequence[Tensor],
     exact: Sequence[Tensor],
     cancel: bool = False,
+    terms: float = 0.0,
 ) -> None:
     """Bits where the op only moves them; otherwise by the error rule, each statistic by itself.
 
     `plain` is the reference's at the dtype of `actual`, `exact` in float64. `cancel` says that
     results are gradients: terms may cancel that are summed in another order, and those in a wide
-    dtype lose what their 16-bit terms do.
+    dtype lose what their 16-bit terms do. `terms` is how large those are, if more than the results;
+    of attention, how large logits are: probabilities are as accurate as those, relatively.
     """
     rounding = 0.0
     if not op.exact:
@@ -37,16 +39,18 @@ def assert_results(
                 # Squares are summed around 1/n: that of a far-off mean bounds the error.
                 means = truth[..., column - 1].nan_to_num(0.0).abs()
                 mean = means.max().item() if column in (3, 5) else 0.0
+                most = truth[..., column].nan_to_num(0.0).abs().max().item()
                 assert_accurate(
                     mine[..., column],
                     theirs[..., column],
                     truth[..., column],
                     what=f"statistic {column}",
-                    scale=mean**2,
+                    scale=max(mean**2, most * (1 + terms / 6)),
                 )
         else:
             finite = truth[truth.isfinite()]
             size = 1 + finite.abs().max().item() if cancel and finite.numel() else 0.0
+            size = max(size, terms)
             assert_accurate(
                 mine, theirs, truth, BACKWARD if cancel else FORWARD, f"output {number}",
                 scale=size, rounding=rounding,

@@ -57,6 +57,8 @@ def as_the_schema_reads(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         kind = kinds.get(str(argument.type).removeprefix("Optional[").rstrip("]"))
         if kind is not None and value is not None:
             full[place] = kind(value)
+        elif str(argument.type) == "bool":  # torch takes None for no
+            full[place] = False
     return tuple(full)
 
 
@@ -74,7 +76,9 @@ def _expected(
     same = dtype
     if dtype in _UNKNOWN_TO_INDEX_PUT:  # bits are moved, whatever they mean
         same = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-        args = tree_map_only(Tensor, lambda x: x.view(same) if x.dtype == dtype else x, args)
+        args = tree_map_only(
+            Tensor, lambda x: x.resolve_neg().view(same) if x.dtype == dtype else x, args
+        )
     plain = tensors(op.reference(*args))
     plain = [x.view(dtype) if x.dtype == same else x for x in plain]
     return plain, plain
@@ -123,7 +127,8 @@ def test_legal_calls_equal_the_definition(op: Op) -> None:
         for mine, theirs in zip(again, actual, strict=False):
             assert_same_bits(mine, theirs, "public function")
         _leave_out_what_is_open(call, actual, plain, exact)
-        assert_results(op, call.dtype, actual, plain, exact, cancel=True)
+        terms = op.terms(*call.args) if op.terms else 0.0
+        assert_results(op, call.dtype, actual, plain, exact, cancel=True, terms=terms)
         if call.grads:
             _assert_gradients(op, call)
 
@@ -172,7 +177,7 @@ def test_broken_calls_are_refused_or_equal_the_definition(op: Op) -> None:
             try:
                 plain, exact = (x[: len(actual)] for x in _expected(op, full, dtype))
             except IndexError:  # of positions that lead to no token the definition reads too
-                assert op.name == "token_evidence"
+                assert op.name == "token_evidence" or not any(x.numel() for x in actual)
                 return
         assert_results(op, dtype, actual, plain, exact, cancel=True)
 
@@ -200,7 +205,10 @@ from ops.cases import OPS
 from support.arguments import tensors
 
 op = OPS[sys.argv[1]]
+unread = {("sparse_attention_backward", 8)}  # statistics, without a gradient of them
 for place in range(len(op.samples[0].args("cpu", torch.float32))):
+    if (op.name, place) in unread:
+        continue
     args = op.samples[0].args("cpu", torch.float32)
     for value in tensors(args[place : place + 1]):
         value.untyped_storage().resize_(0)

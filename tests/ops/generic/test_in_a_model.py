@@ -123,6 +123,7 @@ class Everything(torch.nn.Module):
         return tuple(out.clone() for out in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_aot_inductor_runs_every_op(device: torch.device, tmp_path: Path) -> None:
     names = {"attention_stats": "masked with bias", "select_tokens": "(2, 9, 4)"}

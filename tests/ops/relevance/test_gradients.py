@@ -10,6 +10,7 @@ from ops.cases import OPS
 from ops.cases.relevance import relevance_reference
 from ops.relevance.drawn import NAMES, build, leaves
 from support.comparison import assert_close, assert_same_bits
+from support.slow import most_slow
 from torch import Tensor
 
 from spot_ext import token_relevance
@@ -42,7 +43,7 @@ _SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("shape", most_slow(_SHAPES, 12), ids=str)
 def test_gradcheck(shape: dict[str, Any], device: torch.device) -> None:
     values = build(device=device, **shape)
     given = leaves(values)
