@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -68,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _choose(config, items, lambda item: _is_of(item, config.getoption("--op")))
     if config.getoption("--emulate-cuda"):
         _choose(config, items, _can_be_emulated)
-    elif not torch.cuda.is_available():
+    elif not torch.cuda.is_available() and not config.option.collectonly:
         before = len(items)
         _choose(config, items, lambda item: item.get_closest_marker("cuda") is None)
         config.stash[_WITHOUT_GPU] = before - len(items)
@@ -123,6 +124,12 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def pytest_collection_finish() -> None:
+    """Tens of thousands of tests stay: the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

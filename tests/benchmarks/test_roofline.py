@@ -40,6 +40,7 @@ def test_parts_have_all_products_of_the_model(keep: float) -> None:
     assert roofline.FastTokenRelevance.forward.__name__ == "forward"  # what was wrapped is not now
 
 
+@pytest.mark.slow
 def test_it_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", NAME, "--keep", "0.5", "--batch", "1", "--rounds", "1"]
     threads = torch.get_num_threads()

@@ -79,6 +79,7 @@ def test_the_table_says_what_the_json_says(compared: tuple[str, Any]) -> None:
             assert len(stages) == len(row["random"]) == 3
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_finds_the_same(
     compared: tuple[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,6 +201,7 @@ def in_two_processes(rank: int) -> dict[str, Any]:
     return {"index": found.index, "best": found.best, "loss": found.loss, "alone": alone.index}
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_image_once() -> None:
     inputs, target = drawn()
     expected = evaluate(linear(), batches(inputs, target))

@@ -12,6 +12,7 @@ import pytest
 import spot_vit
 import torch
 from support.models import build, images
+from support.slow import most_slow
 from torch.utils import _pytree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("method", ["spot", "evit"])
+@pytest.mark.parametrize("method", most_slow(["spot", "evit"]))
 def test_a_static_graph_synchronises_gradients(method: str, tmp_path: Path) -> None:
     path = os.pathsep.join(str(ROOT / part) for part in ("python", ".", "tests"))
     command, store = [sys.executable, "-c", RANK], tmp_path / "store"

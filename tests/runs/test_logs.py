@@ -27,7 +27,6 @@ from spot_vit.runs.train import train
 from spot_vit.utils.errors import UserError
 from support.commands import SPOT, SYNTHETIC, environment
 from support.runs import SMALL, records, small_recipe
-from support.slow import most_slow
 
 
 def test_files_that_other_programs_read(tmp_path: Path) -> None:
@@ -192,9 +191,10 @@ def test_what_a_terminal_shows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    most_slow([{"sampled_keep": (0.5, 1.0)}, {}, {"attention_keep": 0.5, "stage": "finetune"}]),
+    [{"sampled_keep": (0.5, 1.0)}, {}, {"attention_keep": 0.5, "stage": "finetune"}],
     ids=["sampled", "fixed", "attention"],
 )
+@pytest.mark.slow
 def test_a_step_is_compiled_once_whatever_the_budgets(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,12 @@ def _recipe(output: Path, way: str, steps: int, **changes: Any) -> Any:
         (["dense"], 50, "float32", 1e-5),
         (["ddp", "fsdp"], 8, "float64", 1e-9),
         pytest.param(["ddp", "fsdp"], 50, "float64", 1e-9, marks=pytest.mark.slow),
-        (["static graph", "accumulation", "sampled"], 8, "float64", 1e-9),
-        (["connectivity", "attention"], 8, "float64", 1e-5),  # reconstruction is in float32
+        pytest.param(
+            ["static graph", "accumulation", "sampled"], 8, "float64", 1e-9, marks=pytest.mark.slow
+        ),
+        pytest.param(  # reconstruction is in float32
+            ["connectivity", "attention"], 8, "float64", 1e-5, marks=pytest.mark.slow
+        ),
     ],
     ids=["dense", "wrapped", "fifty steps", "other ways", "attention"],
 )

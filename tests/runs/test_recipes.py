@@ -10,6 +10,7 @@ import pytest
 from spot_vit.cli.main import main
 from spot_vit.config.recipe_files import read, shipped
 from support.runs import records
+from support.slow import most_slow
 
 GMACS = {
     "digits": 0.0224,
@@ -25,7 +26,7 @@ GMACS = {
 """What a recipe's model costs for an image of the size that it is trained on."""
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", most_slow(shipped(), 4))
 def test_two_steps_of_every_recipe(name: str, tmp_path: Path) -> None:
     words = (
         "--synthetic --steps 2 -b 2 --grad-accum-steps 1 -j 0 --device cpu --log-interval 1"

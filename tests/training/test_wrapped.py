@@ -120,6 +120,7 @@ def run_ranks(script: str, folder: Path, *arguments: str) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_connectivity_as_one_does(tmp_path: Path) -> None:
     (gradients, weights), theirs = run_ranks(TWO_RANKS, tmp_path)
     for mine, other in zip((gradients, weights), theirs, strict=True):

@@ -14,6 +14,7 @@ from ops.attention.drawn import DENSE, SPARSE, Attention, by_attention, by_optio
 from support.comparison import assert_close, assert_same_bits
 from support.data import FLOATING, random_index
 from support.memory import MEASURE_MEMORY, crash_free
+from support.slow import most_slow
 from support.switches import emulated, threads
 from torch import Tensor
 
@@ -254,7 +255,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize(
     ("attention", "masked", "backward"),
-    [(DENSE, False, 0.05), (DENSE, True, 0.05), (SPARSE, False, 0.15)],
+    most_slow([(DENSE, True, 0.05), (SPARSE, False, 0.15), (DENSE, False, 0.05)], 2),
     ids=lambda value: getattr(value, "name", value),
 )
 def test_no_map_is_ever_in_memory(attention: Attention, masked: bool, backward: float) -> None:

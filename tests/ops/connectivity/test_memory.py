@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from support.memory import MEASURE_MEMORY, crash_free
 
 _SCRATCH = """
@@ -58,6 +59,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_no_coefficients_are_ever_in_memory() -> None:
     """Nor projections, nor queries and keys whose strides are others: half of the bytes of
     coefficients, beside 48 matrices of scores."""

@@ -20,6 +20,7 @@ from support.chosen import ops_held, ops_run
 from support.comparison import assert_close, assert_same_bits
 from support.data import generator, random
 from support.gradients import gradients
+from support.slow import most_slow
 from torch import Tensor
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -362,7 +363,7 @@ def _images(batch: int, patches: int) -> tuple[Tensor, Tensor]:
     return x, (torch.rand(batch, patches, generator=seeded) < 0.7).double()
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.parametrize("strict", most_slow([False, True]), ids=["nonstrict", "strict"])
 def test_definitions_export_with_dynamic_sizes(strict: bool) -> None:
     model = _Pruner().double().eval()
     patches = torch.export.Dim("patches", min=6)
