@@ -18,6 +18,7 @@ from spot_vit.bench.variants import Variant, cost, variants
 from spot_vit.models.fast import is_fast
 from support.benched import SMALL, settings
 from support.exported import needs
+from support.slow import most_slow
 from torch import Tensor, nn
 
 
@@ -38,7 +39,7 @@ def test_dense_in_eager_mode_comes_first_always(tmp_path: Path) -> None:
     assert sparse.tokens is not None and eager.tokens == 17 and sparse.tokens < 17
 
 
-@pytest.mark.parametrize("runtime", ["eager", "fast", "onnx", "openvino"])
+@pytest.mark.parametrize("runtime", most_slow(["eager", "fast", "onnx", "openvino"], 3))
 def test_runtimes_give_what_the_model_gives(runtime: str, tmp_path: Path) -> None:
     if runtime in runtimes.FILES:
         needs(runtime)

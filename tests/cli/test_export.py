@@ -109,6 +109,7 @@ def test_refusals(
     assert written(Path()) == [checkpoint]
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_file(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`spot eval` finds of a file what it finds of the model, cost included."""
     import json

@@ -25,10 +25,12 @@ def results() -> Any:
     return together(prepared, LEARNED)
 
 
+@pytest.mark.slow
 def test_prepared_models_train_as_one_process_does(results: Any):
     assert_as_alone(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LEARNED)
 def test_outputs_of_all_processes_are_gathered(results: Any, kind: str):
     """`SpotOutput` is a pytree, so that `tree_map(accelerator.gather, out)` gives one of all."""

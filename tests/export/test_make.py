@@ -18,9 +18,9 @@ from support.models import images
 from support.slow import most_slow
 
 SETTINGS = [(format, "both") for format in ("onnx", "openvino", "torch")]
-SETTINGS += [("onnx", "dynamicvit"), ("torch", "spot")]
+SETTINGS += [("onnx", "dynamicvit")]
 OFTEN = len(SETTINGS)
-SETTINGS += [("aoti", "spot")]
+SETTINGS += [("torch", "spot"), ("aoti", "spot")]
 for format in ("onnx", "openvino", "torch"):
     SETTINGS += [(format, kind) for kind in KINDS if (format, kind) not in SETTINGS]
 
@@ -227,7 +227,9 @@ def test_images_are_firm() -> None:
 # ---- without spot_vit ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("load", ["import spot_ext", "torch.ops.load_library(sys.argv[3])"])
+@pytest.mark.parametrize(
+    "load", most_slow(["import spot_ext", "torch.ops.load_library(sys.argv[3])"])
+)
 def test_loading_by_torch_alone(load: str, tmp_path: Path) -> None:
     """As the page says: with spot_ext, or with its library alone."""
     import spot_ext

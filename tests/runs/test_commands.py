@@ -325,6 +325,7 @@ def test_torchrun_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert all(top == pytest.approx(round(top), abs=1e-6) for top in tops), "23 images, each once"
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]

@@ -301,6 +301,7 @@ def results() -> Any:
     return together(both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "clip", "clip_grad"), RUNS)
 def test_two_processes_that_accumulate_are_one(
     results: Any, how: str, clip: str, clip_grad: float
@@ -320,6 +321,7 @@ def test_two_processes_that_accumulate_are_one(
     assert any(not torch.equal(own[name], start[name].to(x)) for name in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
 def test_trouble_of_one_process_is_that_of_both(results: Any, how: str) -> None:
     found = results["trouble"]

@@ -16,6 +16,7 @@ from ops.connectivity.predictor import OP, assert_predicted_near_the_cut, by_ord
 from support.comparison import assert_same_bits
 from support.data import FLOATING, generator, random_index
 from support.layouts import LAYOUTS
+from support.slow import most_slow
 from support.switches import threads
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,7 +121,7 @@ def test_predicted_by_hand(device: torch.device, sample: Prediction, dtype: torc
 
 @by_order
 @pytest.mark.parametrize("coef_topk", [None, 8])
-@pytest.mark.parametrize("count", [65, 197, 577])
+@pytest.mark.parametrize("count", most_slow([65, 197, 577], 2))
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_predicted_sets_differ_only_near_the_cut(
     dtype: torch.dtype,

@@ -52,7 +52,7 @@ def _resident() -> int:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 @pytest.mark.parametrize(
-    "count", [400, pytest.param(nightly(20_000), marks=pytest.mark.nightly, id="20000")]
+    "count", [200, pytest.param(nightly(20_000), marks=pytest.mark.nightly, id="20000")]
 )
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_calls_of_changing_sizes_leave_nothing_behind(op: Op, count: int) -> None:

@@ -141,6 +141,7 @@ def test_aot_inductor_runs_every_op(device: torch.device, tmp_path: Path) -> Non
     assert_close(loaded(*values), model(*values), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_aot_inductor_with_dynamic_batch_and_tokens(device: torch.device, tmp_path: Path) -> None:
     model = _model(device).eval()
