@@ -60,7 +60,8 @@ SPOT_NOINLINE void linear_tile(const LinearTile<A>& t) {
   const char* ahead = t.ahead;
   for (int64_t c = 0; c < kPanel; c += kLinearVecs * kL) {
     Vec<A> sum[kM][kLinearVecs] = {};
-    // Three bases: few registers then reach every row, as an address may scale one.
+    // Three bases: few registers then reach every row, as an address may scale one. An array, since
+    // GCC may load through both sides of a choice between pointers, which AddressSanitizer reports.
     const A* base[3] = {t.left, t.left + 5 * left_row, t.left + 10 * left_row};
     const A* b = t.right + c;
     for (int64_t d = 0; d < t.depth; ++d, ++base[0], ++base[1], ++base[2], b += kPanel) {
