@@ -179,7 +179,7 @@ inline Vec<float> vec_exp(Vec<float> x, float unit) {
   p = p * f + 0x1.ebfbdap-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  return p * bit_cast<Vec<float>>(bit_cast<Bits<float>>(shifted) << 23);
+  return p * bit_cast<Vec<float>>(bit_cast<Words>(shifted) << 23);
 }
 inline Vec<double> vec_exp(Vec<double> x, double unit) {
   x *= unit;
@@ -238,16 +238,17 @@ inline Vec<A> gelu(Vec<A> x) {
 template <typename A>
 constexpr A kLog1pEnd = static_cast<A>(0x1p+120);
 inline Vec<float> vec_log1p(Vec<float> x) {
-  const Bits<float> near_one = bit_cast<Bits<float>>(x + 1.0f) - 0x3f3504f3;  // sqrt(1 / 2)
-  const Bits<float> e = near_one & static_cast<int32_t>(0xff800000u);
-  const Vec<float> shrink = bit_cast<Vec<float>>(0x3f800000 - e);  // 2^-e
+  // Unsigned, which wraps where x is out of range.
+  const Words near_one = bit_cast<Words>(x + 1.0f) - 0x3f3504f3u;  // sqrt(1 / 2)
+  const Words e = near_one & 0xff800000u;
+  const Vec<float> shrink = bit_cast<Vec<float>>(0x3f800000u - e);  // 2^-e
   const Vec<float> m = x * shrink + (shrink - 1.0f);
   const Vec<float> m2 = m * m;  // not one chain of products, each of which would be waited for
   const Vec<float> low = (m * 0x1.5556d8p-2f - 0.5f) + m2 * (m * 0x1.98d7fp-3f - 0x1.000382p-2f);
   const Vec<float> high =
       (m * 0x1.317476p-3f - 0x1.538248p-3f) + m2 * (m * 0x1.645ep-4f - 0x1.2432cp-3f);
   const Vec<float> p = m2 * (low + m2 * m2 * high) + m;
-  return __builtin_convertvector(e, Vec<float>) * 0x1.62e43p-24f + p;
+  return __builtin_convertvector(bit_cast<Bits<float>>(e), Vec<float>) * 0x1.62e43p-24f + p;
 }
 inline Vec<double> vec_log1p(Vec<double> x) {
   for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_log1p(x[l]);
