@@ -1,6 +1,6 @@
 """Mutation testing of selection, schedules and budgets: which changes of the code no test notices.
 
-    python tools/release/mutants.py                  # all files, tens of minutes on a core
+    python tools/release/mutants.py                  # all files; those of measure/ take longest
     python tools/release/mutants.py training/schedules.py --every 3
 
 Each mutant is the file with one comparison, operator, constant or rounding changed. It is imported
