@@ -68,7 +68,7 @@ class Op:
     unread: tuple[Unread, ...] = ()  # sanitizers see whether foreign memory is touched
     drawn: Any = None  # Hypothesis strategy of samples: any legal call of a size soon computed
     drawn_dtypes: tuple[torch.dtype, ...] = FLOATING  # of these calls
-    # Of the arguments: how large terms may be that cancel in the results, where it is not plain.
+    # Of the arguments: how large terms are that cancel in the results; of attention, the logits.
     terms: Callable[..., float] | None = field(default=None, compare=False)
     # Numbers whose effect the contract states, by argument place; one is planted in drawn calls.
     odd: Mapping[int, tuple[float, ...]] = field(default_factory=dict, compare=False)

@@ -89,8 +89,8 @@ _SCRATCH = {
     "scatter_tokens": 8 * _TOKENS,
     "fuse_tokens": 8 * _TOKENS,
     "fuse_tokens_backward": 12 * _TOKENS,
-    "attention_stats": 4 * (2 * _DIM + 24) * _TOKENS,
-    "attention_stats_backward": 4 * (3 * _DIM + 48) * _TOKENS,
+    "attention_stats": 4 * (2 * _DIM + 28) * _TOKENS,
+    "attention_stats_backward": 4 * (3 * _DIM + 56) * _TOKENS,
     "sparse_attention": 4 * ((2 * _DIM + 6) * _TOKENS + _ENTRIES + 256 * _DIM),
     "sparse_attention_backward": 4 * ((4 * _DIM + 3) * _TOKENS + 4 * _ENTRIES + 384 * _DIM),
     "connectivity": 4 * (_RANK + 70) * _TOKENS,
@@ -181,8 +181,11 @@ def _predictor_weights() -> list[Any]:
     ],
 )
 def test_the_peak_of_a_call_is_as_documented(op: Op) -> None:
-    """Beside its results a call of 4,096 tokens takes its scratch, within 5 % and 32 pages."""
+    """Beside its results a call of 4,096 tokens takes its scratch, within 5 % and 16 pages."""
     most, results = json.loads(crash_free(MEASURE_MEMORY + _PEAK, op.name))
     scratch = _SCRATCH[op.name]
     record("peak", op.name, peak_bytes=most, result_bytes=results, documented_scratch=scratch)
-    assert abs(most - results - scratch) <= 0.05 * scratch + (32 << 12)
+    beyond, allowed = most - results - scratch, 0.05 * scratch + (16 << 12)
+    assert beyond <= allowed
+    # Pieces of a few pages may be memory that is there already.
+    assert scratch < 1 << 16 or beyond >= -allowed
