@@ -7,9 +7,10 @@ Builds the CPU libraries with the sanitizer (GCC, CMake, Ninja and pybind11 must
 temporary folder that the installed copy does not see, and runs tests under it, once for each
 instruction set. The exit status is not 0 when a test fails or a sanitizer reports.
 
-`address,undefined` runs everything in tests/ops but what measures memory. It sees every access of
-kernels and entry points, those beside a tensor's memory included; Python and torch are not
-instrumented, but their allocations are watched. Leaks are not looked for: Python has many.
+`address,undefined` runs everything in tests/ops but what measures memory and what compiles or
+traces, where the minutes go to a compiler and kernels see nothing else than in eager mode. It sees
+every access of kernels and entry points, those beside a tensor's memory included; Python and torch
+are not instrumented, but their allocations are watched. Leaks are not looked for: Python has many.
 
 `thread` runs the tests of user threads: every op forward and backward in 8 Python threads at once,
 and during a backward pass. torch runs each call in one thread there, since the sanitizer cannot see
@@ -27,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from copies import built, copied
@@ -38,8 +41,11 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=0",
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:exitcode=66:history_size=4",
 }
-# Memory that grows or is limited, and processes that load other libraries.
-LEFT_OUT = "not memory and not many_calls_do_not_grow and not devices_without_kernels_compile"
+# Memory that grows or is limited, processes that load other libraries; then compilers.
+LEFT_OUT = (
+    "not memory and not many_calls_do_not_grow and not devices_without_kernels_compile and not "
+    "test_tracing and not test_in_a_model and not test_definitions"
+)
 REPORT = re.compile(r"(ERROR: AddressSanitizer|WARNING: ThreadSanitizer|\S*: runtime error:).*")
 
 
@@ -97,7 +103,7 @@ def told(output: str) -> str:
     return "\n".join([*distinct, "", *lines[found[0] : found[0] + 40]])
 
 
-def run(kind: str, isa: str, copy: Path, env: dict[str, str], tests: list[str]) -> tuple[bool, str]:
+def run(isa: str, copy: Path, env: dict[str, str], tests: list[str]) -> tuple[bool, str]:
     """Whether the tests pass under `isa` without a report, and what there is to say."""
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-s",
@@ -121,6 +127,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=["address,undefined", "thread"])
     parser.add_argument("--isa", action="append", help="only this one (may be repeated)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes beside each other"
+    )
     parser.add_argument("tests", nargs="*", help="paths below the checkout; by default as above")
     chosen = parser.parse_args()
     everything = ["tests/ops"]
@@ -134,13 +143,16 @@ def main() -> int:
         copy = build(chosen.kind, folder)
         env = environment(chosen.kind)
         usable = instruction_sets(copy, env)
+        isas = chosen.isa or usable
         failed = []
-        for isa in chosen.isa or usable:
-            fine, words = run(chosen.kind, isa, copy, env, chosen.tests or everything)
-            print(words, flush=True)
-            if not fine:
-                failed.append(isa)
-    print(f"{chosen.kind}: ran {', '.join(chosen.isa or usable)}; failed: {failed or 'none'}")
+        with ThreadPoolExecutor(chosen.jobs) as pool:
+            tests = chosen.tests or everything
+            results = pool.map(partial(run, copy=copy, env=env, tests=tests), isas)
+            for isa, (fine, words) in zip(isas, results, strict=True):
+                print(words, flush=True)
+                if not fine:
+                    failed.append(isa)
+    print(f"{chosen.kind}: ran {', '.join(isas)}; failed: {failed or 'none'}")
     return 1 if failed else 0
 
 
