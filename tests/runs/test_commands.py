@@ -304,6 +304,7 @@ def test_a_signal_at_any_time(
 # ---- several processes ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_trains_stops_and_goes_on(tmp_path: Path) -> None:
     words = ["train", "x", *SYNTHETIC, "--output", str(tmp_path), "--experiment"]
     whole = python(*TORCHRUN, *SPOT, *words, "whole", "--epochs", "8")
