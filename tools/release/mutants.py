@@ -5,7 +5,7 @@
 
 Each mutant is the file with one comparison, operator, constant or rounding changed. It is imported
 in a fork of this process, where nothing of `spot_vit` has been, and runs the tests of its file up
-to the first that fails; what ends in no time limit is noticed too. Ends with 1 below 80 %.
+to the first that fails; what ends in no time limit, or takes all memory, is noticed too. Ends with 1 below 80 %.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ast
 import copy
 import importlib.machinery
 import os
+import resource
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ TESTS = {
 
 ENOUGH = 0.8
 SECONDS = 120  # for the tests of a mutant
+BYTES = 8 << 30  # of memory for them
 
 _SWAPPED: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -121,6 +123,7 @@ def noticed(file: str, text: str) -> bool:
 def _run(file: str, text: str) -> None:
     import pytest
 
+    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
