@@ -5,7 +5,8 @@
 
 Each mutant is the file with one comparison, operator, constant or rounding changed. It is imported
 in a fork of this process, where nothing of `spot_vit` has been, and runs the tests of its file up
-to the first that fails; what ends in no time limit, or takes all memory, is noticed too. Ends with 1 below 80 %.
+to the first that fails; what ends in no time limit, or takes all memory, is noticed too. Ends
+with 1 below 80 %.
 """
 
 from __future__ import annotations
