@@ -146,7 +146,36 @@ def test_a_model_of_one_patch_has_nothing_to_prune():
         largest_within(machine, 1.0, least=Fraction(1), tokens=tokens)
 
 
-def test_printed_bounds_can_be_reached():
-    assert staircase.printed(1.23456, up=True) == "1.24"
-    assert staircase.printed(9.87654, up=False) == "9.87"
-    assert staircase.printed(0.0, up=True) == "0"
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        ([100.0], 0.0),
+        ([100.0, 102.0], 2 * math.sqrt(2) * 0.93 * 1.0 / math.sqrt(2) / 101.0),
+        ([104.0, 100.0, 102.0, 101.0, 103.0], 2 * math.sqrt(2) * 0.93 * 2.0 / math.sqrt(5) / 102.0),
+        ([1.0, 9.0], staircase.NOISE_LIMIT),
+    ],
+    ids=["one", "two", "five", "limit"],
+)
+def test_noise_is_two_standard_errors_of_the_difference_of_medians(
+    samples: list[float], expected: float
+) -> None:
+    found = staircase._Measured(lambda ratios: [samples for _ in ratios], tokens)
+    found.measure([1.0])
+    assert found.noise == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "down", "up"),
+    [(123.4, "123", "124"), (9.87654, "9.87", "9.88"), (0.012345, "0.0123", "0.0124"), (0.0, "0", "0"),
+     (2.5, "2.5", "2.5")],
+)  # fmt: skip
+def test_printed_bounds_can_be_reached(value: float, down: str, up: str) -> None:
+    assert (staircase.printed(value, up=False), staircase.printed(value, up=True)) == (down, up)
+
+
+def test_why_nothing_fits_is_said() -> None:
+    flat = Machine(tile=PATCHES)
+    with pytest.raises(ValueError, match=r"the dense model takes 2 ms, and pruning slows it down"):
+        largest_within(flat, 1.5, least=Fraction(1, 10), tokens=tokens)
+    with pytest.raises(ValueError, match="keep from 1 to 1 costs 2 to 2 ms"):
+        largest_within(flat, 1.5, least=Fraction(1), tokens=tokens)

@@ -120,14 +120,14 @@ class _Measured:
     @property
     def noise(self) -> float:
         """How far two medians of one setting may be apart, as a share: two standard errors."""
-        errors = [0.0]
+        errors = []
         for samples in self._samples.values():
             if len(samples) < 2:
                 continue
             low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
             error = 0.93 * (high - low) / math.sqrt(len(samples))  # of a median, if all are normal
             errors.append(error / middle)
-        return min(2 * math.sqrt(2) * statistics.median(errors), NOISE_LIMIT)
+        return min(2 * math.sqrt(2) * statistics.median(errors or [0.0]), NOISE_LIMIT)
 
     def _key(self, ratio: float) -> Hashable:
         if ratio not in self._keys:
