@@ -166,8 +166,8 @@ def test_noise_is_two_standard_errors_of_the_difference_of_medians(
 
 @pytest.mark.parametrize(
     ("value", "down", "up"),
-    [(123.4, "123", "124"), (9.87654, "9.87", "9.88"), (0.012345, "0.0123", "0.0124"), (0.0, "0", "0"),
-     (2.5, "2.5", "2.5")],
+    [(123.4, "123", "124"), (9.87654, "9.87", "9.88"), (0.012345, "0.0123", "0.0124"),
+     (0.0, "0", "0"), (2.5, "2.5", "2.5")],
 )  # fmt: skip
 def test_printed_bounds_can_be_reached(value: float, down: str, up: str) -> None:
     assert (staircase.printed(value, up=False), staircase.printed(value, up=True)) == (down, up)
