@@ -43,7 +43,7 @@ OPTIONS = {
 }
 # Memory that grows or is limited, processes that load other libraries; then compilers.
 LEFT_OUT = (
-    "not memory and not many_calls_do_not_grow and not devices_without_kernels_compile and not "
+    "not memory and not test_growth and not devices_without_kernels_compile and not "
     "test_tracing and not test_in_a_model and not test_definitions"
 )
 REPORT = re.compile(r"(ERROR: AddressSanitizer|WARNING: ThreadSanitizer|\S*: runtime error:).*")
