@@ -31,6 +31,7 @@ from support.commands import (
 )
 from support.pictures import BROKEN, ODD, OTHER, folder
 from support.runs import records
+from timm.data import create_transform, resolve_model_data_config
 
 BAD = ("bomb.png", "text.jpg", "truncated.jpg")
 
@@ -83,19 +84,11 @@ def test_a_folder_of_odd_pictures_becomes_a_model(
     good = sum(p.suffix != ".txt" and p.name not in BAD for p in (odd / "val").rglob("*.*"))
     assert len({row["file"] for row in rows}) == good
 
-    picture = next((odd / "val/cat").glob("cat*.jpg"))
-    code = f"""
-import spot_vit, torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-model = spot_vit.load({best!r})
-transform = create_transform(**resolve_model_data_config(model))
-with torch.no_grad():
-    print(model(transform(Image.open({str(picture)!r}))[None]).softmax(-1).sum().item())
-"""
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(1, abs=1e-5)
+    model: Any = spot_vit.load(best)
+    transform: Any = create_transform(**resolve_model_data_config(model))
+    picture = transform(Image.open(next((odd / "val/cat").glob("cat*.jpg"))))
+    with torch.no_grad():
+        assert model(picture[None]).softmax(-1).sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_model_of_one_channel(odd: Path, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def _recipe(output: Path, way: str, steps: int, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("ways", "steps", "dtype", "tolerance"),
     [
-        (["dense"], 50, "float32", 1e-5),
         (["ddp", "fsdp"], 8, "float64", 1e-9),
+        pytest.param(["dense"], 50, "float32", 1e-5, marks=pytest.mark.slow),
         pytest.param(["ddp", "fsdp"], 50, "float64", 1e-9, marks=pytest.mark.slow),
         pytest.param(
             ["static graph", "accumulation", "sampled"], 8, "float64", 1e-9, marks=pytest.mark.slow
@@ -64,7 +64,7 @@ def _recipe(output: Path, way: str, steps: int, **changes: Any) -> Any:
             ["connectivity", "attention"], 8, "float64", 1e-5, marks=pytest.mark.slow
         ),
     ],
-    ids=["dense", "wrapped", "fifty steps", "other ways", "attention"],
+    ids=["wrapped", "dense", "fifty steps", "other ways", "attention"],
 )
 def test_two_processes_equal_one(
     ways: list[str], steps: int, dtype: str, tolerance: float, tmp_path: Path
@@ -123,6 +123,7 @@ def stopped_and_resumed(rank: int, output: str) -> None:
     train(Recipe(resume=str(Path(output) / "broken")))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_as_it_was(tmp_path: Path) -> None:
     together(stopped_and_resumed, str(tmp_path))
     assert len(trace(tmp_path / "whole")) == 6

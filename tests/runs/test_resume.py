@@ -159,10 +159,17 @@ def nothing_half_written(folder: Path) -> None:
             Recipe.from_dict(yaml.safe_load(path.read_text()))
 
 
-def test_kill_9_and_sigterm_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param((signal.SIGKILL,), id="kill"),
+        pytest.param((signal.SIGTERM, signal.SIGINT), id="signals", marks=pytest.mark.slow),
+    ],
+)
+def test_kill_9_and_signals_change_nothing(signals: tuple[int, ...], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     expected, words = whole_and_broken(tmp_path, everything(tmp_path, workers=1, epochs=6))
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+    for number in signals:
         process = command(*words)
         begun = len(trace(broken)) if (broken / "metrics.jsonl").exists() else 0
         deadline = time.monotonic() + 120

@@ -41,10 +41,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def python(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with such arguments in a process of its own."""
+def python(*words: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python with such arguments in a process of its own, for some seconds at most."""
     return subprocess.run(
-        [sys.executable, *words], env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -24,7 +25,12 @@ def begin(_worker: int) -> None:
     """Leaves signals to the main process, which saves first and then ends its workers.
 
     Python itself ends a worker that is left over with SIGTERM, more than once: the second counts.
+    Torch ends one whose main process is no longer the one it had here; if that died before, it
+    ends here.
     """
+    main = multiprocessing.parent_process()
+    if main and multiprocessing.get_start_method() == "fork" and os.getppid() != main.pid:
+        os._exit(1)
     for ignored in _IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
