@@ -69,7 +69,7 @@ def assert_accurate(
     float64 has no wider truth to measure against: there the two agree to 1e-12.
     """
     if plain.dtype == torch.float64:
-        assert_close(actual, exact, 1e-12, what)
+        assert_close(actual, exact, 1e-12, what, scale)
         return
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, not {plain.dtype}"
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, not {exact.shape}"
@@ -135,9 +135,13 @@ def assert_gradient(
 
 
 def assert_close(
-    actual: Any, expected: Any, tolerance: float = 1e-10, what: str = "result"
+    actual: Any, expected: Any, tolerance: float = 1e-10, what: str = "result", scale: float = 1.0
 ) -> None:
-    """Equal within `tolerance` times the largest value, which allows for another order of sums."""
+    """Equal within `tolerance` times the largest value, or `scale` if that is more.
+
+    It allows for another order of sums.
+    """
+    least = max(1.0, scale)
     for number, (mine, theirs) in enumerate(zip(tensors(actual), tensors(expected), strict=True)):
         label = f"{what}[{number}]"
         assert mine.shape == theirs.shape, f"{label}: shape {mine.shape}, not {theirs.shape}"
@@ -146,7 +150,7 @@ def assert_close(
             assert torch.equal(mine, theirs), f"{label} differs"
             continue
         finite = theirs.detach()[theirs.isfinite()].abs()
-        scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
+        scale = max(least, finite.max().item()) if finite.numel() else least
         error = (mine - theirs).abs().nan_to_num(nan=0.0, posinf=math.inf)
         same_nan = torch.equal(mine.isnan(), theirs.isnan())
         assert same_nan, f"{label}: NaN in other places"

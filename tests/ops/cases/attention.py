@@ -115,6 +115,22 @@ def largest_logit(q: Tensor, k: Tensor, scale: float | None) -> float:
     return factor * torch.einsum("bihd,bjhd->bhij", *sizes).max().item()
 
 
+def largest_gradient(
+    grad_out: Tensor, grad_stats: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> float:
+    """Of the terms of a logit's gradient, carried to q or k, the largest in float64.
+
+    They cancel where one key has a whole softmax. Of narrower dtypes the error of the definition
+    says by how much.
+    """
+    if q.dtype != torch.float64 or not q.numel():
+        return 0.0
+    scale = rest[5]
+    factor = q.shape[3] ** -0.5 if scale is None else abs(scale)
+    widest = max(x.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for x in (q, k))
+    return 2 * factor * widest * largest_logit(grad_out, v, 1.0)
+
+
 def leaves_of(*values: Tensor | None) -> list[Any]:
     return [x if x is None else x.detach().clone().requires_grad_() for x in values]
 

@@ -15,6 +15,7 @@ from ops.cases.attention import (
     Attention,
     drawn_attention,
     gradients_of,
+    largest_gradient,
     largest_logit,
     leaves_of,
     log_sum_exp,
@@ -321,5 +322,5 @@ OPS = (
        _sparse_backward_errors(), _sparse_backward_flops, exact=False,
        once_only="differentiable once", large="twelve ViT images",
        gpu=samples(_GPU, "backward_args"), unread=_unread(backward=True),
-       drawn=drawn(_DRAWN, "backward_args")),
+       terms=largest_gradient, drawn=drawn(_DRAWN, "backward_args")),
 )  # fmt: skip
