@@ -49,6 +49,8 @@ def test_same_bits_wants_shape_and_dtype() -> None:
         assert_same_bits(value, value + (value == 5))
     with fails("bytes differ"):
         assert_same_bits(torch.tensor(1.0), torch.tensor(2.0))
+    empty = torch.empty((0, 2**62, 1), dtype=torch.uint16)
+    assert_same_bits(empty, empty.clone())
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
@@ -101,6 +103,9 @@ def test_accuracy_in_float64_is_absolute() -> None:
     assert_accurate(exact + 1e-14, exact, exact)
     with fails("off by"):
         assert_accurate(exact + 1e-10, exact, exact)
+    assert_accurate(exact + 1e-11, exact, exact, scale=100.0)
+    with fails("off by"):
+        assert_accurate(exact + 1e-9, exact, exact, scale=100.0)
 
 
 def test_accuracy_of_odd_values() -> None:
