@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 from support.slow import most_slow
@@ -99,6 +100,13 @@ def test_others_are_refused_with_a_reason(name: str):
     found = structure(name)
     assert found.reason is not None and found.family in found.reason
     assert found.reason.replace("|", "") in (ROOT / PAGE).read_text()
+
+
+def test_what_we_register_is_not_timms():
+    import_module("spot_vit.models.digits_vit")
+    names = architectures()
+    assert "vit_tiny_patch16_224" in names
+    assert not [x for x in names if x.startswith(("digits_vit", "lvvit", "sparsifiner", "spot_"))]
 
 
 @pytest.mark.slow

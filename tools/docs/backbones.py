@@ -81,7 +81,10 @@ class Structure:
 
 def architectures() -> list[str]:
     """The names that timm knows without spot_vit."""
-    return timm.list_models(exclude_filters=["spot_*", "sparsifiner_*", "lvvit_*"])
+    own = "timm.models."
+    return [
+        x for x in timm.list_models() if timm.models.model_entrypoint(x).__module__.startswith(own)
+    ]
 
 
 def structure(name: str) -> Structure:
