@@ -65,13 +65,15 @@ def assert_accurate(
     what: str = "result",
     scale: float = 0.0,
     rounding: float = 0.0,
+    scale64: float = 1.0,
 ) -> None:
     """The error rule: within the bound of `exact`; NaN and inf exactly where `plain` has them.
 
-    float64 has no wider truth to measure against: there the two agree to 1e-12.
+    float64 has no wider truth to measure against: there the two agree to 1e-12 of the largest
+    value, or of `scale64` where that is more.
     """
     if plain.dtype == torch.float64:
-        assert_close(actual, exact, 1e-12, what, scale)
+        assert_close(actual, exact, 1e-12, what, scale64)
         return
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, not {plain.dtype}"
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, not {exact.shape}"

@@ -103,9 +103,11 @@ def test_accuracy_in_float64_is_absolute() -> None:
     assert_accurate(exact + 1e-14, exact, exact)
     with fails("off by"):
         assert_accurate(exact + 1e-10, exact, exact)
-    assert_accurate(exact + 1e-11, exact, exact, scale=100.0)
+    assert_accurate(exact + 1e-11, exact, exact, scale64=100.0)
     with fails("off by"):
-        assert_accurate(exact + 1e-9, exact, exact, scale=100.0)
+        assert_accurate(exact + 1e-9, exact, exact, scale64=100.0)
+    with fails("off by"):
+        assert_accurate(exact + 1e-11, exact, exact, scale=100.0)
 
 
 def test_accuracy_of_odd_values() -> None:

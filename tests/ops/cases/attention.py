@@ -115,20 +115,21 @@ def largest_logit(q: Tensor, k: Tensor, scale: float | None) -> float:
     return factor * torch.einsum("bihd,bjhd->bhij", *sizes).max().item()
 
 
-def largest_gradient(
+def uncertain_gradient(
     grad_out: Tensor, grad_stats: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> float:
-    """Of the terms of a logit's gradient, carried to q or k, the largest in float64.
+    """What a gradient of q or k may be off in float64, in units of 1e-12.
 
-    They cancel where one key has a whole softmax. Of narrower dtypes the error of the definition
-    says by how much.
+    Its terms cancel where one key has a whole softmax, and each is, relatively, as accurate as its
+    logit is absolutely.
     """
     if q.dtype != torch.float64 or not q.numel():
-        return 0.0
+        return 1.0
     scale = rest[5]
     factor = q.shape[3] ** -0.5 if scale is None else abs(scale)
     widest = max(x.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for x in (q, k))
-    return 2 * factor * widest * largest_logit(grad_out, v, 1.0)
+    terms = 2 * factor * widest * largest_logit(grad_out, v, 1.0)
+    return torch.finfo(torch.float64).eps * largest_logit(q, k, scale) * terms / 1e-12
 
 
 def leaves_of(*values: Tensor | None) -> list[Any]:

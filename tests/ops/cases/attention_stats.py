@@ -14,12 +14,12 @@ from ops.cases.attention import (
     Attention,
     drawn_attention,
     gradients_of,
-    largest_gradient,
     largest_logit,
     leaves_of,
     log_sum_exp,
     operand_errors,
     saved_errors,
+    uncertain_gradient,
 )
 from ops.cases.base import NAN, Bad, Op, positional, samples
 from ops.cases.errors import t
@@ -229,5 +229,5 @@ OPS = (
        samples(_DENSE, "backward_args"),
        _attention_backward_errors(), _attention_backward_flops, exact=False,
        once_only="differentiable once", gpu=samples(_GPU, "backward_args"),
-       terms=largest_gradient, drawn=drawn(_DRAWN, "backward_args")),
+       scale64=uncertain_gradient, drawn=drawn(_DRAWN, "backward_args")),
 )  # fmt: skip

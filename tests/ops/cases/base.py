@@ -70,6 +70,8 @@ class Op:
     drawn_dtypes: tuple[torch.dtype, ...] = FLOATING  # of these calls
     # Of the arguments: how large terms are that cancel in the results; of attention, the logits.
     terms: Callable[..., float] | None = field(default=None, compare=False)
+    # Of float64 arguments: what the results are compared relative to, if more than the largest.
+    scale64: Callable[..., float] | None = field(default=None, compare=False)
     # Numbers whose effect the contract states, by argument place; one is planted in drawn calls.
     odd: Mapping[int, tuple[float, ...]] = field(default_factory=dict, compare=False)
 

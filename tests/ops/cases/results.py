@@ -18,6 +18,7 @@ def assert_results(
     exact: Sequence[Tensor],
     cancel: bool = False,
     terms: float = 0.0,
+    scale64: float = 1.0,
 ) -> None:
     """Bits where the op only moves them; otherwise by the error rule, each statistic by itself.
 
@@ -25,6 +26,7 @@ def assert_results(
     results are gradients: terms may cancel that are summed in another order, and those in a wide
     dtype lose what their 16-bit terms do. `terms` is how large those are, if more than the results;
     of attention, how large logits are: probabilities are as accurate as those, relatively.
+    `scale64` is what float64 results are compared relative to, if more than their largest.
     """
     rounding = 0.0
     if not op.exact:
@@ -53,5 +55,5 @@ def assert_results(
             size = max(size, terms)
             assert_accurate(
                 mine, theirs, truth, BACKWARD if cancel else FORWARD, f"output {number}",
-                scale=size, rounding=rounding,
+                scale=size, rounding=rounding, scale64=scale64,
             )  # fmt: skip

@@ -15,12 +15,12 @@ from ops.cases.attention import (
     Attention,
     drawn_attention,
     gradients_of,
-    largest_gradient,
     largest_logit,
     leaves_of,
     log_sum_exp,
     operand_errors,
     saved_errors,
+    uncertain_gradient,
 )
 from ops.cases.base import Bad, Op, Unread, positional, samples
 from ops.cases.errors import t
@@ -322,5 +322,5 @@ OPS = (
        _sparse_backward_errors(), _sparse_backward_flops, exact=False,
        once_only="differentiable once", large="twelve ViT images",
        gpu=samples(_GPU, "backward_args"), unread=_unread(backward=True),
-       terms=largest_gradient, drawn=drawn(_DRAWN, "backward_args")),
+       scale64=uncertain_gradient, drawn=drawn(_DRAWN, "backward_args")),
 )  # fmt: skip
